@@ -1,0 +1,1 @@
+"""Diffusion models trained with the Stable Target Field."""
