@@ -1,0 +1,124 @@
+"""Where references come from: a pool of data, its draws, and its classes.
+
+A `Pool` holds the data as they are stored (bytes stay bytes until a block of them is used), and answers three
+questions: which members carry a label, which n distinct ones a draw picks, and what some of them look like.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ALL = -1  # the label of a row of which the network is told nothing: every member may be its source
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pool:
+    """Data to draw references from.
+
+    Attributes:
+        data: (N, *D), floating, or uint8 with values 0 .. levels - 1 that stand for [-1, 1].
+        labels: the class of each member, (N,), or None.
+        levels: how many values a byte takes; 256 for photographs.
+
+    Raises:
+        ValueError: no data, another type, a floating number that is not finite, or labels that do not fit.
+    """
+
+    data: Tensor
+    labels: Int[Tensor, "N"] | None = None
+    levels: int = 256
+    _members: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if self.data.ndim < 2 or len(self.data) == 0:
+            raise ValueError(f"data must be (N, *D) with N and D at least 1, not {tuple(self.data.shape)}")
+        if self.data.dtype != torch.uint8 and not self.data.is_floating_point():
+            raise ValueError(f"data must be uint8 or floating, not {self.data.dtype}")
+        if self.data.is_floating_point() and not torch.isfinite(self.data).all():
+            raise ValueError("data holds numbers that are not finite")
+        if self.labels is not None and self.labels.shape != (len(self.data),):
+            raise ValueError(f"{len(self.data)} members need as many labels, not {tuple(self.labels.shape)}")
+        if self.labels is not None and int(self.labels.min()) < 0:
+            raise ValueError(f"labels count from 0; the least is {int(self.labels.min())}")
+
+    def __repr__(self) -> str:
+        labels = "" if self.labels is None else f", {self.classes} classes"
+        return f"Pool({tuple(self.data.shape)} {str(self.data.dtype).removeprefix('torch.')}{labels})"
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one member, D."""
+        return tuple(self.data.shape[1:])
+
+    @property
+    def classes(self) -> int:
+        """How many classes there are; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+    def members(self, label: int) -> Int[Tensor, "m"]:
+        """Where the members of a class stand; all of them for the label -1.
+
+        Raises:
+            ValueError: the pool has no labels, or no member with this one.
+        """
+        if label not in self._members:
+            self._members[label] = self._find(label)
+        return self._members[label]
+
+    def take(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n *D"]:
+        """Members as floating data (bytes decoded to [-1, 1] in float32), on the pool's device."""
+        return self.decode(self.data[index.to(self.data.device)])
+
+    def decode(self, stored: Tensor) -> Tensor:
+        """Stored values as floating data."""
+        return stored if stored.is_floating_point() else stored.float().div_((self.levels - 1) / 2).sub_(1)
+
+    def blocks(self, label: int, size: int) -> Iterator[Float[Tensor, "n *D"]]:
+        """All members that carry a label (-1: all there are), `size` at a time."""
+        if label == ALL:
+            yield from map(self.decode, self.data.split(size))
+        else:
+            yield from map(self.take, self.members(label).split(size))
+
+    def draw(self, n: int, label: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+        """An ordered draw of n distinct members that carry a label (-1: of all). A smaller class is drawn whole."""
+        members = self.members(label)
+        return members[distinct(len(members), min(n, len(members)), generator)]
+
+    def _find(self, label: int) -> Tensor:
+        if label == ALL:
+            return torch.arange(len(self))
+        if self.labels is None:
+            raise ValueError(f"rows carry labels (here {label}), but the pool has none to compare with")
+        members = (self.labels == label).nonzero().flatten().cpu()
+        if len(members) == 0:
+            raise ValueError(f"no member of the pool has label {label}; there are 0 to {self.classes - 1}")
+        return members
+
+
+def distinct(total: int, n: int, generator: torch.Generator | None = None) -> Int[Tensor, "n"]:
+    """n different numbers below `total`, in random order: every ordered choice equally likely.
+
+    A long shuffle for a short draw would cost O(total); numbers drawn with replacement and taken when first seen
+    have the same law.
+    """
+    if 2 * n >= total:
+        return torch.randperm(total, generator=generator)[:n]
+    seen = torch.empty(0, dtype=torch.int64)
+    while len(seen) < n:
+        more = torch.randint(total, (n + 16,), generator=generator)
+        seen = _first_seen(torch.cat([seen, more]))
+    return seen[:n]
+
+
+def _first_seen(numbers: Tensor) -> Tensor:
+    ordered, where = numbers.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return numbers[where[first].sort().values]

@@ -1,0 +1,134 @@
+"""What all samplers share: a seed an image, a grid of times, a step from each to the next.
+
+The state is float64 and the denoiser is asked in its own precision. Every image has its own generator, from which
+come, in this order, its latent (float32), its class if one is to be drawn, and the sampler's noise (float64): so an
+image depends on its seed alone, not on the batch it was made in.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stablefield.denoise import Denoiser
+from stablefield.process import Process
+from stablefield.sample.grids import EDMGrid, Grid
+
+Draw = Callable[[], Tensor]  # standard normal noise shaped like the state, each row from its own generator
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What a sampler made.
+
+    Attributes:
+        x: the samples, in the data's range (float64).
+        label: the class each was made for, or None.
+        evaluations: how often the denoiser was asked, for each image.
+    """
+
+    x: Float[Tensor, "B *D"]
+    label: Int[Tensor, "B"] | None
+    evaluations: int
+
+
+class Question:
+    """A denoiser asked about one batch: labels bound, answers in the state's precision, questions counted."""
+
+    def __init__(self, denoiser: Denoiser, label: Tensor | None) -> None:
+        self.denoiser, self.label, self.evaluations = denoiser, label, 0
+
+    @property
+    def process(self) -> Process:
+        return self.denoiser.process
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[x | x_t = x] at one time for all rows."""
+        self.evaluations += 1
+        return self.denoiser(x, t.to(x).expand(len(x)), self.label).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Sampler(ABC):
+    """A rule to get from noise to data.
+
+    Attributes:
+        steps: how many steps to make.
+        grid: the times between them.
+    """
+
+    steps: int = 18
+    grid: Grid = field(default_factory=EDMGrid)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"a sampler needs at least 1 step, not {self.steps}")
+
+    @abstractmethod
+    def step(self, ask: Question, x: Tensor, t: Tensor, s: Tensor, draw: Draw) -> Tensor:
+        """From x at time t to time s < t (both without dimensions, float64, on the CPU)."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        label: int | Int[Tensor, "B"] | None = None,
+    ) -> Samples:
+        """One sample a seed.
+
+        Args:
+            denoiser: what to sample with; its parameters say on which device.
+            shape: of one sample.
+            seeds: one for each sample.
+            label: the class, for all or for each; None draws one from each seed if the denoiser knows classes.
+
+        Raises:
+            ValueError: a label that the denoiser does not know.
+        """
+        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        generators = [torch.Generator(device).manual_seed(seed % 2**32) for seed in seeds]
+        latents = torch.stack([torch.randn(*shape, generator=g, device=device) for g in generators])
+        ask = Question(denoiser, _labels(label, denoiser, generators, device))
+        x = deque(self.path(ask, latents, generators), maxlen=1).pop()
+        return Samples(x, ask.label, ask.evaluations)
+
+    def path(
+        self, ask: Question, latents: Float[Tensor, "B *D"], generators: Sequence[torch.Generator]
+    ) -> Iterator[Float[Tensor, "B *D"]]:
+        """The state after every step, from standard normal latents and each row's source of noise."""
+        times = self.grid(ask.process, self.steps)
+        # MPS has no float64
+        x = latents.to(torch.float32 if latents.device.type == "mps" else torch.float64)
+        x = ask.process.scales(times[0])[1] * x
+
+        def draw() -> Tensor:
+            return torch.stack(
+                [torch.randn(x[0].shape, generator=g, dtype=x.dtype, device=x.device) for g in generators]
+            )
+
+        for t, s in pairwise(times):
+            x = self.step(ask, x, t, s, draw)
+            yield x
+
+
+def _labels(
+    label: int | Tensor | None, denoiser: Denoiser, generators: list[torch.Generator], device: torch.device
+) -> Tensor | None:
+    classes = denoiser.label_dim
+    if label is None and classes:
+        drawn = [torch.randint(classes, (1,), generator=g, device=device) for g in generators]
+        return torch.cat(drawn)
+    if label is None:
+        return None
+    told = torch.as_tensor(label, device=device).expand(len(generators))
+    if (unknown := (told < -1) | (told >= classes)).any():
+        raise ValueError(f"no class {told[unknown][0].item()}: this denoiser knows {classes} classes, from 0")
+    return told

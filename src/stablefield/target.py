@@ -1,0 +1,180 @@
+"""What the denoiser is taught: four estimates of E[x | x_t], one formula with four supports.
+
+| estimator          | support of a row                              | unbiased | variance                          |
+|--------------------|-----------------------------------------------|----------|-----------------------------------|
+| `SingleSample`     | the source alone (DSM)                        | yes      | Tr Cov[x given x_t]               |
+| `ReferenceBatch`   | the source and n - 1 others (STF)             | yes      | less; about 1 / (n - 1) for large n |
+| `NearestNeighbours`| the k nearest if the source is one, else it   | yes      | at most DSM's                     |
+| `FullDataset`      | all data (exact)                              | yes      | none                              |
+
+Why they are unbiased: given x_t, the source is distributed as the posterior. Averaging over it within any cell that
+was chosen without looking at which member it is changes no mean and lowers the variance (Rao-Blackwell). So an
+estimator may look at t, the label, x_t and the data, but never at which member is the source, except to ask whether
+it lies in the cell.
+
+Labels confine the support: a row that tells the network its class has only members of that class. Each label in a
+batch gets its own draw.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from stablefield.posterior import Posterior, Sums, chunk_size, posterior, stream
+from stablefield.process import Perturbed, per_row
+from stablefield.reference import ALL, Pool
+
+
+class TargetEstimator(ABC):
+    """Answers what x was, on average, for each row of a batch.
+
+    A subclass says it for rows that share a label; here the batch is split into those and put together again.
+    """
+
+    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
+        """The posterior mean for each row, and how many members shared in it.
+
+        Raises:
+            ValueError: rows without an index into the pool, a label without members, data that do not fit.
+        """
+        if noisy.label is None:
+            return self.estimate(noisy, ALL, generator)
+        parts = list(_by_label(noisy))
+        found = [self.estimate(part, label, generator) for label, part, _ in parts]
+        order = torch.cat([rows for *_, rows in parts]).argsort().to(noisy.x.device)
+        return Posterior(*(torch.cat([getattr(f, name) for f in found])[order] for name in ("mean", "ess", "variance")))
+
+    @abstractmethod
+    def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+        """The answer for rows that all carry one label (-1: none)."""
+
+
+@dataclass(frozen=True)
+class SingleSample(TargetEstimator):
+    """Denoising score matching: the source itself (Vincent 2011). Unbiased, and as noisy as it gets."""
+
+    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
+        return self.estimate(noisy, ALL, generator)
+
+    def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+        one = torch.ones(len(noisy.x), dtype=noisy.x.dtype, device=noisy.x.device)
+        return Posterior(noisy.x.detach(), one, torch.zeros_like(one))
+
+
+@dataclass(frozen=True)
+class ReferenceBatch(TargetEstimator):
+    """The Stable Target Field: the source and size - 1 others, drawn once for the batch (Xu et al. 2023, algorithm 1).
+
+    One ordered draw r_1 .. r_n without replacement serves all rows. A row whose source is among r_1 .. r_(n-1) uses
+    all n; any other uses r_1 .. r_(n-1) and its source. So every row has its source and n - 1 distinct others, each
+    choice of others equally likely; n = 1 is DSM bit for bit, n = N the exact target. (Drawing with replacement and
+    dropping the source's repeats would be biased.)
+
+    Attributes:
+        size: members of a row's support, the source counted. A class with fewer is used whole.
+    """
+
+    pool: Pool
+    size: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= len(self.pool):
+            raise ValueError(f"size must be between 1 and the pool's {len(self.pool)} members, not {self.size}")
+
+    def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+        drawn = self.pool.draw(self.size, label, generator)
+        shared, last = drawn[:-1], self.pool.take(drawn[-1:]).to(noisy.x)
+        # the one member that a row does not share with all others: r_n where the source is shared, else the source
+        is_shared = torch.isin(_index(noisy, self.pool), shared).to(noisy.x.device)
+        own = torch.where(per_row(is_shared, noisy.x), last, noisy.x)
+        blocks = ((self.pool.take(part), None) for part in shared.split(chunk_size(noisy.x_t)))
+        return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, source=own)
+
+
+@dataclass(frozen=True)
+class FullDataset(TargetEstimator):
+    """The exact posterior mean over all data, or all of a class: no bias and no variance."""
+
+    pool: Pool
+
+    def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+        blocks = ((block, None) for block in self.pool.blocks(label, chunk_size(noisy.x_t)))
+        return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha)
+
+
+@dataclass(frozen=True)
+class NearestNeighbours(TargetEstimator):
+    """The k members nearest to x_t if the source is one of them, and else the source alone.
+
+    "The k nearest" is a cell that does not look at the source, so this is unbiased; "the k nearest and the source"
+    would not be. Niedoba et al. 2024 (arXiv 2402.08018) use the nearest with a proposal correction instead.
+
+    Attributes:
+        neighbours: the k of the cell.
+    """
+
+    pool: Pool
+    neighbours: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.neighbours <= len(self.pool):
+            raise ValueError(
+                f"neighbours must be between 1 and the pool's {len(self.pool)} members, not {self.neighbours}"
+            )
+
+    def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+        nearest = self.pool.members(label)[self._nearest(noisy, label).cpu()]
+        inside = (nearest == _index(noisy, self.pool)[:, None]).any(1).to(noisy.x.device)
+        support = self.pool.take(nearest.flatten()).to(noisy.x).unflatten(0, nearest.shape)
+        found = posterior(noisy.x_t, support, sigma=noisy.sigma, alpha=noisy.alpha)
+        alone = SingleSample()(noisy)
+        return Posterior(
+            torch.where(per_row(inside, noisy.x), found.mean, alone.mean),
+            torch.where(inside, found.ess, alone.ess),
+            torch.where(inside, found.variance, alone.variance),
+        )
+
+    def _nearest(self, noisy: Perturbed, label: int) -> Int[Tensor, "B k"]:
+        """Positions, within the class, of the nearest members, of which the first of equals wins."""
+        k = min(self.neighbours, len(self.pool.members(label)))
+        sums = Sums(noisy.x_t, noisy.sigma, noisy.alpha)
+        best = sums.total.new_empty(len(noisy.x_t), 0)
+        where = best.long()
+        passed = 0
+        for block in self.pool.blocks(label, chunk_size(noisy.x_t)):
+            _, _, energy = sums.compare(block)
+            position = torch.arange(passed, passed + len(block), device=energy.device).expand_as(energy)
+            energy = torch.cat([best, energy], 1)
+            best, kept = energy.topk(min(k, energy.shape[1]), largest=False)
+            where = torch.cat([where, position], 1).gather(1, kept)
+            passed += len(block)
+        return where
+
+
+def _by_label(noisy: Perturbed) -> Iterator[tuple[int, Perturbed, Tensor]]:
+    """The rows of each label: the label, their record, and where they stood."""
+    assert noisy.label is not None
+    labels = noisy.label.cpu()
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten()
+        yield label, _rows(noisy, rows), rows
+
+
+def _rows(noisy: Perturbed, rows: Int[Tensor, "b"]) -> Perturbed:
+    values = {field.name: getattr(noisy, field.name) for field in fields(noisy)}
+    there: dict[str, Any] = {name: v[rows.to(v.device)] for name, v in values.items() if v is not None}
+    return replace(noisy, **there)
+
+
+def _index(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:
+    """Which members the rows are, after a look whether they can be members at all."""
+    if tuple(noisy.x.shape[1:]) != pool.shape:
+        raise ValueError(f"rows are {tuple(noisy.x.shape[1:])}, but members of the pool {pool.shape}")
+    if noisy.index is None:
+        raise ValueError("the batch does not say which members of the pool it holds: give it an index")
+    return noisy.index.cpu()
