@@ -37,7 +37,7 @@ class UNet(nn.Module):
         *,
         label_dim: int = 0,
         augment_dim: int = 0,
-        channels: int = 64,
+        channels: int = 32,
         multipliers: tuple[int, ...] = (1, 2),
         blocks: int = 2,
         dropout: float = 0.0,

@@ -1,0 +1,100 @@
+"""One format: tensors as safetensors, and what they are as JSON in its header. No pickle, nothing to execute.
+
+A file is written beside its place, forced to the disk, and renamed: whoever looks finds the old one or the new one,
+whole. A checksum over all tensors is written with them and compared when they are read.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = "stablefield/1"
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint of ours, or no longer one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a file holds: named tensors, the configuration they belong to, and the images they have seen."""
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    images: int
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], images: int) -> None:
+    """Write a checkpoint in place of what is there.
+
+    Raises:
+        OSError: the disk is full, or cannot be written; what was there before is untouched.
+    """
+    # cloned: safetensors refuses tensors that share memory, as tied weights do
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "images": str(images),
+        "checksum": checksum(whole),
+    }
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(whole, beside, metadata)
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {path} ({error}); the file that was there before is untouched") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, it is another program's, cut short, or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of the format {FORMAT}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is no checkpoint, or was cut short: {error}") from None
+    if checksum(tensors) != metadata.get("checksum"):
+        raise CheckpointError(f"{path} is damaged: its tensors do not have the checksum that was written with them")
+    return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]))
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    # a rename is only on the disk once its folder is
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

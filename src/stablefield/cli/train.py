@@ -1,0 +1,191 @@
+"""`stablefield train`: from a configuration to a run."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from types import FrameType
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from stablefield import checkpoint
+from stablefield.config import Config, ConfigError, override, read_toml, resolve
+from stablefield.engine import EMA, LearningRate, TrainState
+from stablefield.engine import train as steps_of
+from stablefield.engine.train import StepReport
+from stablefield.run import Folder, Parts, assemble, describe
+
+# what may change when a run goes on: how far it goes and how often it saves, not what it is
+MAY_CHANGE = {"training.images", "training.save_every", "training.device", "sampler.steps", "grid.sigma_max"}
+
+
+def train(
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/DATA-TARGET.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file that says what is special.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(metavar="MODULE:CLASS", help="Train your own network: Class(shape, label_dim=...).")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+) -> None:
+    """Train a denoiser. Without any option: the digits, with EDM's recipe and stable targets."""
+    settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
+    if resume and (config or out):
+        raise ConfigError("--resume goes on with a run as it is; it goes with neither --config nor --out")
+    if resume:
+        folder, wanted = Folder(resume), continued(Folder(resume), settings)
+    else:
+        wanted = resolve(override(read_toml(config) if config else {}, settings))
+        folder = Folder(out or Path("runs") / f"{wanted['data']['kind']}-{wanted['target']['kind']}")
+    if not resume and folder.occupied():
+        raise ConfigError(
+            f"{folder.path} holds a run already: go on with it by --resume {folder.path}, or choose another --out"
+        )
+    parts = assemble(wanted)
+    print(summary(wanted, parts, folder))
+    if dry_run:
+        print(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")
+        return
+    stopped = run(wanted, parts, folder)
+    if stopped:
+        print(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}")
+        raise typer.Exit(128 + stopped)
+    print(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63")
+
+
+def continued(folder: Folder, settings: list[str]) -> Config:
+    """The configuration of a run that goes on, with what may change changed.
+
+    Raises:
+        ConfigError: no run is there, or the settings would make it another run.
+    """
+    before = resolve(checkpoint.read(folder.checkpoint).config["config"])
+    after = resolve(override(before.sections, settings))
+    if forbidden := set(before.differences(after)) - MAY_CHANGE:
+        raise ConfigError(
+            f"{', '.join(sorted(forbidden))}: a run goes on as what it is; start another one for another configuration"
+        )
+    return after
+
+
+def summary(config: Config, parts: Parts, folder: Folder) -> str:
+    """What is about to happen, in a few lines."""
+    training = config.training
+    numbers = sum(p.numel() for p in parts.denoiser.parameters())
+    device = next(parts.denoiser.parameters()).device
+    return "\n".join(
+        (
+            f"data      {parts.data!r}",
+            f"process   {parts.denoiser.process}, times {parts.objective.times}",
+            f"target    {parts.objective.target}",
+            f"network   {config['network']['kind']}, {numbers:,} parameters, on {device}",
+            f"training  {training.images:,} images, {training.batch_size} a step, seed {training.seed}",
+            f"run       {folder.path}",
+        )
+    )
+
+
+def run(config: Config, parts: Parts, folder: Folder) -> int:
+    """Train, or go on training, until all images are seen or a signal asks to stop; its number, or 0.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    training = config.training
+    state = TrainState(parts.denoiser)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if folder.checkpoint.exists():
+        saved = checkpoint.read(folder.checkpoint)
+        state.restore(saved.tensors, saved.images)
+        folder.rewind(saved.images)
+    folder.config.write_text(config.toml())
+    rate = LearningRate(training.learning_rate, training.ramp)
+    ema = EMA(training.ema_half_life, training.ema_ramp_up)
+    steps = steps_of(
+        state, parts.objective, parts.batches, images=training.images, seed=training.seed, rate=rate, ema=ema
+    )
+
+    def save() -> None:
+        checkpoint.save(folder.checkpoint, state.tensors(), config=describe(config, parts.pool), images=state.images)
+
+    with _stop_signals() as stop, _progress() as progress:
+        bar = progress.add_task("", total=training.images, completed=state.images, loss="", speed="")
+        log, due = _Log(folder, state.images), state.images + training.save_every
+        for step in steps:
+            if shown := log.add(step):
+                progress.update(bar, completed=step.images, loss=shown[0], speed=shown[1])
+            if step.images >= due:
+                save()
+                due += training.save_every
+            if stop:
+                break
+        progress.update(bar, completed=state.images)
+        save()
+    return stop[0] if stop else 0
+
+
+class _Log:
+    """Means over about a thousand images, into the metrics and onto the progress bar."""
+
+    def __init__(self, folder: Folder, images: int) -> None:
+        self.folder, self.images, self.began = folder, images, perf_counter()
+        self.steps: list[StepReport] = []
+
+    def add(self, step: StepReport) -> tuple[str, str] | None:
+        """Take note of a step; every thousand images, the loss and the speed to show."""
+        self.steps.append(step)
+        images = step.images - self.images
+        if images < 1000:
+            return None
+        seconds = perf_counter() - self.began
+        loss = float(torch.stack([s.report.loss.detach() for s in self.steps]).mean())
+        ess = float(torch.stack([s.report.ess.mean() for s in self.steps]).mean())
+        norm = float(torch.stack([s.gradient_norm for s in self.steps]).mean())
+        self.folder.log(
+            {
+                "Progress/kimg": step.images / 1000,
+                "Loss/loss": loss,
+                "Loss/gradient_norm": norm,
+                "Loss/learning_rate": step.rate,
+                "Target/ess": ess,
+                "Timing/sec_per_kimg": seconds / images * 1000,
+            }
+        )
+        self.images, self.began, self.steps = step.images, perf_counter(), []
+        return f"loss {loss:.4f}", f"{images / seconds:,.0f} img/s"
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM, noted instead of obeyed, so that a step is finished and saved; a second one is obeyed."""
+    seen: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

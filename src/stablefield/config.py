@@ -1,0 +1,302 @@
+"""Configuration: the names of all parts, and the way from TOML to them and back.
+
+    [target]
+    kind = "reference"
+    size = 1024
+
+A section names a part by its `kind`; the other keys are the fields of that part's class, with its defaults. So a
+configuration has no defaults of its own, but for what suits the process (`FAMILIES`) and the data (`SUITS`). What a
+part needs at run time (the pool, the shape of the data) is not configured.
+"""
+
+import difflib
+import inspect
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from stablefield.data import Arrays, Digits
+from stablefield.denoise import EDM
+from stablefield.networks import MLP, UNet
+from stablefield.objective import EDMWeight, NoiseWeight, VelocityWeight
+from stablefield.process import VE, VP, Cosine, Flow, SubVP
+from stablefield.sample import EDMGrid, Euler, Heun, UniformGrid
+from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample
+from stablefield.times import LogitNormal, LogNormal, LogUniform, Uniform
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, how fast, and with what seed.
+
+    Attributes:
+        images: seen in the whole run.
+        batch_size: images a step.
+        learning_rate: of Adam, after the ramp.
+        ramp: images over which the learning rate rises.
+        ema_half_life: images after which a weight counts half in the average.
+        ema_ramp_up: early on, the half-life is at most this share of the images seen.
+        stratified: draw the times of a batch evenly spread.
+        conditional: tell the network the class of each image.
+        seed: decides initial weights, order, noise and references.
+        save_every: images between checkpoints.
+        device: "auto", or as torch names it.
+    """
+
+    images: int = 80_000
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    ramp: int = 10_000
+    ema_half_life: float = 20_000
+    ema_ramp_up: float = 0.05
+    stratified: bool = False
+    conditional: bool = False
+    seed: int = 0
+    save_every: int = 50_000
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch_size", "learning_rate", "save_every"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("ramp", "ema_half_life", "ema_ramp_up"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+
+
+PARTS: dict[str, dict[str, type]] = {
+    "data": {"digits": Digits, "arrays": Arrays},
+    "process": {"ve": VE, "vp": VP, "subvp": SubVP, "cosine": Cosine, "flow": Flow},
+    "times": {"lognormal": LogNormal, "loguniform": LogUniform, "uniform": Uniform, "logitnormal": LogitNormal},
+    "target": {
+        "reference": ReferenceBatch,
+        "single": SingleSample,
+        "full": FullDataset,
+        "neighbours": NearestNeighbours,
+    },
+    "weight": {"edm": EDMWeight, "noise": NoiseWeight, "velocity": VelocityWeight},
+    "scaling": {"edm": EDM},
+    "network": {"unet": UNet, "mlp": MLP},
+    "sampler": {"heun": Heun, "euler": Euler},
+    "grid": {"edm": EDMGrid, "uniform": UniformGrid},
+    "training": {"training": Training},  # the section that has no kinds
+}
+
+# what suits a process, where nothing else is said
+FAMILIES: dict[str, dict[str, str]] = {
+    "ve": {"times": "lognormal", "weight": "edm", "grid": "edm"},
+    "vp": {"times": "uniform", "weight": "noise", "grid": "uniform"},
+    "subvp": {"times": "uniform", "weight": "noise", "grid": "uniform"},
+    "cosine": {"times": "uniform", "weight": "noise", "grid": "uniform"},
+    "flow": {"times": "uniform", "weight": "velocity", "grid": "uniform"},
+}
+
+# what a part has no default for, but most data agree with
+SUITS: dict[str, dict[str, Any]] = {"reference": {"size": 1024}, "neighbours": {"neighbours": 64}}
+
+RUNTIME = {"self", "pool", "shape", "label_dim", "augment_dim", "grid"}
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: one line a mistake."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A configuration in which everything is said: sections of plain values, and the way to the parts they name."""
+
+    sections: dict[str, dict[str, Any]]
+
+    def __getitem__(self, section: str) -> dict[str, Any]:
+        return self.sections[section]
+
+    def make(self, section: str, **runtime: Any) -> Any:
+        """The part that a section names, with what it needs at run time."""
+        values = {key: value for key, value in self.sections[section].items() if key != "kind"}
+        return _part(section, self.sections[section].get("kind", section))(**values, **runtime)
+
+    @property
+    def training(self) -> Training:
+        """The section that has no kinds."""
+        return self.make("training")
+
+    def toml(self) -> str:
+        """As a file that gives this configuration back."""
+        said = {
+            section: {key: value for key, value in values.items() if value is not None}
+            for section, values in self.sections.items()
+        }
+        return tomli_w.dumps(said)
+
+    def differences(self, other: "Config") -> list[str]:
+        """Keys, as `section.key`, whose values differ."""
+        keys = {(section, key) for config in (self, other) for section in config.sections for key in config[section]}
+        return sorted(f"{section}.{key}" for section, key in keys if self[section].get(key) != other[section].get(key))
+
+
+def resolve(raw: Mapping[str, Any]) -> Config:
+    """A configuration in which everything is said, from one that says what is special.
+
+    Raises:
+        ConfigError: unknown sections, kinds or keys (naming the nearest), wrong types, values out of range, and parts
+            that do not go together. All mistakes are reported at once.
+    """
+    complaints: list[str] = []
+    for section in raw.keys() - PARTS.keys():
+        complaints.append(f"{section}: there is no such section{_nearest(section, PARTS)}")
+    process = raw.get("process", {})
+    family = FAMILIES.get(process.get("kind", "ve") if isinstance(process, dict) else "ve", FAMILIES["ve"])
+    sections = {name: _section(name, raw.get(name, {}), family, complaints) for name in PARTS}
+    if not complaints:
+        complaints += _conflicts(Config(sections))
+    if complaints:
+        raise ConfigError("\n".join(complaints))
+    return Config(sections)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The sections of a TOML file.
+
+    Raises:
+        ConfigError: no such file, or it is no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no configuration {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no TOML: {error}") from None
+
+
+def override(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """Sections with single keys replaced, each as `section.key=value`, the value written as in TOML (or a bare word).
+
+    A new kind starts a section afresh: the keys of the old one would not fit it.
+
+    Raises:
+        ConfigError: a setting of another form.
+    """
+    merged = {section: dict(values) for section, values in raw.items()}
+    for setting in settings:
+        place, equals, text = setting.partition("=")
+        section, dot, key = place.strip().partition(".")
+        if not (equals and dot and section and key):
+            raise ConfigError(f"{setting}: settings look like section.key=value, for example target.size=2048")
+        value = _value(text.strip())
+        if key == "kind" and merged.get(section, {}).get("kind") != value:
+            merged[section] = {}
+        merged.setdefault(section, {})[key] = value
+    return merged
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _section(section: str, said: Any, family: Mapping[str, str], complaints: list[str]) -> dict[str, Any]:
+    """One section with every key said; what is wrong with it is added to the complaints."""
+    if not isinstance(said, dict):
+        complaints.append(f"{section}: must be a section of keys, not {said!r}")
+        return {}
+    kinds = PARTS[section]
+    kind = said.get("kind", family.get(section, next(iter(kinds))))
+    try:
+        part = _part(section, kind)
+    except ConfigError as error:
+        complaints.append(str(error))
+        return {}
+    has_kinds = section not in kinds
+    values = {key: value for key, value in said.items() if key != "kind" or not has_kinds}
+    try:
+        valid = _schema(part).model_validate(SUITS.get(kind, {}) | values).model_dump(mode="json")
+        if not RUNTIME & inspect.signature(part).parameters.keys():
+            part(**valid)  # ranges are the part's own business
+    except ValidationError as error:
+        complaints += [_complaint(section, kind, mistake, part) for mistake in error.errors()]
+        return {}
+    except ValueError as error:
+        complaints.append(f"{section}: {error}")
+        return {}
+    return {"kind": kind, **valid} if has_kinds else valid
+
+
+def _part(section: str, kind: str) -> Callable[..., Any]:
+    """The class behind a name; for a network also `module:Class`, anyone's own."""
+    if section == "network" and ":" in str(kind):
+        return _foreign(kind)
+    if kind not in PARTS[section]:
+        kinds = ", ".join(PARTS[section])
+        raise ConfigError(f"{section}.kind: {kind!r} is none of {kinds}{_nearest(str(kind), PARTS[section])}")
+    return PARTS[section][kind]
+
+
+def _foreign(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(f"network.kind: {name!r} cannot be imported: {error}") from None
+    except AttributeError:
+        raise ConfigError(f"network.kind: the module {module!r} has no {attribute!r}") from None
+    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+        raise ConfigError(f"network.kind: {name!r} is no torch.nn.Module")
+    return found
+
+
+@cache
+def _schema(part: Callable[..., Any]) -> type[BaseModel]:
+    """What may be configured of a part: the arguments of its class that are not given at run time."""
+    fields: dict[str, Any] = {
+        name: (
+            Any if argument.annotation is inspect.Parameter.empty else argument.annotation,
+            ... if argument.default is inspect.Parameter.empty else argument.default,
+        )
+        for name, argument in inspect.signature(part).parameters.items()
+        if name not in RUNTIME and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    }
+    options = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    return create_model(getattr(part, "__name__", "part"), __config__=options, **fields)
+
+
+def _complaint(section: str, kind: str, mistake: Any, part: Callable[..., Any]) -> str:
+    place = ".".join(str(step) for step in (section, *mistake["loc"]))
+    if mistake["type"] == "extra_forbidden":
+        known = _schema(part).model_fields
+        return f"{place}: {kind!r} has no such key{_nearest(str(mistake['loc'][0]), known, section + '.')}"
+    return f"{place}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, not {mistake['input']!r}"
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, 1, 0.5)
+    if close:
+        return f"; did you mean {prefix}{close[0]}?"
+    return f"; there are {', '.join(prefix + k for k in known)}" if known else ""
+
+
+def _conflicts(config: Config) -> list[str]:
+    """Parts that are fine alone and impossible together."""
+    found = []
+    process, times = config.make("process"), config.make("times")
+    latest = float(times.quantile(torch.tensor([1 - 1e-9], dtype=torch.float64)))
+    if latest > process.limit:
+        found.append(
+            f"times.kind: {config['times']['kind']!r} reaches t = {latest:.3g}, but the process "
+            f"{config['process']['kind']!r} ends at t = {process.limit:g}; uniform and logitnormal stay inside"
+        )
+    try:
+        config.make("grid")(process, config["sampler"]["steps"])
+    except ValueError as error:
+        found.append(f"grid: {error}")
+    return found

@@ -1,0 +1,177 @@
+"""A run: its folder, and the parts that its configuration names.
+
+runs/digits/config.toml               everything that was configured, and everything that was not
+            checkpoint.safetensors    weights, their average, the optimiser
+            metrics.jsonl             what was measured on the way
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stablefield import checkpoint
+from stablefield.checkpoint import CheckpointError
+from stablefield.config import Config, resolve
+from stablefield.data import Shuffled
+from stablefield.denoise import Denoiser, Preconditioned
+from stablefield.objective import Objective
+from stablefield.reference import Pool
+from stablefield.sample import Sampler
+from stablefield.seeding import derive
+from stablefield.times import Stratified
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "checkpoint.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def occupied(self) -> bool:
+        """Whether a run is here already, finished or not."""
+        return self.config.exists() or self.checkpoint.exists()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Add a line to the metrics."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """All lines of the metrics."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+
+    def rewind(self, images: int) -> None:
+        """Forget metrics from after so many images: that part of the run will happen again."""
+        kept: Iterable[dict[str, Any]] = (line for line in self.history() if line["Progress/kimg"] * 1000 <= images)
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        self.metrics.write_text(text)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What a configuration stands for, made and ready.
+
+    Attributes:
+        data: everything the source gave, labels included.
+        pool: what is trained on; it has labels only if the network is told them.
+    """
+
+    data: Pool
+    pool: Pool
+    denoiser: Denoiser
+    objective: Objective
+    batches: Shuffled
+
+
+def assemble(config: Config) -> Parts:
+    """Load the data, and make every part of a training run.
+
+    Raises:
+        ValueError: parts that do not fit the data (sizes, shapes, missing labels).
+    """
+    training = config.training
+    data = config.make("data").load()
+    if training.conditional and data.labels is None:
+        raise ValueError("training.conditional needs labels, and the data have none")
+    pool = data if training.conditional else replace(data, labels=None)
+    times = Stratified(config.make("times")) if training.stratified else config.make("times")
+    target = config.make("target", **({} if config["target"]["kind"] == "single" else {"pool": pool}))
+    return Parts(
+        data,
+        pool,
+        make_denoiser(config, pool.shape, pool.classes).to(choose_device(training.device)),
+        Objective(times, target, config.make("weight")),
+        Shuffled(pool, training.batch_size, training.seed),
+    )
+
+
+def make_denoiser(config: Config, shape: tuple[int, ...], classes: int) -> Preconditioned:
+    """A denoiser with fresh weights, which follow from the seed."""
+    told = {"label_dim": classes} if classes else {}
+    with torch.random.fork_rng([]):
+        torch.manual_seed(derive(config.training.seed, "weights"))
+        network = config.make("network", shape=shape, **told)
+    return Preconditioned(network, config.make("process"), config.make("scaling"), classes)
+
+
+def make_sampler(config: Config) -> Sampler:
+    """The sampler of a run, on its grid."""
+    return config.make("sampler", grid=config.make("grid"))
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; for "auto" a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe(config: Config, pool: Pool) -> dict[str, Any]:
+    """What a checkpoint remembers: the configuration, and what the data said of shape and classes."""
+    return {"config": config.sections, "shape": list(pool.shape), "classes": pool.classes, "levels": pool.levels}
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A trained run, ready to sample from."""
+
+    denoiser: Denoiser
+    config: Config
+    shape: tuple[int, ...]
+    levels: int
+    images: int
+
+
+def open_run(run: str | Path, *, weights: str = "average", device: str = "auto") -> Trained:
+    """A trained run from its folder, or a checkpoint from its file.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or another program's.
+        ValueError: `weights` is neither "average" nor "model".
+    """
+    path = Path(run)
+    found = checkpoint.read(Folder(path).checkpoint if path.is_dir() or not path.suffix else path)
+    if weights not in ("average", "model"):
+        raise ValueError(f'weights are the "average" or the "model", not {weights!r}')
+    try:
+        config = resolve(found.config["config"])
+        shape, classes = tuple(found.config["shape"]), int(found.config["classes"])
+        levels = int(found.config["levels"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not say what it is a checkpoint of: {error} is missing") from None
+    denoiser = make_denoiser(config, shape, classes)
+    prefix = weights + "."
+    state = {name.removeprefix(prefix): t for name, t in found.tensors.items() if name.startswith(prefix)}
+    denoiser.load_state_dict(state)
+    denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
+    return Trained(denoiser, config, shape, levels, found.images)
+
+
+def load(run: str | Path, *, weights: str = "average", device: str = "auto") -> Denoiser:
+    """The denoiser of a run: answers E[x | x_t], in evaluation mode, on a GPU if there is one.
+
+    Args:
+        run: the run's folder, or a checkpoint file.
+        weights: "average" (the EMA, for sampling) or "model" (the last ones).
+        device: "auto", or as torch names it.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is damaged or another program's.
+    """
+    return open_run(run, weights=weights, device=device).denoiser
