@@ -1,7 +1,7 @@
 """One format: tensors as safetensors, and what they are as JSON in its header. No pickle, nothing to execute.
 
 A file is written beside its place, forced to the disk, and renamed: whoever looks finds the old one or the new one,
-whole. A checksum over all tensors is written with them and compared when they are read.
+whole. A checksum over all of it is written too, and compared when it is read.
 """
 
 import hashlib
@@ -41,12 +41,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any]
     """
     # cloned: safetensors refuses tensors that share memory, as tied weights do
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {
-        "format": FORMAT,
-        "config": json.dumps(config),
-        "images": str(images),
-        "checksum": checksum(whole),
-    }
+    metadata = {"format": FORMAT, "config": json.dumps(config), "images": str(images)}
+    metadata["checksum"] = checksum(whole, metadata)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(whole, beside, metadata)
@@ -76,14 +72,14 @@ def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no checkpoint, or was cut short: {error}") from None
-    if checksum(tensors) != metadata.get("checksum"):
-        raise CheckpointError(f"{path} is damaged: its tensors do not have the checksum that was written with them")
+    if metadata.pop("checksum", None) != checksum(tensors, metadata):
+        raise CheckpointError(f"{path} is damaged: it does not have the checksum that was written with it")
     return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]))
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors, in the order of their names."""
-    digest = hashlib.sha256()
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over the metadata and over names, types, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

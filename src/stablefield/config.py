@@ -121,7 +121,8 @@ class Config:
     def make(self, section: str, **runtime: Any) -> Any:
         """The part that a section names, with what it needs at run time."""
         values = {key: value for key, value in self.sections[section].items() if key != "kind"}
-        return _part(section, self.sections[section].get("kind", section))(**values, **runtime)
+        part = _part(section, self.sections[section].get("kind", section))
+        return part(**dict(_schema(part).model_validate(values)), **runtime)
 
     @property
     def training(self) -> Training:
@@ -210,25 +211,26 @@ def _section(section: str, said: Any, family: Mapping[str, str], complaints: lis
         complaints.append(f"{section}: must be a section of keys, not {said!r}")
         return {}
     kinds = PARTS[section]
-    kind = said.get("kind", family.get(section, next(iter(kinds))))
+    has_kinds = section not in kinds
+    kind = said.get("kind", family.get(section, next(iter(kinds)))) if has_kinds else section
     try:
         part = _part(section, kind)
     except ConfigError as error:
         complaints.append(str(error))
         return {}
-    has_kinds = section not in kinds
     values = {key: value for key, value in said.items() if key != "kind" or not has_kinds}
     try:
-        valid = _schema(part).model_validate(SUITS.get(kind, {}) | values).model_dump(mode="json")
+        valid = _schema(part).model_validate(SUITS.get(kind, {}) | values)
         if not RUNTIME & inspect.signature(part).parameters.keys():
-            part(**valid)  # ranges are the part's own business
+            part(**dict(valid))  # ranges are the part's own business
     except ValidationError as error:
         complaints += [_complaint(section, kind, mistake, part) for mistake in error.errors()]
         return {}
     except ValueError as error:
         complaints.append(f"{section}: {error}")
         return {}
-    return {"kind": kind, **valid} if has_kinds else valid
+    said_all = valid.model_dump(mode="json")
+    return {"kind": kind, **said_all} if has_kinds else said_all
 
 
 def _part(section: str, kind: str) -> Callable[..., Any]:

@@ -1,0 +1,104 @@
+"""A checkpoint is whole or it is refused, and a failed write takes nothing with it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from stablefield.checkpoint import CheckpointError, read, save
+
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "checkpoint.safetensors"
+    tensors = {f"part.{n}": torch.randn(n, 3).mul(10).to(dtype) for n, dtype in enumerate(TYPES)}
+    tensors["step"] = torch.tensor(7.0)
+    save(path, tensors, config={"text": "ä\n", "list": [1, 2.5, None]}, images=1234)
+    return path, tensors
+
+
+def test_what_is_read_is_what_was_saved_bit_for_bit(written):
+    path, tensors = written
+    found = read(path)
+    assert found.images == 1234
+    assert found.config == {"text": "ä\n", "list": [1, 2.5, None]}
+    assert found.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found.tensors[name].dtype == tensor.dtype
+        assert found.tensors[name].shape == tensor.shape
+        assert torch.equal(found.tensors[name], tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_file_cut_short_anywhere_is_refused(written, share):
+    path, _ = written
+    whole = path.read_bytes()
+    short = path.with_name("short.safetensors")
+    short.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=r"short\.safetensors"):
+        read(short)
+
+
+@settings(max_examples=100, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
+def test_a_changed_byte_is_refused_or_changes_no_tensor(written, share, flip):
+    path, tensors = written
+    changed = bytearray(path.read_bytes())
+    changed[int(share * len(changed))] ^= flip
+    other = path.with_name("changed.safetensors")
+    other.write_bytes(changed)
+    try:
+        found = read(other)
+    except (CheckpointError, ValueError):
+        return
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+
+
+def test_other_programs_files_and_missing_ones_are_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        read(tmp_path / "none.safetensors")
+    save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="no checkpoint of the format"):
+        read(tmp_path / "other.safetensors")
+    torch.save({"x": 1}, tmp_path / "pickle.pt")
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        read(tmp_path / "pickle.pt")
+
+
+FILL = """
+import resource, sys, torch
+from pathlib import Path
+from stablefield.checkpoint import save
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save(Path(sys.argv[1]), {"x": torch.zeros(1_000_000)}, config={}, images=2)
+except OSError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    save(path, {"x": torch.ones(3)}, config={}, images=1)
+    done = subprocess.run([sys.executable, "-c", FILL, str(path)], capture_output=True, text=True, check=True)
+    assert "refused: could not write" in done.stdout
+    assert read(path).images == 1
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    x = torch.ones(3)
+    save(
+        tmp_path / "c.safetensors",
+        {"a": x, "b": x, "row": torch.eye(3)[1], "turned": torch.eye(3).T},
+        config={},
+        images=0,
+    )
+    assert torch.equal(read(tmp_path / "c.safetensors").tensors["b"], x)
