@@ -31,6 +31,7 @@ from stablefield import (
     posterior,
     stable_target,
 )
+from stablefield.posterior import chunk_size
 from stablefield.reference import ALL, distinct
 
 PROCESSES = [VE(), VP(), SubVP(), Cosine(), Flow()]
@@ -115,6 +116,23 @@ def test_bytes_and_the_numbers_they_stand_for_are_one_data_set() -> None:
             of_pool(Pool(d))(noisy, generator=torch.Generator().manual_seed(0)) for d in (stored, data)
         )
         same(by_bytes, by_numbers, 1e-6)
+
+
+def test_a_data_set_of_many_blocks_is_one_data_set() -> None:
+    data = torch.randn(3000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noisy = batch(VE(), data, n=1200)
+    assert chunk_size(noisy.x_t) < 1000
+    pool, distance = Pool(data), (noisy.x_t - data.T).abs()
+    energy = -(distance**2) / (2 * noisy.sigma[:, None] ** 2)
+    exact = torch.softmax(energy, 1) @ data
+    torch.testing.assert_close(FullDataset(pool)(noisy).mean, exact)
+    torch.testing.assert_close(ReferenceBatch(pool, 3000)(noisy).mean, exact)
+    near = torch.zeros_like(distance, dtype=torch.bool).scatter_(1, distance.topk(40, largest=False)[1], True)
+    inside = near.gather(1, noisy.index[:, None])
+    assert inside.any()
+    assert not inside.all()
+    wanted = torch.where(inside, torch.softmax(energy.masked_fill(~near, -math.inf), 1) @ data, noisy.x)
+    torch.testing.assert_close(NearestNeighbours(pool, 40)(noisy).mean, wanted)
 
 
 # ---- the draw

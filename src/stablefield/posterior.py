@@ -132,7 +132,8 @@ class Sums:
         home = "cpu" if x_t.device.type == "mps" else x_t.device
         self.like = x_t
         self.query = x_t.detach().to(home, torch.float64).flatten(1)
-        self.sigma, self.alpha = (_one_a_row(*named, self.query) for named in (("sigma", sigma), ("alpha", alpha)))
+        self.sigma = _one_a_row("sigma", sigma, self.query)
+        self.alpha = _one_a_row("alpha", alpha, self.query)
         rounding = 2.0**-44 * self.query.square().sum(1)
         self.sharpness = (0.5 / torch.maximum(self.sigma.square(), rounding)).clamp(1e-300, 1e300)
         self.lowest = torch.full_like(self.sigma, torch.inf)
