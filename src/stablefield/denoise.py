@@ -137,4 +137,6 @@ def one_hot(label: Int[Tensor, "B"] | None, classes: int, like: Tensor) -> Float
     """
     if label is None:
         return torch.zeros(len(like), classes, dtype=like.dtype, device=like.device)
+    if (unknown := (label < -1) | (label >= classes)).any():
+        raise ValueError(f"no class {label[unknown][0].item()}: there are {classes} classes, from 0")
     return (label[:, None] == torch.arange(classes, device=label.device)).to(like.device, like.dtype)

@@ -100,18 +100,25 @@ def _where_defined(head: str, process: Process, t: Tensor, complaint: str, divis
     return found
 
 
+@torch.no_grad()
 def stable_target(
     noisy: Perturbed, mean: Float[Tensor, "B *D"], process: Process, *, head: str
 ) -> Float[Tensor, "B *D"]:
     """The training target of a head: what it would say if x0 were the posterior mean.
 
     Written as the single-sample target plus c/a (mean - x), never as a quotient of nearly equal numbers: with
-    mean = x it is the single-sample target bit for bit, and at small sigma it loses nothing.
+    mean = x it is the single-sample target bit for bit, and at small sigma it loses nothing. No gradient flows into it.
+
+    Raises:
+        ValueError: the head has no target at one of the times (the score where sigma = 0, say).
     """
     a, _, c = (per_row(k, noisy.x) for k in coefficients(head, process, noisy.t))
     # where nothing changed nothing is added, whatever c/a is (it is infinite at sigma = 0)
     change = torch.where(mean == noisy.x, 0.0, c / a * (mean - noisy.x))
-    return _single_sample(noisy, process, head) + change
+    target = _single_sample(noisy, process, head) + change
+    if (undefined := ~torch.isfinite(target.flatten(1)).all(1)).any():
+        raise ValueError(f"{head!r} has no target at t = {noisy.t[undefined][0].item():g} of {process}")
+    return target
 
 
 def _single_sample(noisy: Perturbed, process: Process, head: str) -> Tensor:

@@ -15,6 +15,7 @@ float32 rounding of ||x||^2 is worth 40 nats. Float64 products have no reduced m
 reach the weights, and on a CPU with its memory reused they cost about twice the float32 ones.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -84,6 +85,8 @@ def posterior(
             negative; something is not finite.
     """
     _check(x_t, support, source, allowed)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1 member a block, not {chunk}")
     own = support.ndim > x_t.ndim
     chunk = chunk or chunk_size(x_t, members_of=len(x_t) if own else 1)
     return stream(x_t, _blocks(support, allowed, chunk, own), sigma=sigma, alpha=alpha, source=source)
@@ -105,11 +108,10 @@ def stream(
             (B, n) or None, says which of them a row may use.
     """
     sums = Sums(x_t, sigma, alpha)
-    with torch.autocast(x_t.device.type, enabled=False):
-        for members, mask in blocks:
-            sums.add(members, mask)
-        if source is not None:
-            sums.add(source.unsqueeze(1))
+    for members, mask in blocks:
+        sums.add(members, mask)
+    if source is not None:
+        sums.add(source.unsqueeze(1))
     found = sums.finish()
     if not _valid(sums, found):
         raise ValueError(_complaint(x_t, sums))
@@ -119,8 +121,10 @@ def stream(
 class Sums:
     """What has passed of a support: normaliser, weighted sum and moments, relative to the lowest energy so far.
 
-    Weights are exp(-(energy - lowest) / (2 sigma^2)), so the lowest always has weight 1 and nothing overflows. At
-    sigma = 0 the largest finite factor stands in for infinity: 0 times it is 0, anything else times it is gone.
+    Weights are exp(-(energy - lowest) / (2 sigma^2)), so the lowest always has weight 1 and nothing overflows.
+
+    Energies carry the rounding of ||x_t||^2: what differs by less is equal. So a sigma below 2^-22 ||x_t||, zero too,
+    counts as that much, or the order of a sum would choose between two copies of one image.
     """
 
     def __init__(self, x_t: Float[Tensor, "B *D"], sigma: float | Tensor, alpha: float | Tensor = 1.0) -> None:
@@ -128,9 +132,10 @@ class Sums:
         home = "cpu" if x_t.device.type == "mps" else x_t.device
         self.like = x_t
         self.query = x_t.detach().to(home, torch.float64).flatten(1)
-        self.sigma = torch.as_tensor(sigma).detach().to(self.query).expand(len(x_t))
-        self.alpha = torch.as_tensor(alpha).detach().to(self.query).expand(len(x_t))
-        self.sharpness = (0.5 / self.sigma.square()).clamp(1e-300, 1e300)
+        self.sigma = _one_a_row("sigma", sigma, self.query)
+        self.alpha = _one_a_row("alpha", alpha, self.query)
+        rounding = 2.0**-44 * self.query.square().sum(1)
+        self.sharpness = (0.5 / torch.maximum(self.sigma.square(), rounding)).clamp(1e-300, 1e300)
         self.lowest = torch.full_like(self.sigma, torch.inf)
         self.total, self.squares, self.moment = self.query.new_zeros(3, len(x_t))
         self.weighted = torch.zeros_like(self.query)
@@ -156,6 +161,8 @@ class Sums:
 
     def compare(self, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The members in float64, flattened, their squared norms, and their energies, (B, n), for each row."""
+        if members.shape[members.ndim - self.like.ndim + 1 :] != self.like.shape[1:]:
+            raise ValueError(f"x_t is {tuple(self.like.shape)}, which members {tuple(members.shape)} do not fit")
         y = self._widen(members.flatten(members.ndim - self.like.ndim + 1))
         norm = torch.linalg.vector_norm(y, dim=-1).square()
         product = self.query @ y.T if y.ndim == 2 else (y @ self.query.unsqueeze(2)).squeeze(2)
@@ -199,7 +206,14 @@ class Sums:
 def chunk_size(x_t: Tensor, members_of: int = 1) -> int:
     """Members a block, such that a block and its weights take about 4 MB each (256 MB on a GPU)."""
     numbers = 2**25 if x_t.device.type == "cuda" else 2**19
-    return max(1, numbers // max(x_t[0].numel() * members_of, len(x_t), 1))
+    return max(1, numbers // max(math.prod(x_t.shape[1:]) * members_of, len(x_t), 1))
+
+
+def _one_a_row(name: str, value: float | Tensor, query: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
+    value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if value.shape not in ((), (len(query),)):
+        raise ValueError(f"{name} must be a number or ({len(query)},), one a row, not {tuple(value.shape)}")
+    return value.detach().to(query).expand(len(query))
 
 
 def _finite(energy: Tensor) -> Tensor:
@@ -220,6 +234,8 @@ def _blocks(support: Tensor, allowed: Tensor | tuple[Tensor, Tensor] | None, chu
 
 
 def _check(x_t: Tensor, support: Tensor, source: Tensor | None, allowed: Tensor | tuple[Tensor, Tensor] | None) -> None:
+    if x_t.ndim < 2:
+        raise ValueError(f"x_t must be (B, *D) with D at least one dimension, not {tuple(x_t.shape)}")
     shape, rows = tuple(x_t.shape[1:]), len(x_t)
     own = support.ndim > x_t.ndim
     wanted = (rows, support.shape[1], *shape) if own else (len(support), *shape)

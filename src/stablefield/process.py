@@ -139,8 +139,8 @@ class Cosine(Process):
     """alpha = cos(pi t / 2), sigma = sin(pi t / 2): a quarter of the circle at constant speed."""
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        angle = t * (math.pi / 2)
-        return torch.sin(math.pi / 2 - angle), torch.sin(angle)  # sin(0) is exactly 0 where cos(pi/2) is not
+        quarter = math.pi / 2
+        return torch.sin((1 - t) * quarter), torch.sin(t * quarter)  # cos(pi t / 2) would lose its digits near t = 1
 
     def time(self, ratio: Tensor) -> Tensor:
         return torch.atan(ratio) * (2 / math.pi)

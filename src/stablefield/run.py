@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from stablefield import checkpoint
-from stablefield.checkpoint import CheckpointError
+from stablefield.checkpoint import CheckpointError, read
 from stablefield.config import Config, resolve
 from stablefield.data import Shuffled
 from stablefield.denoise import Denoiser, Preconditioned
@@ -146,7 +145,7 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
         ValueError: `weights` is neither "average" nor "model".
     """
     path = Path(run)
-    found = checkpoint.read(Folder(path).checkpoint if path.is_dir() or not path.suffix else path)
+    found = read(Folder(path).checkpoint if path.is_dir() or not path.suffix else path)
     if weights not in ("average", "model"):
         raise ValueError(f'weights are the "average" or the "model", not {weights!r}')
     try:

@@ -177,4 +177,7 @@ def _index(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:
         raise ValueError(f"rows are {tuple(noisy.x.shape[1:])}, but members of the pool {pool.shape}")
     if noisy.index is None:
         raise ValueError("the batch does not say which members of the pool it holds: give it an index")
-    return noisy.index.cpu()
+    index = noisy.index.cpu()
+    if (beyond := (index < 0) | (index >= len(pool))).any():
+        raise ValueError(f"no member {index[beyond][0].item()}: the pool has {len(pool)}, from 0")
+    return index

@@ -38,6 +38,9 @@ class LogNormal(Times):
     mean: float = -1.2
     std: float = 1.2
 
+    def __post_init__(self) -> None:
+        _check_spread(self)
+
     def quantile(self, u: Tensor) -> Tensor:
         return (self.mean + self.std * torch.special.ndtri(u)).exp()
 
@@ -79,6 +82,9 @@ class LogitNormal(Times):
     mean: float = 0.0
     std: float = 1.0
 
+    def __post_init__(self) -> None:
+        _check_spread(self)
+
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
@@ -98,3 +104,8 @@ class Stratified(Times):
     def levels(self, n: int, generator: torch.Generator | None) -> Tensor:
         shift = torch.rand(1, dtype=torch.float64, generator=generator)
         return (shift + torch.arange(n, dtype=torch.float64) / n) % 1
+
+
+def _check_spread(times: LogNormal | LogitNormal) -> None:
+    if not (math.isfinite(times.mean) and 0 < times.std < math.inf):
+        raise ValueError(f"{type(times).__name__} needs a finite mean and 0 < std, not {times.mean} and {times.std}")

@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stablefield import checkpoint
+from stablefield.checkpoint import read, save
 from stablefield.config import Config, ConfigError, override, read_toml, resolve
 from stablefield.engine import EMA, LearningRate, TrainState
 from stablefield.engine import train as steps_of
@@ -66,7 +66,7 @@ def continued(folder: Folder, settings: list[str]) -> Config:
     Raises:
         ConfigError: no run is there, or the settings would make it another run.
     """
-    before = resolve(checkpoint.read(folder.checkpoint).config["config"])
+    before = resolve(read(folder.checkpoint).config["config"])
     after = resolve(override(before.sections, settings))
     if forbidden := set(before.differences(after)) - MAY_CHANGE:
         raise ConfigError(
@@ -102,7 +102,7 @@ def run(config: Config, parts: Parts, folder: Folder) -> int:
     state = TrainState(parts.denoiser)
     folder.path.mkdir(parents=True, exist_ok=True)
     if folder.checkpoint.exists():
-        saved = checkpoint.read(folder.checkpoint)
+        saved = read(folder.checkpoint)
         state.restore(saved.tensors, saved.images)
         folder.rewind(saved.images)
     folder.config.write_text(config.toml())
@@ -112,8 +112,8 @@ def run(config: Config, parts: Parts, folder: Folder) -> int:
         state, parts.objective, parts.batches, images=training.images, seed=training.seed, rate=rate, ema=ema
     )
 
-    def save() -> None:
-        checkpoint.save(folder.checkpoint, state.tensors(), config=describe(config, parts.pool), images=state.images)
+    def keep() -> None:
+        save(folder.checkpoint, state.tensors(), config=describe(config, parts.pool), images=state.images)
 
     with _stop_signals() as stop, _progress() as progress:
         bar = progress.add_task("", total=training.images, completed=state.images, loss="", speed="")
@@ -122,12 +122,12 @@ def run(config: Config, parts: Parts, folder: Folder) -> int:
             if shown := log.add(step):
                 progress.update(bar, completed=step.images, loss=shown[0], speed=shown[1])
             if step.images >= due:
-                save()
+                keep()
                 due += training.save_every
             if stop:
                 break
         progress.update(bar, completed=state.images)
-        save()
+        keep()
     return stop[0] if stop else 0
 
 

@@ -1,0 +1,38 @@
+"""Laws of seeds: one for every purpose, and written as people write them."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stablefield.seeding import derive, generator, parse_seeds
+
+
+def test_every_purpose_has_a_seed_of_its_own_that_a_generator_takes() -> None:
+    purposes = [(seed, name, step) for seed, name, step in product((0, 1, 10, -1), ("step", "epoch"), range(50))]
+    seeds = [derive(*purpose) for purpose in purposes]
+    assert len(set(seeds)) == len(purposes)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds == [derive(*purpose) for purpose in purposes]
+
+
+def test_what_was_drawn_before_changes_nothing() -> None:
+    wanted = torch.randn(3, generator=generator(1, "step", 5))
+    torch.manual_seed(0)
+    torch.randn(3, generator=generator(1, "step", 4))
+    assert torch.equal(torch.randn(3, generator=generator(1, "step", 5)), wanted)
+    assert not torch.equal(torch.randn(3, generator=generator(2, "step", 5)), wanted)
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 20)), min_size=1))
+def test_seeds_are_read_as_they_are_written(spans: list[tuple[int, int]]) -> None:
+    text = ",".join(f"{first}-{first + more}" if more else str(first) for first, more in spans)
+    assert parse_seeds(text) == [seed for first, more in spans for seed in range(first, first + more + 1)]
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,", "3-", "-3", "1-2-3", "1;2", "5-4", "1.5"])
+def test_what_are_no_seeds_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="seeds"):
+        parse_seeds(text)
