@@ -101,7 +101,7 @@ class EDM(Scaling):
 class VPScaling(Scaling):
     """The scalings of VP networks, DDPM++ among them (Song et al. 2021; Karras et al. 2022, table 1).
 
-    The network predicts minus the noise, and is told 999 t of the VP process whatever the process it is used with.
+    The network predicts the noise, and is told 999 t of the VP process whatever the process it is used with.
 
     Attributes:
         beta_d: growth of beta over the process that the network was trained on.
@@ -133,7 +133,10 @@ class VPScaling(Scaling):
 
 @dataclass(frozen=True)
 class VEScaling(Scaling):
-    """The scalings of VE networks, NCSN++ among them (Song et al. 2021; Karras et al. 2022, table 1)."""
+    """The scalings of VE networks, NCSN++ among them (Song et al. 2021; Karras et al. 2022, table 1).
+
+    The network predicts minus the noise, and is told ln(level / 2).
+    """
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0

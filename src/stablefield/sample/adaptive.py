@@ -59,10 +59,14 @@ def velocity(ask: Question, x: Tensor, t: Tensor) -> Tensor:
 def integrate(
     field: Callable[[Tensor, Tensor], Tensor], state: Tensor, start: Tensor, end: Tensor, tolerance: float
 ) -> Tensor:
-    """The state, a row each, at time `end`, when d state / dt = field(t, state)."""
+    """The state, a row each, at time `end`, when d state / dt = field(t, state). It is never asked beyond the end."""
     times = torch.stack([start, end]).to(state)
-    options = {"norm": _worst}
-    return odeint(field, state, times, rtol=tolerance, atol=tolerance, method="dopri5", options=options)[-1]
+
+    def inside(t: Tensor, state: Tensor) -> Tensor:
+        return field(t.clamp(times.min(), times.max()), state)  # a guess at the first step may reach beyond
+
+    options = {"norm": _worst, "step_t": times[1:]}  # land on the end, instead of stepping over it and looking back
+    return odeint(inside, state, times, rtol=tolerance, atol=tolerance, method="dopri5", options=options)[-1]
 
 
 def _worst(error: Tensor) -> Tensor:

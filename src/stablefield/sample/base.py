@@ -116,7 +116,7 @@ class Sampler(ABC):
         x = deque(self.path(ask, latents, generators), maxlen=1).pop()
         return Samples(x, ask.label, ask.evaluations)
 
-    def times(self, denoiser: Denoiser) -> Float[Tensor, "steps+1"]:
+    def times(self, denoiser: Denoiser) -> Float[Tensor, "{self.steps}+1"]:
         """Where this sampler stops on the way: its grid, as far as the denoiser's range allows."""
         return denoiser.nearest(self.grid(denoiser.process, self.steps, denoiser.levels))
 

@@ -21,7 +21,7 @@ class Grid(ABC):
     """A rule for the times of a sampler."""
 
     @abstractmethod
-    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Float[Tensor, "steps+1"]:
+    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Float[Tensor, "{steps}+1"]:
         """Decreasing times, float64, on the CPU; the last is 0, the others lie within a range of noise levels.
 
         Raises:

@@ -85,7 +85,8 @@ class PredictorCorrector(Sampler):
         x + e score + sqrt(2 e) z,      e = 2 a^2 (snr ||z|| / ||score||)^2
 
     A correction exchanges noise at a fixed time; its size e follows from the norms of each image (not of the batch),
-    so an image depends on its seed alone. They are meant for data of many dimensions, where norms are nearly constant.
+    so an image depends on its seed alone. They are meant for data of many dimensions, where norms are nearly constant:
+    the variance they hold is too large by about 4 / dim, beside the snr^2 of every Langevin step.
     Each correction costs one evaluation: N = 1000 steps with one are 2000.
 
     Attributes:
