@@ -14,15 +14,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.denoise import Denoiser
+from stablefield.parametrize import HEADS, coefficients
+from stablefield.process import Process
 from stablefield.target import TargetEstimator
 from stablefield.times import Times
 
 
 class Weight(ABC):
-    """How much an error in x counts at a noise level."""
+    """How much an error in x counts at a time of a process."""
 
     @abstractmethod
-    def __call__(self, alpha: Float[Tensor, "B"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def __call__(self, process: Process, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
         """The factor on the squared error of E[x | x_t]."""
 
 
@@ -32,24 +34,78 @@ class EDMWeight(Weight):
 
     sigma_data: float = 0.5
 
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return 1 / self.sigma_data**2 + (alpha / sigma) ** 2
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return 1 / self.sigma_data**2 + _signal_to_noise(process, t)
 
 
 @dataclass(frozen=True)
 class NoiseWeight(Weight):
     """(alpha / sigma)^2: errors of the predicted noise count alike (Ho et al. 2020, eq. 14)."""
 
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return (alpha / sigma) ** 2
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return _signal_to_noise(process, t)
 
 
 @dataclass(frozen=True)
 class VelocityWeight(Weight):
     """1 / sigma^2: errors of rectified flow's velocity, noise - x, count alike (Lipman et al. 2023, eq. 23)."""
 
-    def __call__(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return sigma**-2
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return process.scales(t)[1] ** -2
+
+
+@dataclass(frozen=True)
+class HeadWeight(Weight):
+    """(c / a)^2 of `parametrize`: errors of one head count alike, for any process.
+
+    The usual weighting of a network that `Predicts` this head: 1 for x0, `NoiseWeight` for noise, `VelocityWeight`
+    for the velocity of a flow, and for v in VP the SNR + 1 of Salimans & Ho 2022, section 4.
+
+    Raises:
+        ValueError: there is no such head.
+    """
+
+    head: str
+
+    def __post_init__(self) -> None:
+        if self.head not in HEADS:
+            raise ValueError(f"no head is called {self.head!r}; there are {', '.join(HEADS)}")
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        a, _, c = coefficients(self.head, process, t)
+        return (c / a) ** 2
+
+
+@dataclass(frozen=True)
+class MinSNR(Weight):
+    """min(SNR, gamma), SNR = (alpha / sigma)^2: low noise is not worth more than gamma (Hang et al. 2023, eq. 8)."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma > 0:
+            raise ValueError(f"gamma must be positive, not {self.gamma}")
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        return _signal_to_noise(process, t).clamp(max=self.gamma)
+
+
+@dataclass(frozen=True)
+class LikelihoodWeight(Weight):
+    """g(t)^2 on the error of the score: with t uniform, a bound on the likelihood (Song, Durkan et al. 2021, th. 1).
+
+    g^2 = 2 sigma (sigma' - sigma alpha' / alpha) is the noise rate of the process. On errors in x that makes
+    -d SNR / dt (Kingma et al. 2021, eq. 17), which stays finite where alpha = 0 and g does not.
+    """
+
+    def __call__(self, process: Process, t: Tensor) -> Tensor:
+        (alpha, sigma), (d_alpha, d_sigma) = process.scales(t), process.rates(t)
+        return 2 * alpha * (alpha * d_sigma - sigma * d_alpha) / sigma**3
+
+
+def _signal_to_noise(process: Process, t: Tensor) -> Tensor:
+    alpha, sigma = process.scales(t)
+    return (alpha / sigma) ** 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,5 +162,5 @@ class Objective:
         noisy = denoiser.process.perturb(x, t, noise, label=label, index=index)
         target = self.target(noisy, generator=generator)
         error = (denoiser(noisy.x_t, t, label) - target.mean).square().flatten(1).mean(1)
-        each = self.weight(noisy.alpha, noisy.sigma).to(error.dtype) * error
+        each = self.weight(denoiser.process, t).to(error.dtype) * error
         return LossReport(each.mean(), each, t, target.ess)

@@ -38,10 +38,16 @@ class Samples:
 
 
 class Question:
-    """A denoiser asked about one batch: labels bound, answers in the state's precision, questions counted."""
+    """A denoiser asked about one batch: labels bound, answers in the state's precision, questions counted.
+
+    Attributes:
+        evaluations: how often it was asked.
+        last: the time of the latest question and its answer, for samplers that look back.
+    """
 
     def __init__(self, denoiser: Denoiser, label: Tensor | None) -> None:
         self.denoiser, self.label, self.evaluations = denoiser, label, 0
+        self.last: tuple[Tensor, Tensor] | None = None
 
     @property
     def process(self) -> Process:
@@ -49,8 +55,18 @@ class Question:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """E[x | x_t = x] at one time for all rows."""
+        # filled in, not copied over: a copy to a GPU would make the host wait
+        times = torch.full((len(x),), float(t), dtype=x.dtype, device=x.device)
+        x0 = self.denoiser(x, times, self.label).to(x.dtype)
         self.evaluations += 1
-        return self.denoiser(x, t.to(x).expand(len(x)), self.label).to(x.dtype)
+        self.last = t, x0
+        return x0
+
+    def both(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x | x_t = x] and E[noise | x_t = x], which is -sigma times the score."""
+        alpha, sigma = self.process.scales(t)
+        x0 = self(x, t)
+        return x0, (x - alpha * x0) / sigma
 
 
 @dataclass(frozen=True)
@@ -100,11 +116,15 @@ class Sampler(ABC):
         x = deque(self.path(ask, latents, generators), maxlen=1).pop()
         return Samples(x, ask.label, ask.evaluations)
 
+    def times(self, denoiser: Denoiser) -> Float[Tensor, "{self.steps}+1"]:
+        """Where this sampler stops on the way: its grid, as far as the denoiser's range allows."""
+        return denoiser.nearest(self.grid(denoiser.process, self.steps, denoiser.levels))
+
     def path(
         self, ask: Question, latents: Float[Tensor, "B *D"], generators: Sequence[torch.Generator]
     ) -> Iterator[Float[Tensor, "B *D"]]:
         """The state after every step, from standard normal latents and each row's source of noise."""
-        times = self.grid(ask.process, self.steps)
+        times = self.times(ask.denoiser)
         # MPS has no float64
         x = latents.to(torch.float32 if latents.device.type == "mps" else torch.float64)
         x = ask.process.scales(times[0])[1] * x

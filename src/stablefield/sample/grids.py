@@ -1,21 +1,32 @@
-"""Where a sampler stops on its way from noise to data: t_0 > t_1 > ... > t_steps = 0."""
+"""Where a sampler stops on its way from noise to data: t_0 > t_1 > ... > t_steps = 0.
+
+Each rule was published for noise levels of x + level noise; the times are those at which the process at hand has
+sigma / alpha = level. A denoiser may not know all levels. Then the rule's own ends move inside what it knows, and the
+times between them follow.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.process import Process
+from stablefield.denoise import Range, iddpm_levels
+from stablefield.process import VP, Process
 
 
 class Grid(ABC):
     """A rule for the times of a sampler."""
 
     @abstractmethod
-    def __call__(self, process: Process, steps: int) -> Float[Tensor, "steps+1"]:
-        """Decreasing times, float64, on the CPU; the last is 0."""
+    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Float[Tensor, "{steps}+1"]:
+        """Decreasing times, float64, on the CPU; the last is 0, the others lie within a range of noise levels.
+
+        Raises:
+            ValueError: the rule has no times there.
+        """
 
 
 @dataclass(frozen=True)
@@ -27,14 +38,78 @@ class EDMGrid(Grid):
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < float("inf"):
-            raise ValueError(f"need 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}")
+        _check(self.sigma_min, self.sigma_max)
 
-    def __call__(self, process: Process, steps: int) -> Tensor:
+    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+        low, high = _inside(self.sigma_min, self.sigma_max, levels)
         root = 1 / self.rho
-        spread = torch.linspace(0, 1, steps, dtype=torch.float64)
-        levels = (self.sigma_max**root + spread * (self.sigma_min**root - self.sigma_max**root)) ** self.rho
-        return torch.cat([process.time(levels), torch.zeros(1, dtype=torch.float64)])
+        return _times(process, (high**root + _share(steps) * (low**root - high**root)) ** self.rho)
+
+
+@dataclass(frozen=True)
+class GeometricGrid(Grid):
+    """Evenly spaced in log(sigma / alpha), then 0: the grid of VE (Song et al. 2021; Karras et al. 2022, table 1)."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def __post_init__(self) -> None:
+        _check(self.sigma_min, self.sigma_max)
+
+    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+        low, high = _inside(self.sigma_min, self.sigma_max, levels)
+        return _times(process, high * (low / high) ** _share(steps))
+
+
+@dataclass(frozen=True)
+class VPGrid(Grid):
+    """Evenly spaced in the time of a VP process, from 1 to `end`, then 0 (Karras et al. 2022, table 1).
+
+    Attributes:
+        beta_d: growth of beta in that process.
+        beta_min: beta at its start.
+        end: the last time before 0.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    end: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.end < 1:
+            raise ValueError(f"a VP grid needs an end between 0 and 1, not {self.end}")
+
+    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+        schedule = VP(self.beta_min, self.beta_d)
+        last, first = _levels(schedule, torch.tensor([self.end, 1.0], dtype=torch.float64)).tolist()
+        ends = torch.tensor(_inside(last, first, levels), dtype=torch.float64)
+        last, first = schedule.time(ends).tolist()
+        return _times(process, _levels(schedule, first + _share(steps) * (last - first)))
+
+
+@dataclass(frozen=True)
+class IDDPMGrid(Grid):
+    """Evenly spaced entries of improved DDPM's table of noise levels, then 0 (Karras et al. 2022, table 1).
+
+    Attributes:
+        skip: entries left out at the noisy end, j_0.
+        table_steps: length of the table, M.
+        c_1: least share of the signal that a step of it keeps.
+        c_2: offset of its cosine.
+    """
+
+    skip: int = 8
+    table_steps: int = 1000
+    c_1: float = 0.001
+    c_2: float = 0.008
+
+    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+        low, high = levels
+        table = torch.tensor(iddpm_levels(self.table_steps, self.c_1, self.c_2)[self.skip : -1], dtype=torch.float64)
+        table = table[(low <= table) & (table <= high)]
+        if len(table) == 0:
+            raise ValueError(f"the table has no noise level between {low:g} and {high:g}")
+        return _times(process, table[(_share(steps) * (len(table) - 1) + 0.5).long()])
 
 
 @dataclass(frozen=True)
@@ -43,8 +118,42 @@ class UniformGrid(Grid):
 
     start: float | None = None
 
-    def __call__(self, process: Process, steps: int) -> Tensor:
-        start = process.limit if self.start is None else self.start
-        if not 0 < start <= process.limit or start == float("inf"):
-            raise ValueError(f"a uniform grid for {process} needs a start in (0, {process.limit}), not {start}")
-        return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+        chosen = process.limit if self.start is None else self.start
+        if not 0 < chosen <= process.limit or chosen == inf:
+            raise ValueError(f"a uniform grid for {process} needs a start in (0, {process.limit}), not {chosen}")
+        low, high = torch.tensor(levels, dtype=torch.float64)
+        start = torch.tensor(chosen, dtype=torch.float64)
+        first = start if _levels(process, start) <= high else process.time(high)
+        last = torch.maximum(first / steps, process.time(low))
+        if last > first:
+            raise ValueError(f"a uniform grid from t = {first:g} begins below the denoiser's first time, {last:g}")
+        return torch.cat([first + _share(steps) * (last - first), torch.zeros(1, dtype=torch.float64)])
+
+
+def _share(steps: int) -> Tensor:
+    """How far on its way a sampler is before each step, without the step to 0: from 0 to 1."""
+    return torch.linspace(0, 1, steps, dtype=torch.float64)
+
+
+def _times(process: Process, levels: Tensor) -> Tensor:
+    return torch.cat([process.time(levels), torch.zeros(1, dtype=torch.float64)])
+
+
+def _levels(process: Process, t: Tensor) -> Tensor:
+    alpha, sigma = process.scales(t)
+    return sigma / alpha
+
+
+def _check(low: float, high: float) -> None:
+    if not 0 < low < high < inf:
+        raise ValueError(f"need 0 < sigma_min < sigma_max, not {low} and {high}")
+
+
+def _inside(low: float, high: float, levels: Range) -> Range:
+    """The part of a grid's range that a denoiser knows."""
+    inside = max(low, levels[0]), min(high, levels[1])
+    if inside[0] >= inside[1]:
+        known = f"{levels[0]:g} to {levels[1]:g}"
+        raise ValueError(f"the grid's noise levels, {low:g} to {high:g}, and the denoiser's, {known}, do not meet")
+    return inside
