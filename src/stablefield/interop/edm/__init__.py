@@ -4,8 +4,8 @@ A pickle is a program for a small stack machine, and some of its instructions ca
 file names. EDM's files lean on that: beside every network they carry the source code of its class, which the
 original loader executes. Whoever can write such a file can run anything on the machine that loads it.
 
-So nothing is unpickled here. The standard library's disassembler lists the instructions, and a machine
-*without a call* follows them: a name becomes a record of that name, provided that it stands in a table;
+So nothing is unpickled here. The standard library describes the instructions, and a machine *without a
+call* follows them: a name becomes a record of that name, provided that it stands in a table;
 "calling" it looks it up in the table and yields plain data,
 
     bytes -> instructions -> dict, list, tuple, str, int, float | Object | TensorView

@@ -126,29 +126,23 @@ def checkpoint(data: dict[str, Any], ledger: Ledger) -> EDMCheckpoint:
 
 @dataclass
 class Ledger:
-    """Copies what is wanted: as many bytes of tensors as the file has, a million of all else, and no more."""
+    """Copies what is wanted, while it does not outweigh the file; a number or a letter weighs one byte."""
 
-    size: int
-    things: int = 1_000_000
+    left: int
 
-    def charge(self, things: int, size: int = 0) -> None:
-        self.things -= things
-        self.size -= size
-        if min(self.things, self.size) < 0:
+    def charge(self, octets: int) -> None:
+        self.left -= octets
+        if self.left < 0:
             raise RefusedCheckpoint("unfolds to more than a file of its size can hold")
 
     def tensor(self, view: TensorView) -> Shaped[Tensor, " *size"]:
         dtype, extent = view.storage.dtype, view.extent
-        self.charge(things=1, size=max(extent, view.numel) * dtype.itemsize)
-        if extent == 0 or view.storage.data is None:
+        self.charge(1 + max(extent, view.numel) * dtype.itemsize)
+        if extent == 0:
             return torch.empty(view.size, dtype=dtype)
         octets = np.frombuffer(view.storage.data, np.uint8)[view.offset * dtype.itemsize :]
-        return (
-            torch.tensor(octets[: extent * dtype.itemsize])
-            .view(dtype)
-            .as_strided(view.size, view.stride)
-            .contiguous()
-        )
+        elements = torch.tensor(octets[: extent * dtype.itemsize]).view(dtype)
+        return elements.as_strided(view.size, view.stride).contiguous()
 
     def state(self, module: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """The names and tensors of `Module.state_dict`."""
@@ -157,7 +151,7 @@ class Ledger:
             for name, value in expect(fields[part], dict).items():
                 if not re.fullmatch(r"\w{1,100}", expect(name, str), re.ASCII):
                     raise refusal(name)
-                self.charge(things=len(prefix) + len(name))
+                self.charge(len(prefix) + len(name))
                 if part == "_modules" and value is not None:
                     yield from self.state(value, f"{prefix}{name}.")
                 elif value is not None:
@@ -165,7 +159,7 @@ class Ledger:
 
     def plain(self, value: object) -> Any:
         """Containers, strings, numbers and tensors; anything else is refused."""
-        self.charge(things=1 + len(value) if isinstance(value, str) else 1)
+        self.charge(1 + len(value) if isinstance(value, str) else 1)
         match value:
             case dict():
                 return {self.plain(key): self.plain(item) for key, item in value.items()}

@@ -8,6 +8,7 @@ older form     pickles of a magic number, a version, the system, the data and th
 
 from __future__ import annotations
 
+import errno
 import mmap
 import re
 import zipfile
@@ -26,10 +27,9 @@ def read_file(path: Path) -> object:
     with open(path, "rb") as file:
         if file.read(4) == b"PK\x03\x04":
             return read_zip(path)
-        empty = path.stat().st_size == 0  # and could not be mapped
-        return read_stream(
-            Stream(memoryview(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
-        )
+        if path.stat().st_size == 0:
+            raise RefusedCheckpoint("is empty")
+        return read_stream(Stream(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))))
 
 
 def read_stream(stream: Stream) -> object:
@@ -75,10 +75,12 @@ def read_older(
 
 def read_zip(path: Path) -> object:
     shelf: dict[str, Storage] = {}
-    with zipfile.ZipFile(path) as archive:
-        records = {
-            name: archive.read(info) for name, info in records_of(archive, path.stat().st_size).items()
-        }
+    try:
+        records = read_records(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise RefusedCheckpoint("has a zip with a record that begins before the file does") from error
     if records.get("byteorder", b"little") != b"little":
         raise RefusedCheckpoint("is from a big-endian machine")
     data = Machine(Stream(memoryview(records["data.pkl"])), ALL, shelf, read_bare_storage).run()
@@ -87,22 +89,19 @@ def read_zip(path: Path) -> object:
     return data
 
 
-def records_of(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
+def read_records(path: Path) -> dict[str, bytes]:
     """By name, less that of the folder that holds them all."""
-    infos = archive.infolist()
-    folders, records = (
-        {info.filename.partition("/")[0] for info in infos},
-        {info.filename.partition("/")[2]: info for info in infos},
-    )
-    if len(folders) != 1 or len(records) != len(infos):
-        raise RefusedCheckpoint("has more than one folder in its zip, or two records of one name")
-    for name in records:
-        if not re.fullmatch(r"data\.pkl|version|byteorder|data/\d+|\.\w[\w./]*", name):
-            raise refusal(name)
-    # torch stores its records as they are; compressed or overlapping ones could unfold to any size
-    if (
-        any(info.compress_type != zipfile.ZIP_STORED for info in infos)
-        or sum(i.file_size for i in infos) > size
-    ):
-        raise RefusedCheckpoint("has compressed or overlapping records in its zip")
-    return records
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        folders = {info.filename.partition("/")[0] for info in infos}
+        records = {info.filename.partition("/")[2]: info for info in infos}
+        if len(folders) != 1 or len(records) != len(infos):
+            raise RefusedCheckpoint("has more than one folder in its zip, or two records of one name")
+        for name in records:
+            if not re.fullmatch(r"data\.pkl|version|byteorder|data/\d+|\.\w[\w./]*", name):
+                raise refusal(name)
+        # torch stores its records as they are; compressed or overlapping ones could unfold to any size
+        stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+        if not stored or sum(info.file_size for info in infos) > path.stat().st_size:
+            raise RefusedCheckpoint("has compressed or overlapping records in its zip")
+        return {name: archive.read(info) for name, info in records.items()}

@@ -1,14 +1,15 @@
 """A stack machine for pickles that has no call.
 
-It follows the instructions that `pickletools` lists: push a number, gather a tuple, remember a value. Those
-with which the file takes control of a real unpickler do no more here than
+It follows the instructions that `pickletools` describes: push a number, gather a tuple, remember a value.
+Those with which the file takes control of a real unpickler do no more here than
 
     GLOBAL, STACK_GLOBAL  push a record of the name, after finding it in the table
     NEWOBJ, REDUCE        look the record up in the table, and push the data it stands for
     BUILD                 keep a dictionary as an object's state, once; no method or attribute is touched
     BINPERSID             mention a storage, where the format has such mentions
 
-and those not listed in `Machine.step`, such as the extension registry's, are refused by name.
+and those not listed in `Machine.step`, such as the extension registry's, are refused by name, before so much
+as their argument is read.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Stream:
         return self.position
 
 
+INSTRUCTIONS = {opcode.code.encode("latin1"): opcode for opcode in pickletools.opcodes}
+
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 EMPTY: dict[str, Callable[[], object]] = {
@@ -104,24 +107,32 @@ class Machine:
         self.aside: list[list[Any]] = []  # the stacks below each mark
 
     def run(self) -> object:
-        for opcode, argument, _ in pickletools.genops(cast("IO[bytes]", self.stream)):
-            self.step(opcode.name, argument)
+        while (code := self.stream.read(1)) != b".":  # STOP
+            if code not in INSTRUCTIONS:
+                raise RefusedCheckpoint(
+                    f"has no pickle instruction at byte {self.stream.position}, or ends early"
+                )
+            self.step(INSTRUCTIONS[code])
         if len(self.stack) != 1 or self.aside:
             raise RefusedCheckpoint(f"has a pickle that ends with {len(self.stack)} values")
         return self.stack.pop()
 
-    def step(self, opcode: str, argument: Any) -> None:
-        match opcode:
-            case _ if opcode in LITERALS:
-                self.push(argument)
-            case _ if opcode in CONSTANTS:
-                self.push(CONSTANTS[opcode])
-            case _ if opcode in EMPTY:
-                self.push(EMPTY[opcode]())
+    def argument(self, opcode: pickletools.OpcodeInfo) -> Any:
+        assert opcode.arg is not None
+        return opcode.arg.reader(cast("IO[bytes]", self.stream))
+
+    def step(self, opcode: pickletools.OpcodeInfo) -> None:
+        match opcode.name:
+            case name if name in LITERALS:
+                self.push(self.argument(opcode))
+            case name if name in CONSTANTS:
+                self.push(CONSTANTS[name])
+            case name if name in EMPTY:
+                self.push(EMPTY[name]())
             case "BINGET" | "LONG_BINGET":
-                self.push(self.memo[argument])
+                self.push(self.memo[self.argument(opcode)])
             case "BINPUT" | "LONG_BINPUT":
-                self.memo[argument] = self.stack[-1]
+                self.memo[self.argument(opcode)] = self.stack[-1]
             case "MEMOIZE":
                 self.memo[len(self.memo)] = self.stack[-1]
             case "MARK":
@@ -129,8 +140,8 @@ class Machine:
                 self.stack = []
             case "TUPLE":
                 self.push(tuple(self.marked()))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                self.push(tuple(self.pop(int(opcode[-1]))))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                self.push(tuple(self.pop(int(name[-1]))))
             case "APPEND":
                 self.extend(self.pop(1))
             case "APPENDS" | "ADDITEMS":
@@ -140,7 +151,7 @@ class Machine:
             case "SETITEMS":
                 self.update(self.marked())
             case "GLOBAL":
-                self.push(self.name(argument))
+                self.push(self.name(self.argument(opcode)))
             case "STACK_GLOBAL":
                 self.push(self.name(" ".join(expect(part, str) for part in self.pop(2))))
             case "NEWOBJ":
@@ -151,11 +162,10 @@ class Machine:
                 self.build(*self.pop(1))
             case "BINPERSID":
                 self.push(self.mentioned(*self.pop(1)))
-            case "PROTO" | "FRAME" | "STOP":
-                pass
-            case _:
-                shown = f" `{printable(argument)}`" if isinstance(argument, str) else ""
-                raise RefusedCheckpoint(f"refuses the pickle instruction {opcode}{shown}")
+            case "PROTO" | "FRAME":
+                self.argument(opcode)  # of no interest
+            case name:
+                raise RefusedCheckpoint(f"refuses the pickle instruction {name}")
 
     def push(self, value: object) -> None:
         self.stack.append(value)

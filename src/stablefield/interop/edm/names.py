@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -67,7 +67,7 @@ class Storage:
 
     dtype: torch.dtype
     count: int
-    data: memoryview | None = None
+    data: memoryview = field(default=memoryview(b""))
 
     def fill(self, data: memoryview) -> None:
         if len(data) != self.count * self.dtype.itemsize:
