@@ -68,9 +68,8 @@ def mutated(octets, draw):
 def changed(octets, draw):
     """A mutation; of a zip mostly of the pickle in it, whose checksum is then right."""
     if octets[:4] != b"PK\x03\x04":
-        head = (
-            0 if octets[2:3] != b"\x8a" else octets.index(b".\x80", 60) + 1
-        )  # older form: the data's pickle
+        # in the older form, the pickle of the data follows three others
+        head = 0 if octets[2:3] != b"\x8a" else octets.index(b".\x80", 60) + 1
         return octets[:head] + mutated(octets[head:], draw)
     if draw.random() < 0.3:  # or of its directory
         place = draw.randrange(octets.index(b"PK\x01\x02"), len(octets) - 1)

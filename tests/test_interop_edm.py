@@ -304,7 +304,7 @@ def module(class_name="EDMPrecond", parameters=b"}", modules=b"}", buffers=b"}",
 
 
 def test_the_pieces_of_these_tests_make_a_checkpoint_that_is_read(read):
-    octets = whole(mapping(ema=module(parameters=mapping(weight=tensor(1, (3,))))))
+    octets = whole(mapping(ema=module(parameters=mapping(weight=tensor(1, (3,)))), extra=b"N"))
     assert_same(read(octets).state, {"weight": torch.zeros(3)})
 
 
@@ -318,7 +318,7 @@ def test_the_pieces_of_these_tests_make_a_checkpoint_that_is_read(read):
         ("EXT4", b"\x84\xf0\x00\x00\x00)R"),
         ("NEWOBJ_EX", b"cdnnlib.util\nEasyDict\n)}\x92"),
         ("NEXT_BUFFER", b"\x97"),
-        ("READONLY_BUFFER", b"\x97\x98"),
+        ("READONLY_BUFFER", b"\x98"),
         ("BYTEARRAY8", b"\x96\x01\x00\x00\x00\x00\x00\x00\x00x"),
         ("PERSID", b"Pos.system\n"),
         ("LONG4", b"\x8b\x01\x00\x00\x00\x01"),
@@ -328,7 +328,7 @@ def test_the_pieces_of_these_tests_make_a_checkpoint_that_is_read(read):
     ],
 )
 def test_an_instruction_that_no_checkpoint_needs_is_refused_by_name(refused, instruction, octets):
-    refused(whole(octets), instruction if instruction != "READONLY_BUFFER" else "NEXT_BUFFER")
+    refused(whole(octets), instruction)
 
 
 def test_the_extension_registry_is_not_consulted(refused):
@@ -370,7 +370,7 @@ def test_the_extension_registry_is_not_consulted(refused):
     ],
 )
 def test_a_listed_name_does_only_what_checkpoints_do_with_it(refused, octets):
-    refused(whole(octets))
+    refused(whole(mapping(ema=module(), extra=octets)))
 
 
 @pytest.mark.parametrize("class_name", ["Discriminator", "SongUNet.__init__", "os.system", "EDMPrecond\n"])
@@ -618,6 +618,7 @@ def test_an_archive_mentioned_many_times_is_read_once(read):
 
 
 def fuzz(tmp_path, seed, rounds, *files):
+    pytest.importorskip("resource")  # limits on memory, and alarms, are for Unix
     script = Path(__file__).with_name("edm_fuzz.py")
     command = [sys.executable, str(script), str(seed), str(rounds), str(tmp_path), *map(str, files)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
