@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from stablefield.interop import edm
+from stablefield.interop.edm import forms
 
 FIXTURES = Path(os.environ.get("STABLEFIELD_FIXTURES", "nowhere")) / "edm"
 PUBLISHED = sorted(FIXTURES.glob("*/*.p[kt]*"))
@@ -47,7 +48,8 @@ def refused(read, tmp_path, monkeypatch):
             read(octets)
         assert "file.pkl" in str(error.value)
         assert all(name in str(error.value) for name in names), error.value
-        assert set(sys.modules) == modules
+        # zipfile brings the encoding of old archives
+        assert set(sys.modules) - modules <= {"encodings.cp437"}
         assert not (tmp_path / "ran").exists()
 
     return refused
@@ -375,11 +377,11 @@ def test_a_listed_name_does_only_what_checkpoints_do_with_it(refused, octets):
 
 @pytest.mark.parametrize("class_name", ["Discriminator", "SongUNet.__init__", "os.system", "EDMPrecond\n"])
 def test_another_class_in_an_envelope_is_refused_by_name(refused, class_name):
-    refused(whole(mapping(ema=envelope(class_name, b"}"))), class_name.strip())
+    refused(whole(mapping(ema=module(), extra=envelope(class_name, b"}"))), class_name.strip())
 
 
 def test_an_envelope_of_another_kind_than_a_class_is_refused(refused):
-    refused(whole(mapping(ema=envelope("EDMPrecond", b"}", kind="function"))))
+    refused(whole(mapping(ema=module(), extra=envelope("EDMPrecond", b"}", kind="function"))))
 
 
 def test_a_message_repeats_no_control_characters_of_the_file(read):
@@ -454,16 +456,21 @@ def test_an_archive_within_a_pickle_holds_one_storage_and_nothing_else(refused, 
         (0, (5,), (0,)),
         (0, (0, 2**62, 2**62), (1, 1, 1)),
         (2**63, (0,), (1,)),
-        (0, (4,), (1, 1)),
         (0, (1,) * 9, (1,) * 9),
         (0.0, (4,), (1,)),
         (0, (True,), (1,)),
-        (0, [4], (1,)),
         (0, (2**300,), (1,)),
     ],
 )
 def test_a_tensor_stays_within_its_storage(refused, offset, size, stride):
-    refused(whole(mapping(ema=module(parameters=mapping(weight=tensor(offset, size, stride))))))
+    refused(whole(mapping(ema=module(), extra=tensor(offset, size, stride))), "has a tensor")
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((4,), (1, 1)), ((4,), ()), ([4], (1,)), (4, (1,)), ("4", (1,))]
+)
+def test_a_tensor_has_as_many_sizes_as_strides(refused, size, stride):
+    refused(whole(mapping(ema=module(), extra=tensor(0, size, stride))))
 
 
 @pytest.mark.parametrize(
@@ -556,9 +563,9 @@ BOMBS = {
     "frame": (whole(b"\x95" + b"\xff" * 8 + b"N"), "NoneType"),
     "integer": (whole(b"\x8b\xff\xff\xff\x7f"), "LONG4"),
     "billion laughs": (whole(mapping(ema=module(kwargs=mapping(x=doubled(b"]", 60))))), "unfolds"),
-    "long words": (whole(mapping(ema=module(kwargs=mapping(x=doubled(text("a" * 500_000), 20))))), "unfolds"),
+    "long words": (whole(mapping(ema=module(kwargs=mapping(x=doubled(text("a" * 500_000), 10))))), "unfolds"),
     "long keys": (
-        whole(mapping(ema=module(kwargs=mapping(x=doubled(b"}" + text("a" * 500_000) + b"Ns", 20))))),
+        whole(mapping(ema=module(kwargs=mapping(x=doubled(b"}" + text("a" * 500_000) + b"Ns", 10))))),
         "unfolds",
     ),
     "deep nest": (whole(mapping(ema=module(kwargs=mapping(x=nested(20_000))))), "RecursionError"),
@@ -594,6 +601,10 @@ BOMBS = {
         "unfolds",
     ),
     "compressed": (edm_files.zipped({"data.pkl": bytes(50_000_000)}, zipfile.ZIP_DEFLATED), "compressed"),
+    "compressed a little": (
+        edm_files.zipped({"data.pkl": os.urandom(999)}, zipfile.ZIP_DEFLATED),
+        "compressed",
+    ),
     "overlapping": (overlapping(1000), "overlapping"),
 }
 
@@ -608,10 +619,13 @@ def test_a_small_file_that_would_unfold_is_refused_in_little_memory(refused, oct
         tracemalloc.stop()
 
 
-def test_an_archive_mentioned_many_times_is_read_once(read):
+def test_an_archive_mentioned_many_times_is_read_once(read, monkeypatch):
+    reads, read_bare_storage = [], forms.read_bare_storage
+    monkeypatch.setattr(forms, "read_bare_storage", lambda data: reads.append(1) or read_bare_storage(data))
     calls = b"ctorch.storage\n_load_from_bytes\nq\x01B" + struct.pack("<I", len(BARE)) + BARE + b"\x85q\x02R"
-    octets = whole(mapping(ema=module(), extra=b"](" + calls + b"h\x01h\x02R" * 200_000 + b"e"))
+    octets = whole(mapping(ema=module(), extra=b"](" + calls + b"h\x01h\x02R" * 1000 + b"e"))
     assert read(octets).state == {}
+    assert len(reads) == 1
 
 
 # --- Whatever the bytes ---
