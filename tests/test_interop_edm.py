@@ -299,9 +299,7 @@ def tensor(offset=0, size=(4,), stride=(1,), storage=None):
 
 
 def module(class_name="EDMPrecond", parameters=b"}", modules=b"}", buffers=b"}", kwargs=b"}"):
-    state = mapping(
-        _parameters=parameters, _buffers=buffers, _modules=modules, _init_args=b")", _init_kwargs=kwargs
-    )
+    state = mapping(_parameters=parameters, _buffers=buffers, _modules=modules, _init_args=b")", _init_kwargs=kwargs)
     return envelope(class_name, state)
 
 
@@ -466,9 +464,7 @@ def test_a_tensor_stays_within_its_storage(refused, offset, size, stride):
     refused(whole(mapping(ema=module(), extra=tensor(offset, size, stride))), "has a tensor")
 
 
-@pytest.mark.parametrize(
-    ("size", "stride"), [((4,), (1, 1)), ((4,), ()), ([4], (1,)), (4, (1,)), ("4", (1,))]
-)
+@pytest.mark.parametrize(("size", "stride"), [((4,), (1, 1)), ((4,), ()), ([4], (1,)), (4, (1,)), ("4", (1,))])
 def test_a_tensor_has_as_many_sizes_as_strides(refused, size, stride):
     refused(whole(mapping(ema=module(), extra=tensor(0, size, stride))))
 

@@ -31,6 +31,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     images: int
+    checksum: str = ""
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], images: int) -> None:
@@ -72,9 +73,10 @@ def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is no checkpoint, or was cut short: {error}") from None
-    if metadata.pop("checksum", None) != checksum(tensors, metadata):
+    written = metadata.pop("checksum", "")
+    if written != checksum(tensors, metadata):
         raise CheckpointError(f"{path} is damaged: it does not have the checksum that was written with it")
-    return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]))
+    return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]), written)
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -13,7 +13,8 @@ import difflib
 import inspect
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import _MISSING_TYPE, dataclass, is_dataclass
+from dataclasses import fields as fields_of
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -21,16 +22,30 @@ from typing import Any
 
 import tomli_w
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from stablefield.data import Arrays, Digits
-from stablefield.denoise import EDM
+from stablefield.data import Arrays, Digits, Unnamed
+from stablefield.denoise import EDM, IDDPMScaling, Predicts, VEScaling, VPScaling
 from stablefield.networks import MLP, UNet
-from stablefield.objective import EDMWeight, NoiseWeight, VelocityWeight
+from stablefield.objective import EDMWeight, HeadWeight, LikelihoodWeight, MinSNR, NoiseWeight, VelocityWeight
 from stablefield.process import VE, VP, Cosine, Flow, SubVP
-from stablefield.sample import EDMGrid, Euler, Heun, UniformGrid
+from stablefield.sample import (
+    RK45,
+    Ancestral,
+    DPMSolver,
+    EDMGrid,
+    Euler,
+    EulerMaruyama,
+    GeometricGrid,
+    Heun,
+    IDDPMGrid,
+    PredictorCorrector,
+    ReverseDiffusion,
+    UniformGrid,
+    VPGrid,
+)
 from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample
-from stablefield.times import LogitNormal, LogNormal, LogUniform, Uniform
+from stablefield.times import LogitNormal, LogNormal, LogUniform, Uniform, VPLevels
 
 
 @dataclass(frozen=True)
@@ -73,20 +88,42 @@ class Training:
 
 
 PARTS: dict[str, dict[str, type]] = {
-    "data": {"digits": Digits, "arrays": Arrays},
+    "data": {"digits": Digits, "arrays": Arrays, "unnamed": Unnamed},
     "process": {"ve": VE, "vp": VP, "subvp": SubVP, "cosine": Cosine, "flow": Flow},
-    "times": {"lognormal": LogNormal, "loguniform": LogUniform, "uniform": Uniform, "logitnormal": LogitNormal},
+    "times": {
+        "lognormal": LogNormal,
+        "loguniform": LogUniform,
+        "uniform": Uniform,
+        "logitnormal": LogitNormal,
+        "vp": VPLevels,
+    },
     "target": {
         "reference": ReferenceBatch,
         "single": SingleSample,
         "full": FullDataset,
         "neighbours": NearestNeighbours,
     },
-    "weight": {"edm": EDMWeight, "noise": NoiseWeight, "velocity": VelocityWeight},
-    "scaling": {"edm": EDM},
+    "weight": {
+        "edm": EDMWeight,
+        "noise": NoiseWeight,
+        "velocity": VelocityWeight,
+        "head": HeadWeight,
+        "minsnr": MinSNR,
+        "likelihood": LikelihoodWeight,
+    },
+    "scaling": {"edm": EDM, "vp": VPScaling, "ve": VEScaling, "iddpm": IDDPMScaling, "predicts": Predicts},
     "network": {"unet": UNet, "mlp": MLP},
-    "sampler": {"heun": Heun, "euler": Euler},
-    "grid": {"edm": EDMGrid, "uniform": UniformGrid},
+    "sampler": {
+        "heun": Heun,
+        "euler": Euler,
+        "dpm": DPMSolver,
+        "rk45": RK45,
+        "ancestral": Ancestral,
+        "euler-maruyama": EulerMaruyama,
+        "reverse-diffusion": ReverseDiffusion,
+        "predictor-corrector": PredictorCorrector,
+    },
+    "grid": {"edm": EDMGrid, "geometric": GeometricGrid, "vp": VPGrid, "iddpm": IDDPMGrid, "uniform": UniformGrid},
     "training": {"training": Training},  # the section that has no kinds
 }
 
@@ -102,7 +139,7 @@ FAMILIES: dict[str, dict[str, str]] = {
 # what a part has no default for, but most data agree with
 SUITS: dict[str, dict[str, Any]] = {"reference": {"size": 1024}, "neighbours": {"neighbours": 64}}
 
-RUNTIME = {"self", "pool", "shape", "label_dim", "augment_dim", "grid"}
+RUNTIME = {"self", "pool", "shape", "label_dim", "grid"}
 
 
 class ConfigError(ValueError):
@@ -185,16 +222,23 @@ def override(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a setting of another form.
     """
-    merged = {section: dict(values) for section, values in raw.items()}
+    wanted: dict[str, Any] = {}
     for setting in settings:
         place, equals, text = setting.partition("=")
         section, dot, key = place.strip().partition(".")
         if not (equals and dot and section and key):
             raise ConfigError(f"{setting}: settings look like section.key=value, for example target.size=2048")
-        value = _value(text.strip())
-        if key == "kind" and merged.get(section, {}).get("kind") != value:
-            merged[section] = {}
-        merged.setdefault(section, {})[key] = value
+        wanted.setdefault(section, {})[key] = _value(text.strip())
+    return overlay(raw, wanted)
+
+
+def overlay(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections with keys replaced by those of others. A new kind starts its section afresh."""
+    merged = dict(raw)
+    for section, values in wanted.items():
+        before = merged.get(section, {})
+        other = not isinstance(values, dict) or values.get("kind", before.get("kind")) != before.get("kind")
+        merged[section] = values if other else {**before, **values}
     return merged
 
 
@@ -262,13 +306,21 @@ def _schema(part: Callable[..., Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (
             Any if argument.annotation is inspect.Parameter.empty else argument.annotation,
-            ... if argument.default is inspect.Parameter.empty else argument.default,
+            _default(part, argument),
         )
         for name, argument in inspect.signature(part).parameters.items()
         if name not in RUNTIME and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
     }
     options = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
     return create_model(getattr(part, "__name__", "part"), __config__=options, **fields)
+
+
+def _default(part: Callable[..., Any], argument: inspect.Parameter) -> Any:
+    if is_dataclass(part):
+        for field in fields_of(part):
+            if field.name == argument.name and not isinstance(field.default_factory, _MISSING_TYPE):
+                return Field(default_factory=field.default_factory)
+    return ... if argument.default is inspect.Parameter.empty else argument.default
 
 
 def _complaint(section: str, kind: str, mistake: Any, part: Callable[..., Any]) -> str:
@@ -298,7 +350,7 @@ def _conflicts(config: Config) -> list[str]:
             f"{config['process']['kind']!r} ends at t = {process.limit:g}; uniform and logitnormal stay inside"
         )
     try:
-        config.make("grid")(process, config["sampler"]["steps"])
+        config.make("grid")(process, config["sampler"]["steps"], config.make("scaling").levels)
     except ValueError as error:
         found.append(f"grid: {error}")
     return found

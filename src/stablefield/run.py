@@ -135,6 +135,7 @@ class Trained:
     shape: tuple[int, ...]
     levels: int
     images: int
+    checksum: str
 
 
 def open_run(run: str | Path, *, weights: str = "average", device: str = "auto") -> Trained:
@@ -157,9 +158,12 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
     denoiser = make_denoiser(config, shape, classes)
     prefix = weights + "."
     state = {name.removeprefix(prefix): t for name, t in found.tensors.items() if name.startswith(prefix)}
-    denoiser.load_state_dict(state)
+    try:
+        denoiser.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f'{path} has no "{weights}" weights for its network: {error}') from None
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
-    return Trained(denoiser, config, shape, levels, found.images)
+    return Trained(denoiser, config, shape, levels, found.images, found.checksum)
 
 
 def load(run: str | Path, *, weights: str = "average", device: str = "auto") -> Denoiser:

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield.process import VP
+
 
 class Times(ABC):
     """A density of t, by its quantile function."""
@@ -73,6 +75,25 @@ class Uniform(Times):
 
     def quantile(self, u: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * u
+
+
+@dataclass(frozen=True)
+class VPLevels(Times):
+    """The noise levels sigma / alpha of a VP process at uniform times, as times of VE (Karras et al. 2022, table 1).
+
+    Attributes:
+        beta_d: growth of beta in that process.
+        beta_min: beta at its start.
+        low: its earliest time.
+    """
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    low: float = 1e-5
+
+    def quantile(self, u: Tensor) -> Tensor:
+        alpha, sigma = VP(self.beta_min, self.beta_d).scales(self.low + (1 - self.low) * u)
+        return sigma / alpha
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import sys
 
 import typer
 
+from stablefield.cli.convert import convert
 from stablefield.cli.demo import demo
 from stablefield.cli.sample import sample
 from stablefield.cli.train import train
@@ -18,6 +19,8 @@ app = typer.Typer(
     stablefield train --set data.kind=arrays --set data.path=images.npz
     stablefield train --dry-run --set process.kind=flow  all that would be used, without doing it
     stablefield sample runs/digits-reference --seeds 0-63
+    stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
+    stablefield convert network-snapshot-200000.pkl runs/edm
 
     A run is a folder: config.toml, checkpoint.safetensors, metrics.jsonl, samples/. In Python,
     stablefield.load("runs/digits-reference") gives its denoiser.
@@ -31,6 +34,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(train)
 app.command()(sample)
+app.command()(convert)
 
 
 def main() -> None:

@@ -1,6 +1,14 @@
-"""`stablefield sample`: from a run to images."""
+"""`stablefield sample`: from a run to images.
 
-from collections.abc import Sequence
+An image is a file as soon as it is made, so a command that was stopped goes on where it was: finished images are not
+made again. Under `torchrun` each rank makes its share; the images are the same.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,8 +18,9 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
-from stablefield.config import override, resolve
-from stablefield.evaluate.pictures import is_picture, save_grid, save_picture, to_bytes
+from stablefield.config import ConfigError, override, resolve
+from stablefield.denoise import Denoiser, Guided
+from stablefield.evaluate.pictures import is_picture, open_picture, save_grid, save_picture, to_bytes
 from stablefield.run import Trained, make_sampler, open_run
 from stablefield.sample import Sampler
 from stablefield.seeding import parse_seeds
@@ -20,14 +29,21 @@ from stablefield.seeding import parse_seeds
 def sample(
     run: Annotated[Path, typer.Argument(help="The run's folder, or a checkpoint file.")],
     seeds: Annotated[str, typer.Option(help="One image a seed: 0-63, or 0,3,8-15.")] = "0-63",
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for PNG files, or a file.npz; by default RUN/samples.")
+    out: Annotated[Path | None, typer.Option(help="A folder for PNG files, or a file.npz; else RUN/samples.")] = None,
+    class_: Annotated[int | None, typer.Option("--class", help="Only this class; else each seed draws one.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="heun, euler, dpm, rk45, ancestral, euler-maruyama, reverse-diffusion or predictor-corrector; "
+            "else as the run was configured."
+        ),
     ] = None,
-    class_: Annotated[
-        int | None, typer.Option("--class", help="Only this class; by default each seed draws one.")
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(help="heun or euler; by default as the run was configured.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps from noise to data.")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="Lead away from a weaker answer: 1 is none; the weaker one is not told the class."),
+    ] = None,
+    guide: Annotated[Path | None, typer.Option(help="With --guidance: a weaker run to be led away from.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change sampler.* or grid.*.")
     ] = None,
@@ -35,15 +51,58 @@ def sample(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Make images from a trained run: the same seed gives the same image, whatever the batch."""
-    trained = open_run(run, device=device)
-    settings = [*([f"sampler.kind={sampler}"] if sampler else []), *([f"sampler.steps={steps}"] if steps else [])]
-    config = resolve(override(trained.config.sections, [*settings, *(set_ or [])]))
     wanted = parse_seeds(seeds)
-    folder = out or (run if run.is_dir() else run.parent) / "samples"
-    chosen = make_sampler(config)
-    x, labels, evaluations = make(trained, chosen, wanted, class_, batch)
-    written = save(folder, x, labels, wanted)
-    print(f"{len(wanted)} samples, {evaluations} network evaluations each ({chosen}): {written}")
+    with _ranks() as (rank, ranks, wait):
+        trained = open_run(run, device=_device_of(device, rank))
+        settings = [*([f"sampler.kind={sampler}"] if sampler else []), *([f"sampler.steps={steps}"] if steps else [])]
+        chosen = make_sampler(configured(trained, [*settings, *(set_ or [])]))
+        denoiser = guided(trained.denoiser, guidance, guide, device)
+        if class_ is not None and not 0 <= class_ < denoiser.label_dim:
+            raise ConfigError(f"no class {class_}: this run knows {denoiser.label_dim} classes, counted from 0")
+        where = out or (run if run.is_dir() else run.parent) / "samples"
+        identity = {
+            "checkpoint": trained.checksum,
+            "sampler": repr(chosen),
+            "class": class_,
+            "guidance": guidance,
+            "guide": guide and open_run(guide, device="cpu").checksum,
+        }
+        album = Album.open(where, trained.shape, identity)
+        wait()
+        missing = album.missing(wanted)
+        evaluations = fill(album, denoiser, chosen, missing[rank::ranks], class_, batch, quiet=rank > 0)
+        wait()
+        if rank == 0:
+            written = album.finish(wanted)
+            print(f"{len(wanted)} samples, {len(wanted) - len(missing)} of them made before: {written}")
+            if evaluations:
+                low, high = min(evaluations), max(evaluations)
+                each = f"{low}" if low == high else f"{low} to {high}"
+                print(f"{each} network evaluations each: {chosen}")
+
+
+def configured(trained: Trained, settings: Sequence[str]) -> Any:
+    """The run's configuration with another sampler or grid.
+
+    Raises:
+        ConfigError: a setting that sampling does not look at.
+    """
+    if other := [s for s in settings if s.partition(".")[0] not in ("sampler", "grid")]:
+        raise ConfigError(f"{other[0]}: sampling listens to sampler.* and grid.* only")
+    return resolve(override(trained.config.sections, settings))
+
+
+def guided(denoiser: Denoiser, strength: float | None, guide: Path | None, device: str) -> Denoiser:
+    """The denoiser, led away from a weaker one if asked.
+
+    Raises:
+        ConfigError: a guide without a strength.
+    """
+    if strength is None:
+        if guide is not None:
+            raise ConfigError("--guide needs to know how far: add --guidance, 1.5 for example")
+        return denoiser
+    return Guided(denoiser, strength, open_run(guide, device=device).denoiser if guide else None)
 
 
 def make(
@@ -59,20 +118,125 @@ def make(
     return torch.cat([m.x for m in made]).cpu(), labels, made[0].evaluations
 
 
-def save(out: Path, x: Tensor, labels: Tensor | None, seeds: Sequence[int]) -> str:
-    """Write samples as PNG files and a grid, or as arrays where they are no pictures or an .npz is asked for."""
-    if out.suffix != ".npz" and not is_picture(tuple(x.shape[1:])):
-        out = out.with_suffix(".npz")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".npz":
-        arrays = to_bytes(x).movedim(1, -1) if is_picture(tuple(x.shape[1:])) else x.float()
-        named: dict[str, Any] = {"arr_0": arrays.numpy(), "seeds": np.asarray(seeds)}
-        named |= {} if labels is None else {"labels": labels.cpu().numpy()}
-        np.savez(out, **named)
-        return str(out)
-    for image, seed in zip(x, seeds, strict=True):
-        place = out / f"{seed - seed % 1000:06d}"
-        place.mkdir(parents=True, exist_ok=True)
-        save_picture(place / f"{seed:06d}.png", image)
-    save_grid(out / "grid.png", x[:256])
-    return f"{out}, at a glance in {out / 'grid.png'}"
+def fill(
+    album: "Album",
+    denoiser: Denoiser,
+    sampler: Sampler,
+    seeds: Sequence[int],
+    label: int | None,
+    batch: int,
+    quiet: bool = False,
+) -> list[int]:
+    """Make what is missing, batch by batch; the network evaluations of each batch."""
+    parts = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
+    evaluations = []
+    for part in track(parts, description="sampling", disable=quiet or not parts):
+        made = sampler(denoiser, album.shape, seeds=part, label=label)
+        evaluations.append(made.evaluations)
+        album.add(part, made.x.cpu(), None if made.label is None else made.label.cpu())
+    return evaluations
+
+
+@dataclass(frozen=True)
+class Album:
+    """Samples on the disk, one file each: PNG pictures in a folder, or pieces that are bound into one archive.
+
+    Attributes:
+        out: the folder, or the archive.
+        folder: where the single files are.
+        shape: of one sample.
+        pictures: whether they are PNG files.
+    """
+
+    out: Path
+    folder: Path
+    shape: tuple[int, ...]
+    pictures: bool
+
+    @classmethod
+    def open(cls, out: Path, shape: tuple[int, ...], identity: dict[str, Any]) -> "Album":
+        """Begin an album, or go on with one.
+
+        Raises:
+            ConfigError: there are samples of another run or sampler.
+        """
+        pictures = out.suffix != ".npz" and is_picture(shape)
+        if not pictures:
+            out = out.with_suffix(".npz")
+        folder = out if pictures else out.with_suffix(".parts")
+        folder.mkdir(parents=True, exist_ok=True)
+        note = folder / "samples.json"
+        if note.exists() and json.loads(note.read_text()) != identity:
+            raise ConfigError(f"{out} holds samples of another run or sampler: choose another --out, or remove it")
+        _write(note, json.dumps(identity).encode())
+        return cls(out, folder, shape, pictures)
+
+    def place(self, seed: int) -> Path:
+        """The file of a seed."""
+        suffix = "png" if self.pictures else "npz"
+        return self.folder / f"{seed - seed % 1000:06d}" / f"{seed:06d}.{suffix}"
+
+    def missing(self, seeds: Sequence[int]) -> list[int]:
+        """Seeds that have no file yet."""
+        return [seed for seed in seeds if not self.place(seed).exists()]
+
+    def add(self, seeds: Sequence[int], x: Tensor, labels: Tensor | None) -> None:
+        """Write samples, each at once or not at all."""
+        for row, seed in enumerate(seeds):
+            place = self.place(seed)
+            place.parent.mkdir(exist_ok=True)
+            beside = place.with_name(f".{place.name}")
+            if self.pictures:
+                save_picture(beside, x[row])
+            else:
+                with beside.open("wb") as file:
+                    np.savez(file, x=_array(x[row]), label=-1 if labels is None else int(labels[row]))
+            beside.replace(place)
+
+    def finish(self, seeds: Sequence[int]) -> str:
+        """A grid to look at, or the archive; says where it is."""
+        if self.pictures:
+            shown = torch.stack([open_picture(self.place(seed)) for seed in seeds[:256]])
+            save_grid(self.out / "grid.png", shown)
+            return f"{self.out}, at a glance in {self.out / 'grid.png'}"
+        pieces = [np.load(self.place(seed)) for seed in seeds]
+        labels = np.array([int(piece["label"]) for piece in pieces])
+        named: dict[str, Any] = {"arr_0": np.stack([piece["x"] for piece in pieces]), "seeds": np.asarray(seeds)}
+        named |= {"labels": labels} if (labels >= 0).any() else {}
+        beside = self.out.with_name(f".{self.out.name}")
+        with beside.open("wb") as file:
+            np.savez(file, **named)
+        beside.replace(self.out)
+        return str(self.out)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """One sample as archives of the field hold it: pictures as bytes, channels last; other data as float32."""
+    return to_bytes(x).movedim(0, -1).numpy() if is_picture(tuple(x.shape)) else x.float().numpy()
+
+
+def _write(path: Path, content: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+@contextmanager
+def _ranks() -> Iterator[tuple[int, int, Any]]:
+    """(rank, number of ranks, a call that waits for all of them), as `torchrun` or `accelerate launch` set them up."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1, lambda: None
+        return
+    from accelerate import PartialState
+
+    state = PartialState()
+    try:
+        yield state.process_index, state.num_processes, state.wait_for_everyone
+    finally:
+        state.destroy_process_group()
+
+
+def _device_of(name: str, rank: int) -> str:
+    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name

@@ -13,11 +13,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stablefield.checkpoint import read, save
-from stablefield.config import Config, ConfigError, override, read_toml, resolve
+from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.engine import EMA, LearningRate, TrainState
 from stablefield.engine import train as steps_of
 from stablefield.engine.train import StepReport
-from stablefield.run import Folder, Parts, assemble, describe
+from stablefield.run import Folder, Parts, Trained, assemble, describe, open_run
 
 # what may change when a run goes on: how far it goes and how often it saves, not what it is
 MAY_CHANGE = {"training.images", "training.save_every", "training.device", "sampler.steps", "grid.sigma_max"}
@@ -32,23 +32,30 @@ def train(
     network: Annotated[
         str | None, typer.Option(metavar="MODULE:CLASS", help="Train your own network: Class(shape, label_dim=...).")
     ] = None,
+    from_: Annotated[
+        Path | None, typer.Option("--from", help="Start from the weights of this run or checkpoint, and its recipe.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
 ) -> None:
     """Train a denoiser. Without any option: the digits, with EDM's recipe and stable targets."""
     settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
-    if resume and (config or out):
-        raise ConfigError("--resume goes on with a run as it is; it goes with neither --config nor --out")
+    if resume and (config or out or from_):
+        raise ConfigError("--resume goes on with a run as it is; it goes with none of --config, --out and --from")
     if resume:
         folder, wanted = Folder(resume), continued(Folder(resume), settings)
     else:
-        wanted = resolve(override(read_toml(config) if config else {}, settings))
+        base = open_run(from_, device="cpu") if from_ else None
+        raw = overlay(base.config.sections if base else {}, read_toml(config) if config else {})
+        wanted = resolve(override(raw, settings))
         folder = Folder(out or Path("runs") / f"{wanted['data']['kind']}-{wanted['target']['kind']}")
     if not resume and folder.occupied():
         raise ConfigError(
             f"{folder.path} holds a run already: go on with it by --resume {folder.path}, or choose another --out"
         )
     parts = assemble(wanted)
+    if not resume and base:
+        start_from(base, parts)
     print(summary(wanted, parts, folder))
     if dry_run:
         print(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")
@@ -58,6 +65,20 @@ def train(
         print(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}")
         raise typer.Exit(128 + stopped)
     print(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63")
+
+
+def start_from(base: Trained, parts: Parts) -> None:
+    """Give a fresh denoiser the weights of a trained one.
+
+    Raises:
+        ConfigError: they are of another network, or for data of another shape.
+    """
+    try:
+        parts.denoiser.load_state_dict(base.denoiser.state_dict())
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the weights are for data {base.shape} and do not fit this network for {parts.pool.shape}: {error}"
+        ) from None
 
 
 def continued(folder: Folder, settings: list[str]) -> Config:

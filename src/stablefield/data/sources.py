@@ -31,6 +31,17 @@ class Digits(Source):
 
 
 @dataclass(frozen=True)
+class Unnamed(Source):
+    """The data of a checkpoint from elsewhere: it can be sampled from, but trained only on data with a name."""
+
+    def load(self) -> Pool:
+        """Raises:
+        ValueError: always.
+        """
+        raise ValueError("this checkpoint does not say what data it was trained on: name some, as --set data.kind=...")
+
+
+@dataclass(frozen=True)
 class Arrays(Source):
     """An array file: `.npy`, or `.npz` with the data under `data`, `images`, `x` or `arr_0`, and maybe `labels`.
 

@@ -23,7 +23,14 @@ def is_picture(shape: tuple[int, ...]) -> bool:
 def save_picture(path: Path, x: Float[Tensor, "C H W"]) -> None:
     """One image as a PNG file."""
     pixels = to_bytes(x).movedim(0, -1).cpu().numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path)
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
+
+
+def open_picture(path: Path) -> Float[Tensor, "C H W"]:
+    """The image in a PNG file, in [-1, 1]."""
+    pixels = np.asarray(Image.open(path)).astype(np.float32)
+    x = torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels).movedim(-1, 0)
+    return x / 127.5 - 1
 
 
 def save_grid(path: Path, x: Float[Tensor, "n C H W"], *, columns: int | None = None, side: int = 48) -> None:

@@ -182,9 +182,7 @@ class Ledger:
         unnamed, named = expect(fields["_init_args"], tuple), expect(fields["_init_kwargs"], dict)
         names = ("img_resolution", "img_channels", "label_dim", "use_fp16")
         if len(unnamed) > (len(names) if thing.kind in PRECONDITIONERS else 0):
-            raise RefusedCheckpoint(
-                f"constructs a {thing.kind} with {len(unnamed)} arguments that have no name"
-            )
+            raise RefusedCheckpoint(f"constructs a {thing.kind} with {len(unnamed)} arguments that have no name")
         return self.json(dict(zip(names, unnamed, strict=False)) | named)
 
     def part(self, thing: object) -> dict[str, Any] | None:

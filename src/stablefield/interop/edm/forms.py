@@ -47,15 +47,11 @@ def read_bare_storage(data: bytes) -> Storage:
         raise RefusedCheckpoint("has numbers in an archive of an unknown form")
     storage = expect(read_older(stream, STORAGES), Storage)
     if stream.left:
-        raise RefusedCheckpoint(
-            f"has an archive of more than one storage: {stream.left} bytes follow the first"
-        )
+        raise RefusedCheckpoint(f"has an archive of more than one storage: {stream.left} bytes follow the first")
     return storage
 
 
-def read_older(
-    stream: Stream, names: Collection[str], load: Callable[[bytes], object] | None = None
-) -> object:
+def read_older(stream: Stream, names: Collection[str], load: Callable[[bytes], object] | None = None) -> object:
     """What follows the magic number."""
     version, system = Machine(stream).run(), expect(Machine(stream).run(), dict)
     if version != VERSION or system.get("little_endian") is not True:

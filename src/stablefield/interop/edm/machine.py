@@ -109,9 +109,7 @@ class Machine:
     def run(self) -> object:
         while (code := self.stream.read(1)) != b".":  # STOP
             if code not in INSTRUCTIONS:
-                raise RefusedCheckpoint(
-                    f"has no pickle instruction at byte {self.stream.position}, or ends early"
-                )
+                raise RefusedCheckpoint(f"has no pickle instruction at byte {self.stream.position}, or ends early")
             self.step(INSTRUCTIONS[code])
         if len(self.stack) != 1 or self.aside:
             raise RefusedCheckpoint(f"has a pickle that ends with {len(self.stack)} values")
@@ -231,9 +229,7 @@ class Machine:
     def mentioned(self, identity: object) -> object:
         """What a persistent id stands for: a storage, and in torch's older format also a class."""
         match identity:
-            case ("module", Name() as name, *_) if (
-                self.shelf is not None
-            ):  # then its source, which is not looked at
+            case ("module", Name() as name, *_) if self.shelf is not None:  # then its source, which is not looked at
                 return name
             case ("storage", Name(path), str(key), str(), int(count)):
                 return self.shelved(path, key, count)

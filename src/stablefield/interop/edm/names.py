@@ -123,9 +123,7 @@ def tensor_view(
     view = TensorView(expect(storage, Storage), offset, expect(size, tuple), expect(stride, tuple))
     numbers = (offset, *view.size, *view.stride)
     if len(numbers) > 1 + 2 * 8 or not all(type(n) is int and n >= 0 for n in numbers):
-        raise RefusedCheckpoint(
-            "has a tensor whose offset, sizes or strides are negative, no integers, or too many"
-        )
+        raise RefusedCheckpoint("has a tensor whose offset, sizes or strides are negative, no integers, or too many")
     # An expanded tensor (stride 0) would be larger than what the file has for it, and an empty one could have
     # sizes that torch cannot count.
     beyond = offset + view.extent > view.storage.count or view.numel > view.storage.count
