@@ -5,7 +5,7 @@ import tomllib
 import pytest
 from torch import nn
 
-from stablefield.config import FAMILIES, PARTS, ConfigError, override, read_toml, resolve
+from stablefield.config import FAMILIES, PARTS, SPREADS, ConfigError, override, read_toml, resolve
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -27,26 +27,42 @@ def test_what_is_resolved_comes_back_from_its_own_file():
         assert resolve(tomllib.loads(config.toml())) == config
 
 
-def test_every_kind_of_every_section_can_be_configured():
-    for section, kinds in PARTS.items():
-        for kind in kinds:
-            said = {} if section == "training" else {"kind": kind, **({"path": "x.npz"} if kind == "arrays" else {})}
-            if section == "times" and kind in ("uniform", "logitnormal"):
-                said_process = {"process": {"kind": "flow"}}
-            elif section == "grid" and kind == "uniform":
-                said = said | {"start": 1.0}
-                said_process = {}
-            else:
-                said_process = {}
-            assert resolve({section: said, **said_process})[section].get("kind", kind) == kind
+# what a kind cannot do without, and what goes with it
+NEEDS = {
+    "arrays": {"path": "x.npz"},
+    "head": {"head": "v"},
+    "predicts": {"head": "noise"},
+}
+GOES_WITH = {
+    ("times", "uniform"): {"process": {"kind": "flow"}},
+    ("times", "logitnormal"): {"process": {"kind": "flow"}},
+    ("grid", "uniform"): {"process": {"kind": "vp"}},
+}
+
+
+@pytest.mark.parametrize(("section", "kind"), [(s, k) for s, kinds in PARTS.items() for k in kinds if s != k])
+def test_every_kind_of_every_section_can_be_configured(section, kind):
+    said = {"kind": kind, **NEEDS.get(kind, {})}
+    config = resolve({section: said, **GOES_WITH.get((section, kind), {})})
+    assert config[section]["kind"] == kind
+    assert resolve(tomllib.loads(config.toml())) == config
 
 
 def test_defaults_are_those_of_the_parts_and_suit_the_process():
     for process, family in FAMILIES.items():
-        config = resolve({"process": {"kind": process}})
+        config = resolve({"process": {"kind": process}, "data": {"kind": "arrays", "path": "x.npz"}})
         for section, kind in family.items():
             assert config[section]["kind"] == kind
             assert config.make(section) == PARTS[section][kind]()
+
+
+def test_what_suits_the_data_is_what_the_data_are():
+    for data, spread in SPREADS.items():
+        pool = PARTS["data"][data]().load()
+        assert pool.decode(pool.data).std().item() == pytest.approx(spread, rel=0.01)
+        config = resolve({"data": {"kind": data}})
+        assert config["scaling"]["sigma_data"] == config["weight"]["sigma_data"] == spread
+        assert resolve({"scaling": {"sigma_data": 0.1}})["scaling"]["sigma_data"] == 0.1
 
 
 @pytest.mark.parametrize(
@@ -66,7 +82,7 @@ def test_defaults_are_those_of_the_parts_and_suit_the_process():
         ({"grid": {"kind": "uniform"}}, "grid: a uniform grid for VE.* needs a start"),
         ({"network": {"kind": "nowhere:Net"}}, "network.kind: 'nowhere:Net' cannot be imported"),
         ({"network": {"kind": "math:pi"}}, "network.kind: 'math:pi' is no torch.nn.Module"),
-        ({"data": {"kind": "arrays"}}, "data.path: field required"),
+        ({"data": {"kind": "arrays"}}, "data.path: has no default"),
     ],
 )
 def test_a_mistake_is_named_with_the_way_out(raw, message):

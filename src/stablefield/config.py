@@ -5,7 +5,7 @@
     size = 1024
 
 A section names a part by its `kind`; the other keys are the fields of that part's class, with its defaults. So a
-configuration has no defaults of its own, but for what suits the process (`FAMILIES`) and the data (`SUITS`). What a
+configuration has no defaults of its own, but for what suits the process (`FAMILIES`) and the data (`SPREADS`). What a
 part needs at run time (the pool, the shape of the data) is not configured.
 """
 
@@ -26,7 +26,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from stablefield.data import Arrays, Digits, Unnamed
 from stablefield.denoise import EDM, IDDPMScaling, Predicts, VEScaling, VPScaling
-from stablefield.networks import MLP, UNet
+from stablefield.networks import ADM, MLP, SongUNet, UNet
+from stablefield.networks.song import NCSNPP
 from stablefield.objective import EDMWeight, HeadWeight, LikelihoodWeight, MinSNR, NoiseWeight, VelocityWeight
 from stablefield.process import VE, VP, Cosine, Flow, SubVP
 from stablefield.sample import (
@@ -67,7 +68,7 @@ class Training:
     """
 
     images: int = 80_000
-    batch_size: int = 128
+    batch_size: int = 64
     learning_rate: float = 1e-3
     ramp: int = 10_000
     ema_half_life: float = 20_000
@@ -112,7 +113,7 @@ PARTS: dict[str, dict[str, type]] = {
         "likelihood": LikelihoodWeight,
     },
     "scaling": {"edm": EDM, "vp": VPScaling, "ve": VEScaling, "iddpm": IDDPMScaling, "predicts": Predicts},
-    "network": {"unet": UNet, "mlp": MLP},
+    "network": {"unet": UNet, "mlp": MLP, "ddpmpp": SongUNet, "ncsnpp": SongUNet, "adm": ADM},
     "sampler": {
         "heun": Heun,
         "euler": Euler,
@@ -136,8 +137,11 @@ FAMILIES: dict[str, dict[str, str]] = {
     "flow": {"times": "uniform", "weight": "velocity", "grid": "uniform"},
 }
 
-# what a part has no default for, but most data agree with
-SUITS: dict[str, dict[str, Any]] = {"reference": {"size": 1024}, "neighbours": {"neighbours": 64}}
+# what suits data, where nothing else is said: their standard deviation around the mean, for the parts that ask for it
+SPREADS: dict[str, float] = {"digits": 0.75}
+
+# what a kind means beyond its class's own defaults
+SUITS: dict[str, dict[str, Any]] = {"reference": {"size": 1024}, "neighbours": {"neighbours": 64}, "ncsnpp": NCSNPP}
 
 RUNTIME = {"self", "pool", "shape", "label_dim", "grid"}
 
@@ -190,9 +194,9 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     complaints: list[str] = []
     for section in raw.keys() - PARTS.keys():
         complaints.append(f"{section}: there is no such section{_nearest(section, PARTS)}")
-    process = raw.get("process", {})
-    family = FAMILIES.get(process.get("kind", "ve") if isinstance(process, dict) else "ve", FAMILIES["ve"])
-    sections = {name: _section(name, raw.get(name, {}), family, complaints) for name in PARTS}
+    family = FAMILIES.get(_kind_said(raw, "process", "ve"), FAMILIES["ve"])
+    spread = SPREADS.get(_kind_said(raw, "data", "digits"))
+    sections = {name: _section(name, raw.get(name, {}), family, spread, complaints) for name in PARTS}
     if not complaints:
         complaints += _conflicts(Config(sections))
     if complaints:
@@ -249,7 +253,14 @@ def _value(text: str) -> Any:
         return text
 
 
-def _section(section: str, said: Any, family: Mapping[str, str], complaints: list[str]) -> dict[str, Any]:
+def _kind_said(raw: Mapping[str, Any], section: str, otherwise: str) -> str:
+    said = raw.get(section, {})
+    return str(said.get("kind", otherwise)) if isinstance(said, dict) else otherwise
+
+
+def _section(
+    section: str, said: Any, family: Mapping[str, str], spread: float | None, complaints: list[str]
+) -> dict[str, Any]:
     """One section with every key said; what is wrong with it is added to the complaints."""
     if not isinstance(said, dict):
         complaints.append(f"{section}: must be a section of keys, not {said!r}")
@@ -264,7 +275,10 @@ def _section(section: str, said: Any, family: Mapping[str, str], complaints: lis
         return {}
     values = {key: value for key, value in said.items() if key != "kind" or not has_kinds}
     try:
-        valid = _schema(part).model_validate(SUITS.get(kind, {}) | values)
+        suits = dict(SUITS.get(kind, {}))
+        if spread is not None and "sigma_data" in _schema(part).model_fields:
+            suits["sigma_data"] = spread
+        valid = _schema(part).model_validate(suits | values)
         if not RUNTIME & inspect.signature(part).parameters.keys():
             part(**dict(valid))  # ranges are the part's own business
     except ValidationError as error:
@@ -328,6 +342,8 @@ def _complaint(section: str, kind: str, mistake: Any, part: Callable[..., Any]) 
     if mistake["type"] == "extra_forbidden":
         known = _schema(part).model_fields
         return f"{place}: {kind!r} has no such key{_nearest(str(mistake['loc'][0]), known, section + '.')}"
+    if mistake["type"] == "missing":
+        return f"{place}: has no default, and must be said"
     return f"{place}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, not {mistake['input']!r}"
 
 

@@ -32,7 +32,7 @@ SONG: dict[str, str | None] = {
     "resample_filter": "resample_filter",
 }
 ADM = {key: SONG[key] for key in list(SONG)[:8]}
-NETWORKS = {"SongUNet": ("song", SONG), "DhariwalUNet": ("adm", ADM)}
+NETWORKS = {"SongUNet": ("ddpmpp", SONG), "DhariwalUNet": ("adm", ADM)}
 
 # each preconditioner: scaling, the names of its numbers, and the noise and weight it was trained with
 PRECONDITIONERS: dict[str, tuple[str, dict[str, str | None], str, str]] = {
@@ -99,7 +99,7 @@ def to_edm(found: Checkpoint, path: Path) -> None:
         ValueError: a network that EDM does not know.
     """
     sections = found.config["config"]
-    names = {"song": "SongUNet", "ddpmpp": "SongUNet", "ncsnpp": "SongUNet", "adm": "DhariwalUNet"}
+    names = {"ddpmpp": "SongUNet", "ncsnpp": "SongUNet", "adm": "DhariwalUNet"}
     kind = sections["network"]["kind"]
     if kind not in names:
         raise ValueError(f"EDM has no network like {kind!r}; {', '.join(names)} can be written with its names")

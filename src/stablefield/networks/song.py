@@ -29,6 +29,14 @@ from stablefield.networks.layers import (
 )
 from stablefield.networks.walk import ResidualUNet
 
+# what makes an NCSN++ of a DDPM++
+NCSNPP: dict[str, Any] = {
+    "embedding": "fourier",
+    "channel_mult_noise": 2,
+    "encoder": "residual",
+    "resample_filter": (1, 3, 3, 1),
+}
+
 
 class SongBlock(ResidualBlock):
     """h + e, then normalised."""
@@ -47,7 +55,8 @@ class SongUNet(ResidualUNet):
         label_dim: classes it is told of, as one-hot rows.
         augment_dim: numbers that say how an image was augmented.
         model_channels: the unit of all widths.
-        channel_mult: width of each level, in units of `model_channels`.
+        channel_mult: width of each level, in units of `model_channels`; by default (2, 2, 2) for sides below 64, as
+            published for CIFAR-10, and (1, 2, 2, 2) from there on, as for FFHQ and AFHQ.
         channel_mult_emb: length of e, in the same unit.
         channel_mult_noise: waves of c_noise, in the same unit.
         num_blocks: residual blocks a level on the way down; one more on the way up.
@@ -77,7 +86,7 @@ class SongUNet(ResidualUNet):
         label_dim: int = 0,
         augment_dim: int = 0,
         model_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult: Sequence[int] | None = None,
         channel_mult_emb: int = 4,
         channel_mult_noise: int = 1,
         num_blocks: int = 4,
@@ -90,6 +99,7 @@ class SongUNet(ResidualUNet):
         out_channels: int | None = None,
         checkpointing: bool = False,
     ) -> None:
+        channel_mult = channel_mult or levels(shape)
         super().__init__(shape, channel_mult, num_blocks, attn_resolutions)
         known("embedding", embedding, ("positional", "fourier"))
         known("encoder", encoder, ("standard", "skip", "residual"))
@@ -192,19 +202,12 @@ class SongUNet(ResidualUNet):
 
 def ddpmpp(shape: Sequence[int] = (3, 32, 32), **options: Any) -> SongUNet:
     """DDPM++ as EDM trains it: 55.7 M parameters at 32 x 32, 61.8 M at 64 x 64. Options are `SongUNet`'s."""
-    return SongUNet(shape, **{"channel_mult": levels(shape), **options})
+    return SongUNet(shape, **options)
 
 
 def ncsnpp(shape: Sequence[int] = (3, 32, 32), **options: Any) -> SongUNet:
     """NCSN++ as EDM trains it: 56.5 M parameters at 32 x 32, 62.6 M at 64 x 64. Options are `SongUNet`'s."""
-    kind = {
-        "embedding": "fourier",
-        "channel_mult_noise": 2,
-        "encoder": "residual",
-        "resample_filter": (1, 3, 3, 1),
-        "channel_mult": levels(shape),
-    }
-    return SongUNet(shape, **{**kind, **options})
+    return SongUNet(shape, **{**NCSNPP, **options})
 
 
 def levels(shape: Sequence[int]) -> tuple[int, ...]:
