@@ -57,7 +57,7 @@ class Between(Grid):
     high: float = 20.0
     low: float = 0.05
 
-    def __call__(self, process, steps, levels=(0.0, math.inf)):
+    def __call__(self, process, steps):
         root, share = 1 / 7, torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         return process.time((self.high**root + share * (self.low**root - self.high**root)) ** 7)
 
@@ -354,13 +354,24 @@ def test_grids_are_the_published_ones():
         assert len(grid(ve, 1)) == 2
 
 
+@pytest.mark.parametrize("process", PROCESSES, ids=named)
+def test_a_grid_that_knows_no_ends_is_clipped(process):
+    class Three(Grid):
+        def __call__(self, process, steps):
+            return process.time(torch.tensor([200.0, 1.0, 1e-3, 0.0], dtype=torch.float64))
+
+    expected = process.time(torch.tensor([100.0, 1.0, 0.02, 0.0], dtype=torch.float64))
+    assert torch.allclose(Three().within(process, 3, VEScaling().levels), expected)
+    assert torch.equal(Three().within(process, 3, (0.0, math.inf)), Three()(process, 3))
+
+
 def test_a_grid_that_misses_the_denoiser_says_so():
     with pytest.raises(ValueError, match="do not meet"):
-        EDMGrid(0.002, 0.01)(VE(), 5, VEScaling().levels)
+        EDMGrid(0.002, 0.01).within(VE(), 5, VEScaling().levels)
     with pytest.raises(ValueError, match="begins below"):
-        UniformGrid(0.01)(VE(), 5, VEScaling().levels)
+        UniformGrid(0.01).within(VE(), 5, VEScaling().levels)
     with pytest.raises(ValueError, match="no noise level between"):
-        IDDPMGrid()(VE(), 5, (200.0, 300.0))
+        IDDPMGrid().within(VE(), 5, (200.0, 300.0))
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ class Sampler(ABC):
 
     def times(self, denoiser: Denoiser) -> Float[Tensor, "{self.steps}+1"]:
         """Where this sampler stops on the way: its grid, as far as the denoiser's range allows."""
-        return denoiser.nearest(self.grid(denoiser.process, self.steps, denoiser.levels))
+        return denoiser.nearest(self.grid.within(denoiser.process, self.steps, denoiser.levels))
 
     def path(
         self, ask: Question, latents: Float[Tensor, "B *D"], generators: Sequence[torch.Generator]

@@ -1,8 +1,7 @@
 """Where a sampler stops on its way from noise to data: t_0 > t_1 > ... > t_steps = 0.
 
-Each rule was published for noise levels of x + level noise; the times are those at which the process at hand has
-sigma / alpha = level. A denoiser may not know all levels. Then the rule's own ends move inside what it knows, and the
-times between them follow.
+Each rule was published for the levels of x + level noise; the times are those at which the process at hand has
+sigma / alpha = level. A denoiser may not know all levels: then it is asked `within` those it knows.
 """
 
 from abc import ABC, abstractmethod
@@ -21,8 +20,27 @@ class Grid(ABC):
     """A rule for the times of a sampler."""
 
     @abstractmethod
-    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Float[Tensor, "{steps}+1"]:
-        """Decreasing times, float64, on the CPU; the last is 0, the others lie within a range of noise levels.
+    def __call__(self, process: Process, steps: int) -> Float[Tensor, "{steps}+1"]:
+        """Decreasing times, float64, on the CPU; the last is 0."""
+
+    def within(self, process: Process, steps: int, levels: Range) -> Float[Tensor, "{steps}+1"]:
+        """The same for a denoiser that knows only a range of noise levels. Times beyond go to its ends."""
+        times = self(process, steps)
+        low, high = torch.tensor(levels, dtype=times.dtype)
+        level = _levels(process, times)
+        times = torch.where((level < low) & (times > 0), process.time(low), times)
+        return torch.where(level > high, process.time(high), times)
+
+
+class Bounded(Grid):
+    """A rule with ends of its own: they move inside the range of a denoiser, and what is between follows."""
+
+    def __call__(self, process: Process, steps: int) -> Tensor:
+        return self.within(process, steps, (0.0, inf))
+
+    @abstractmethod
+    def within(self, process: Process, steps: int, levels: Range) -> Float[Tensor, "{steps}+1"]:
+        """Decreasing times, the last 0, the others within a range of noise levels.
 
         Raises:
             ValueError: the rule has no times there.
@@ -30,7 +48,7 @@ class Grid(ABC):
 
 
 @dataclass(frozen=True)
-class EDMGrid(Grid):
+class EDMGrid(Bounded):
     """Evenly spaced in (sigma / alpha)^(1 / rho), then 0 (Karras et al. 2022, eq. 5)."""
 
     sigma_min: float = 0.002
@@ -40,14 +58,14 @@ class EDMGrid(Grid):
     def __post_init__(self) -> None:
         _check(self.sigma_min, self.sigma_max)
 
-    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
         low, high = _inside(self.sigma_min, self.sigma_max, levels)
         root = 1 / self.rho
         return _times(process, (high**root + _share(steps) * (low**root - high**root)) ** self.rho)
 
 
 @dataclass(frozen=True)
-class GeometricGrid(Grid):
+class GeometricGrid(Bounded):
     """Evenly spaced in log(sigma / alpha), then 0: the grid of VE (Song et al. 2021; Karras et al. 2022, table 1)."""
 
     sigma_min: float = 0.02
@@ -56,13 +74,13 @@ class GeometricGrid(Grid):
     def __post_init__(self) -> None:
         _check(self.sigma_min, self.sigma_max)
 
-    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
         low, high = _inside(self.sigma_min, self.sigma_max, levels)
         return _times(process, high * (low / high) ** _share(steps))
 
 
 @dataclass(frozen=True)
-class VPGrid(Grid):
+class VPGrid(Bounded):
     """Evenly spaced in the time of a VP process, from 1 to `end`, then 0 (Karras et al. 2022, table 1).
 
     Attributes:
@@ -79,7 +97,7 @@ class VPGrid(Grid):
         if not 0 < self.end < 1:
             raise ValueError(f"a VP grid needs an end between 0 and 1, not {self.end}")
 
-    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
         schedule = VP(self.beta_min, self.beta_d)
         last, first = _levels(schedule, torch.tensor([self.end, 1.0], dtype=torch.float64)).tolist()
         ends = torch.tensor(_inside(last, first, levels), dtype=torch.float64)
@@ -88,7 +106,7 @@ class VPGrid(Grid):
 
 
 @dataclass(frozen=True)
-class IDDPMGrid(Grid):
+class IDDPMGrid(Bounded):
     """Evenly spaced entries of improved DDPM's table of noise levels, then 0 (Karras et al. 2022, table 1).
 
     Attributes:
@@ -103,7 +121,7 @@ class IDDPMGrid(Grid):
     c_1: float = 0.001
     c_2: float = 0.008
 
-    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
         low, high = levels
         table = torch.tensor(iddpm_levels(self.table_steps, self.c_1, self.c_2)[self.skip : -1], dtype=torch.float64)
         table = table[(low <= table) & (table <= high)]
@@ -113,12 +131,12 @@ class IDDPMGrid(Grid):
 
 
 @dataclass(frozen=True)
-class UniformGrid(Grid):
+class UniformGrid(Bounded):
     """Evenly spaced in t, from `start` (by default the process's last time) to 0."""
 
     start: float | None = None
 
-    def __call__(self, process: Process, steps: int, levels: Range = (0.0, inf)) -> Tensor:
+    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
         chosen = process.limit if self.start is None else self.start
         if not 0 < chosen <= process.limit or chosen == inf:
             raise ValueError(f"a uniform grid for {process} needs a start in (0, {process.limit}), not {chosen}")
