@@ -24,6 +24,8 @@ from stablefield.interop.edm import forms
 FIXTURES = Path(os.environ.get("STABLEFIELD_FIXTURES", "nowhere")) / "edm"
 PUBLISHED = sorted(FIXTURES.glob("*/*.p[kt]*"))
 
+pytestmark = pytest.mark.usefixtures("unchecked")  # what a hostile file tries must meet our own checks
+
 
 @pytest.fixture
 def read(tmp_path):

@@ -113,15 +113,15 @@ def test_a_weight_makes_errors_of_its_head_count_alike(weight: Weight, head: str
     t = torch.linspace(0.05, 0.9, 9, dtype=torch.float64)
     for process in processes:
         a, _, c = coefficients(head, process, t)
-        torch.testing.assert_close(weight(*process.scales(t)), (c / a) ** 2)
+        torch.testing.assert_close(weight(process, t), (c / a) ** 2)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 @pytest.mark.parametrize("sigma_data", [0.3, 0.5, 2.0])
 def test_edm_s_weight_makes_errors_of_the_network_count_alike(process: Process, sigma_data: float) -> None:
-    alpha, sigma = process.scales(torch.linspace(0.05, 0.9, 9, dtype=torch.float64))
-    _, c_out, _, _ = EDM(sigma_data)(alpha, sigma)
-    torch.testing.assert_close(EDMWeight(sigma_data)(alpha, sigma), c_out**-2)
+    t = torch.linspace(0.05, 0.9, 9, dtype=torch.float64)
+    _, c_out, _, _ = EDM(sigma_data)(process, t)
+    torch.testing.assert_close(EDMWeight(sigma_data)(process, t), c_out**-2)
 
 
 def targets(pool: Pool) -> list[TargetEstimator]:

@@ -271,3 +271,19 @@ def test_a_network_is_never_told_a_class_it_does_not_know() -> None:
     for label in (4, -2):
         with pytest.raises(ValueError, match=f"no class {label}.*4 classes"):
             denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.tensor([label]))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Heun(churn=-1.0), "churn"),
+        (lambda: Heun(churn=float("nan")), "churn"),
+        (lambda: Heun(churn_min=2.0, churn_max=1.0), "churn_min"),
+        (lambda: EDMGrid(rho=0.0), "rho"),
+        (lambda: EDMGrid(sigma_max=1e9)(VP(), 5), "begins at noise level 1e"),
+    ],
+)
+def test_a_sampler_that_cannot_work_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

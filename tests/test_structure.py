@@ -16,7 +16,7 @@ FLOORS = (
     {"process", "times", "networks", "seeding"},
     {"posterior", "parametrize", "reference"},
     {"target", "denoise"},
-    {"objective", "sample"},
+    {"objective", "sample", "likelihood"},
     {"config", "checkpoint", "data", "run"},
     {"interop"},
     {"engine", "evaluate"},
@@ -82,7 +82,7 @@ def test_no_room_needs_itself() -> None:
 @pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) in SPINE], ids=lambda p: str(p.relative_to(HOUSE)))
 def test_the_spine_is_pure_mathematics(path: Path) -> None:
     brought = {name.split(".")[0] for name in imports(parsed(path))}
-    assert brought - sys.stdlib_module_names <= {"torch", "jaxtyping", "stablefield"}
+    assert brought - sys.stdlib_module_names <= {"torch", "torchdiffeq", "jaxtyping", "stablefield"}
     assert not brought & {"os", "io", "pathlib", "random", "shutil", "sys"}
 
 

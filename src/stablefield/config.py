@@ -366,7 +366,7 @@ def _conflicts(config: Config) -> list[str]:
             f"{config['process']['kind']!r} ends at t = {process.limit:g}; uniform and logitnormal stay inside"
         )
     try:
-        config.make("grid")(process, config["sampler"]["steps"], config.make("scaling").levels)
+        config.make("grid").within(process, config["sampler"]["steps"], config.make("scaling").levels)
     except ValueError as error:
         found.append(f"grid: {error}")
     return found

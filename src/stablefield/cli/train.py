@@ -49,7 +49,7 @@ def train(
         raw = overlay(base.config.sections if base else {}, read_toml(config) if config else {})
         wanted = resolve(override(raw, settings))
         folder = Folder(out or Path("runs") / f"{wanted['data']['kind']}-{wanted['target']['kind']}")
-    if not resume and folder.occupied():
+    if not (resume or dry_run) and folder.occupied():
         raise ConfigError(
             f"{folder.path} holds a run already: go on with it by --resume {folder.path}, or choose another --out"
         )

@@ -103,12 +103,14 @@ class Sampler(ABC):
         Args:
             denoiser: what to sample with; its parameters say on which device.
             shape: of one sample.
-            seeds: one for each sample.
+            seeds: one for each sample; they count modulo 2^32, as is the custom of the field.
             label: the class, for all or for each; None draws one from each seed if the denoiser knows classes.
 
         Raises:
-            ValueError: a label that the denoiser does not know.
+            ValueError: no seed, a label that the denoiser does not know, or labels that do not match the seeds.
         """
+        if not seeds:
+            raise ValueError("sampling needs at least one seed")
         device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
         generators = [torch.Generator(device).manual_seed(seed % 2**32) for seed in seeds]
         latents = torch.stack([torch.randn(*shape, generator=g, device=device) for g in generators])
@@ -148,7 +150,10 @@ def _labels(
         return torch.cat(drawn)
     if label is None:
         return None
-    told = torch.as_tensor(label, device=device).expand(len(generators))
+    told = torch.as_tensor(label, device=device)
+    if told.shape not in ((), (len(generators),)):
+        raise ValueError(f"{len(generators)} seeds need one label, or one each, not {tuple(told.shape)}")
+    told = told.expand(len(generators))
     if (unknown := (told < -1) | (told >= classes)).any():
         raise ValueError(f"no class {told[unknown][0].item()}: this denoiser knows {classes} classes, from 0")
     return told

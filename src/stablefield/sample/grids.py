@@ -57,6 +57,8 @@ class EDMGrid(Bounded):
 
     def __post_init__(self) -> None:
         _check(self.sigma_min, self.sigma_max)
+        if not self.rho > 0:
+            raise ValueError(f"rho must be positive, not {self.rho}")
 
     def within(self, process: Process, steps: int, levels: Range) -> Tensor:
         low, high = _inside(self.sigma_min, self.sigma_max, levels)
@@ -155,7 +157,11 @@ def _share(steps: int) -> Tensor:
 
 
 def _times(process: Process, levels: Tensor) -> Tensor:
-    return torch.cat([process.time(levels), torch.zeros(1, dtype=torch.float64)])
+    times = process.time(levels)
+    ends = _levels(process, torch.tensor(process.limit, dtype=torch.float64))
+    if levels[0] > 1.01 * ends:  # VP and sub-VP end a little apart, and share their grids
+        raise ValueError(f"the grid begins at noise level {levels[0]:g}, but {process} ends at {ends:g}")
+    return torch.cat([times.clamp(max=process.limit), torch.zeros(1, dtype=torch.float64)])
 
 
 def _levels(process: Process, t: Tensor) -> Tensor:

@@ -41,6 +41,14 @@ class Heun(Sampler):
     churn_max: float = float("inf")
     churn_noise: float = 1.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.churn >= 0 and self.churn_noise >= 0 and 0 <= self.churn_min <= self.churn_max):
+            raise ValueError(
+                f"need churn and churn_noise >= 0 and 0 <= churn_min <= churn_max, not {self.churn}, "
+                f"{self.churn_noise}, {self.churn_min} and {self.churn_max}"
+            )
+
     def step(self, ask: Question, x: Tensor, t: Tensor, s: Tensor, draw: Draw) -> Tensor:
         if self.churn > 0:
             x, t = self._churned(ask, x, t, draw)
