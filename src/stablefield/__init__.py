@@ -7,17 +7,56 @@
 
 from typing import TYPE_CHECKING, Any
 
-from stablefield.denoise import EDM, Denoiser, Ideal, Preconditioned
+from stablefield.denoise import (
+    EDM,
+    Denoiser,
+    Guided,
+    IDDPMScaling,
+    Ideal,
+    Preconditioned,
+    Predicts,
+    Scaling,
+    VEScaling,
+    VPScaling,
+)
 from stablefield.engine import TrainState, train
-from stablefield.networks import MLP, UNet
-from stablefield.objective import EDMWeight, LossReport, NoiseWeight, Objective, VelocityWeight
+from stablefield.likelihood import bits_per_dim
+from stablefield.networks import ADM, MLP, SongUNet, UNet, adm, ddpmpp, ncsnpp
+from stablefield.objective import (
+    EDMWeight,
+    HeadWeight,
+    LikelihoodWeight,
+    LossReport,
+    MinSNR,
+    NoiseWeight,
+    Objective,
+    VelocityWeight,
+    Weight,
+)
 from stablefield.parametrize import convert, stable_target
 from stablefield.posterior import Posterior, posterior
 from stablefield.process import VE, VP, Cosine, Flow, Perturbed, Process, SubVP
 from stablefield.reference import Pool
-from stablefield.sample import EDMGrid, Euler, Heun, Sampler, Samples, UniformGrid
+from stablefield.sample import (
+    RK45,
+    Ancestral,
+    DPMSolver,
+    EDMGrid,
+    Euler,
+    EulerMaruyama,
+    GeometricGrid,
+    Grid,
+    Heun,
+    IDDPMGrid,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    Samples,
+    UniformGrid,
+    VPGrid,
+)
 from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample, TargetEstimator
-from stablefield.times import LogitNormal, LogNormal, LogUniform, Stratified, Times, Uniform
+from stablefield.times import LogitNormal, LogNormal, LogUniform, Stratified, Times, Uniform, VPLevels
 
 if TYPE_CHECKING:
     from stablefield.run import load
@@ -25,23 +64,36 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADM",
     "EDM",
     "MLP",
+    "RK45",
     "VE",
     "VP",
+    "Ancestral",
     "Cosine",
+    "DPMSolver",
     "Denoiser",
     "EDMGrid",
     "EDMWeight",
     "Euler",
+    "EulerMaruyama",
     "Flow",
     "FullDataset",
+    "GeometricGrid",
+    "Grid",
+    "Guided",
+    "HeadWeight",
     "Heun",
+    "IDDPMGrid",
+    "IDDPMScaling",
     "Ideal",
+    "LikelihoodWeight",
     "LogNormal",
     "LogUniform",
     "LogitNormal",
     "LossReport",
+    "MinSNR",
     "NearestNeighbours",
     "NoiseWeight",
     "Objective",
@@ -49,11 +101,16 @@ __all__ = [
     "Pool",
     "Posterior",
     "Preconditioned",
+    "PredictorCorrector",
+    "Predicts",
     "Process",
     "ReferenceBatch",
+    "ReverseDiffusion",
     "Sampler",
     "Samples",
+    "Scaling",
     "SingleSample",
+    "SongUNet",
     "Stratified",
     "SubVP",
     "TargetEstimator",
@@ -62,9 +119,18 @@ __all__ = [
     "UNet",
     "Uniform",
     "UniformGrid",
+    "VEScaling",
+    "VPGrid",
+    "VPLevels",
+    "VPScaling",
     "VelocityWeight",
+    "Weight",
+    "adm",
+    "bits_per_dim",
     "convert",
+    "ddpmpp",
     "load",
+    "ncsnpp",
     "posterior",
     "stable_target",
     "train",

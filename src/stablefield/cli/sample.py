@@ -68,8 +68,8 @@ def sample(
             "guide": guide and open_run(guide, device="cpu").checksum,
         }
         album = Album.open(where, trained.shape, identity)
-        wait()
         missing = album.missing(wanted)
+        wait()  # until all ranks have looked: what one makes now must not change the others' shares
         evaluations = fill(album, denoiser, chosen, missing[rank::ranks], class_, batch, quiet=rank > 0)
         wait()
         if rank == 0:
@@ -185,7 +185,7 @@ class Album:
         for row, seed in enumerate(seeds):
             place = self.place(seed)
             place.parent.mkdir(exist_ok=True)
-            beside = place.with_name(f".{place.name}")
+            beside = place.with_name(f".{os.getpid()}.{place.name}")
             if self.pictures:
                 save_picture(beside, x[row])
             else:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from stablefield.sample.base import Draw, Question, Sampler
 
@@ -60,6 +59,8 @@ def integrate(
     field: Callable[[Tensor, Tensor], Tensor], state: Tensor, start: Tensor, end: Tensor, tolerance: float
 ) -> Tensor:
     """The state, a row each, at time `end`, when d state / dt = field(t, state). It is never asked beyond the end."""
+    from torchdiffeq import odeint  # here, because it brings scipy, for which few samplers should wait
+
     times = torch.stack([start, end]).to(state)
 
     def inside(t: Tensor, state: Tensor) -> Tensor:

@@ -1,0 +1,151 @@
+"""Sampling from the terminal: once made, an image stays; ranks share the work and change nothing."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from stablefield.cli import app
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    settings = ["training.images=3072", "training.learning_rate=1e-2", "training.conditional=true"]
+    settings += ["target.size=16", "network.channels=8", "network.blocks=1"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    assert command("train", "--out", out, *flags).exit_code == 0
+    return out
+
+
+def pictures(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path), int) for path in sorted(folder.glob("*/*.png"))}
+
+
+def test_finished_images_are_not_made_again(run, tmp_path):
+    out = tmp_path / "out"
+    assert command("sample", run, "--seeds", "0-5", "--steps", 3, "--out", out).exit_code == 0
+    first = pictures(out)
+    marks = {path: path.stat().st_mtime_ns for path in out.glob("*/*.png")}
+    (out / "000000" / "000002.png").unlink()
+    result = command("sample", run, "--seeds", "0-7", "--steps", 3, "--out", out)
+    assert "8 samples, 5 of them made before" in result.output
+    assert all(path.stat().st_mtime_ns == mark for path, mark in marks.items() if path.name != "000002.png")
+    again = pictures(out)
+    assert len(again) == 8
+    assert all(abs(again[name] - first[name]).max() <= 1 for name in first)
+
+
+def test_an_archive_goes_on_and_equals_the_pictures(run, tmp_path):
+    assert command("sample", run, "--seeds", "0-2", "--steps", 3, "--out", tmp_path / "x.npz").exit_code == 0
+    assert command("sample", run, "--seeds", "0-5", "--steps", 3, "--out", tmp_path / "x.npz").exit_code == 0
+    assert command("sample", run, "--seeds", "0-5", "--steps", 3, "--out", tmp_path / "x").exit_code == 0
+    found = np.load(tmp_path / "x.npz")
+    assert found["seeds"].tolist() == list(range(6))
+    assert found["labels"].shape == (6,)
+    shown = np.stack(list(pictures(tmp_path / "x").values()))
+    assert abs(found["arr_0"][..., 0].astype(int) - shown).max() <= 1
+
+
+@pytest.mark.parametrize("change", [["--steps", 4], ["--sampler", "euler"], ["--class", 3], ["--guidance", 2]])
+def test_samples_of_another_kind_are_not_mixed_in(run, tmp_path, change):
+    base = ["sample", run, "--seeds", "0-1", "--out", tmp_path / "out"]
+    assert command(*base, "--steps", 3).exit_code == 0
+    refused = command(*base, *([] if "--steps" in change else ["--steps", 3]), *change)
+    assert "another run or sampler" in str(refused.exception)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "evaluations"),
+    [
+        ("heun", 4, "7"),
+        ("euler", 4, "4"),
+        ("dpm", 4, "4"),
+        ("ancestral", 4, "4"),
+        ("euler-maruyama", 4, "4"),
+        ("reverse-diffusion", 4, "4"),
+        ("predictor-corrector", 4, "8"),
+    ],
+)
+def test_every_sampler_says_what_it_cost(run, tmp_path, sampler, steps, evaluations):
+    result = command("sample", run, "--seeds", "0", "--sampler", sampler, "--steps", steps, "--out", tmp_path / "o")
+    assert f"\n{evaluations} network evaluations each" in result.output
+
+
+def test_an_adaptive_solver_counts_each_batch(run, tmp_path):
+    result = command("sample", run, "--seeds", "0-3", "--batch", 2, "--sampler", "rk45", "--out", tmp_path / "o")
+    assert result.exit_code == 0, result.output
+    assert "network evaluations each: RK45" in result.output
+
+
+def test_guidance_changes_images_and_one_changes_nothing(run, tmp_path):
+    base = ["sample", run, "--seeds", "0-3", "--class", 5, "--steps", 4, "--out"]
+    for name, flags in (("plain", []), ("one", ["--guidance", 1]), ("three", ["--guidance", 3])):
+        assert command(*base, tmp_path / name, *flags).exit_code == 0
+    plain, one, three = (np.stack(list(pictures(tmp_path / name).values())) for name in ("plain", "one", "three"))
+    assert abs(plain - one).max() <= 1
+    assert abs(plain - three).max() > 1
+    guided = command(*base, tmp_path / "by", "--guidance", 2, "--guide", run)
+    assert guided.exit_code == 0
+    assert abs(np.stack(list(pictures(tmp_path / "by").values())) - plain).max() <= 1  # a guide that is no weaker
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "5-3"], "runs backwards"),
+        (["--seeds", "a"], "seeds look like"),
+        (["--sampler", "huen"], "did you mean heun"),
+        (["--class", "12"], "no class 12"),
+        (["--set", "target.size=3"], "sampler.* and grid.* only"),
+        (["--guide", "nowhere"], "add --guidance"),
+    ],
+)
+def test_a_wrong_word_is_refused_before_any_work(run, tmp_path, flags, message):
+    result = command("sample", run, "--out", tmp_path / "out", *flags)
+    assert message in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_ranks_make_the_images_of_one(run, tmp_path):
+    assert (
+        command("sample", run, "--seeds", "0-6", "--steps", 3, "--batch", 7, "--out", tmp_path / "one").exit_code == 0
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    script = tmp_path / "command.py"
+    script.write_text("from stablefield.cli import main\nmain()\n")
+    arguments = [
+        "sample",
+        str(run),
+        "--seeds",
+        "0-6",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "two"),
+        "--device",
+        "cpu",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(abs(one[name] - two[name]).max() <= 1 for name in one)
+    assert json.loads((tmp_path / "one" / "samples.json").read_text())["class"] is None
