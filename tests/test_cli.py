@@ -168,9 +168,8 @@ class Net(torch.nn.Module):
 
 
 def stablefield_command(*arguments: str, cwd: Path, **options) -> subprocess.Popen:
-    code = "from stablefield.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-m", "stablefield", *arguments],
         cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

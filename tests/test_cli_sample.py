@@ -128,8 +128,6 @@ def test_two_ranks_make_the_images_of_one(run, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    script = tmp_path / "command.py"
-    script.write_text("from stablefield.cli import main\nmain()\n")
     arguments = [
         "sample",
         str(run),
@@ -143,7 +141,7 @@ def test_two_ranks_make_the_images_of_one(run, tmp_path):
         "cpu",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, str(script), *arguments], capture_output=True, text=True, env=environment)
+    done = subprocess.run([*launch, "-m", "stablefield", *arguments], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
     assert one.keys() == two.keys()

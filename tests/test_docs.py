@@ -31,9 +31,8 @@ def test_the_readmes_python_runs(code, monkeypatch, tmp_path):
 
 
 def run(arguments: list[str], folder: Path) -> None:
-    code = "from stablefield.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=folder, capture_output=True, text=True, env=os.environ
+        [sys.executable, "-m", "stablefield", *arguments], cwd=folder, capture_output=True, text=True, env=os.environ
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -22,6 +22,7 @@ FLOORS = (
     {"engine", "evaluate"},
     {"compare"},
     {"cli"},
+    {"__main__"},
 )
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 SPINE = {room for rooms in FLOORS[:4] for room in rooms}
