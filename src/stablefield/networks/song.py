@@ -206,7 +206,7 @@ def ddpmpp(shape: Sequence[int] = (3, 32, 32), **options: Any) -> SongUNet:
 
 
 def ncsnpp(shape: Sequence[int] = (3, 32, 32), **options: Any) -> SongUNet:
-    """NCSN++ as EDM trains it: 56.5 M parameters at 32 x 32, 62.6 M at 64 x 64. Options are `SongUNet`'s."""
+    """NCSN++ as EDM trains it: 56.4 M parameters at 32 x 32, 62.8 M at 64 x 64. Options are `SongUNet`'s."""
     return SongUNet(shape, **{**NCSNPP, **options})
 
 

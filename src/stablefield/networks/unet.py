@@ -39,7 +39,7 @@ class UNet(nn.Module):
         augment_dim: int = 0,
         channels: int = 32,
         multipliers: tuple[int, ...] = (1, 2),
-        blocks: int = 2,
+        blocks: int = 1,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
