@@ -72,7 +72,7 @@ class Training:
     learning_rate: float = 1e-3
     ramp: int = 10_000
     ema_half_life: float = 20_000
-    ema_ramp_up: float = 0.05
+    ema_ramp_up: float = 0.2
     stratified: bool = False
     conditional: bool = False
     seed: int = 0

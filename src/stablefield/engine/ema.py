@@ -30,7 +30,6 @@ class EMA:
     def update(self, average: nn.Module, model: nn.Module, images: int, batch: int) -> None:
         """Move the average towards the model; buffers are copied."""
         beta = self.decay(images, batch)
-        for mean, now in zip(average.parameters(), model.parameters(), strict=True):
-            mean.lerp_(now, 1 - beta)
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - beta)
         for kept, new in zip(average.buffers(), model.buffers(), strict=True):
             kept.copy_(new)

@@ -47,7 +47,7 @@ class TrainState:
     def __init__(self, denoiser: Denoiser, optimizer: torch.optim.Optimizer | None = None) -> None:
         self.denoiser = denoiser
         self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        self.optimizer = optimizer or torch.optim.Adam(denoiser.parameters(), lr=1e-3)
+        self.optimizer = optimizer or torch.optim.Adam(denoiser.parameters(), lr=1e-3, fused=True)
         self.images = 0
 
     def tensors(self) -> dict[str, Tensor]:
