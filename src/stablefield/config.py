@@ -67,12 +67,12 @@ class Training:
         device: "auto", or as torch names it.
     """
 
-    images: int = 80_000
+    images: int = 96_000
     batch_size: int = 64
     learning_rate: float = 1e-3
     ramp: int = 10_000
     ema_half_life: float = 20_000
-    ema_ramp_up: float = 0.2
+    ema_ramp_up: float = 0.1
     stratified: bool = False
     conditional: bool = False
     seed: int = 0
