@@ -143,9 +143,7 @@ class _Array:
                 raise ValueError(f"{dtype.name} {shape} and {len(content)} bytes")
             return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{where} is damaged: it holds an array that is not of bytes, or not whole: {error}"
-            ) from None
+            raise ValueError(f"{where} is damaged: an array in it is not of bytes, or not whole: {error}") from None
 
 
 class _DType:
