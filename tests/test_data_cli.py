@@ -1,7 +1,10 @@
 """What a person does with data at the terminal: convert them to any form, look at them, train on them."""
 
 import json
+import re
+import shlex
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,3 +226,23 @@ def test_training_on_a_store_or_its_zip_or_the_array_is_the_same_to_the_last_bit
 def test_a_pool_s_contents_are_what_it_holds():
     pool = Pool(torch.from_numpy(noise(300, 2)))
     assert np.array_equal(np.concatenate(list(Contents.of(pool).blocks())), pool.data.numpy())
+
+
+def test_the_page_on_data_shows_what_runs(tmp_path):
+    images, labels = noise(12, 3, 32, 32), [number % 10 for number in range(12)]
+    make_zip(tmp_path / "cifar10-32x32.zip", edm_files(images, labels))
+    make_tar(tmp_path / "cifar-10-python.tar.gz", cifar_files(images, labels))
+    make_mnist(tmp_path / "mnist", images[:, 0], np.array(labels, np.uint8))
+    make("celeba", tmp_path)
+    make("folder", tmp_path)
+    np.save("latents.npy", np.zeros((12, 4, 8, 8), np.float32))
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    lines = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(lines) >= 10
+    for line in lines:
+        if "hf:" not in line:  # the hub is not asked by tests
+            sets = ["--set", "target.size=8"] if " train " in line else []
+            result = command(*shlex.split(line)[1:], *sets)
+            assert result.exit_code == 0, (line, result.output, result.exception)
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "data.md", "exec"), {"__name__": "page"})

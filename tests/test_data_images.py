@@ -83,7 +83,7 @@ def test_the_top_folder_is_the_class_in_the_order_of_names(tmp_path):
 
 def test_a_folder_around_everything_and_hidden_files_are_looked_through(tmp_path):
     files = {"photos/b/1.png": png(noise(1, 4, 4)), "photos/a/1.png": png(noise(1, 4, 4, seed=1))}
-    hidden = {"__MACOSX/photos/b/._1.png": b"?", ".DS_Store": b"?", "photos/a/.thumb.png": b"?"}
+    hidden = {"__MACOSX/photos/b/._1.png": b"?", ".DS_Store": b"?", "photos/a/.thumb.png": b"?", "LICENSE.txt": b"?"}
     pool = Images(make_zip(tmp_path / "x.zip", files | hidden)).load()
     assert pool.labels.tolist() == [0, 1]
     assert Images(make_folder(tmp_path / "flat", {"x.png": png(noise(1, 4, 4))})).load().labels is None

@@ -255,6 +255,15 @@ def test_without_locks_the_first_to_finish_wins_and_nobody_fails(when, cache, mo
     assert len([place for place in cache.iterdir() if place.is_dir()]) == 1
 
 
+def test_what_is_damaged_in_the_cache_says_how_to_get_it_again(tmp_path, cache):
+    source = Images(make_zip(tmp_path / "x.zip", edm_files(noise(3, 3, 8, 8), None)))
+    source.load()
+    (place,) = (place for place in cache.iterdir() if place.is_dir())
+    (place / "data.npy").write_bytes((place / "data.npy").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"in the cache: remove {place}, and it is decoded again"):
+        source.load()
+
+
 def test_a_npy_is_mapped_and_its_damage_named(tmp_path):
     data = noise(20, 3, 8, 8)
     np.save(tmp_path / "x.npy", data)

@@ -5,7 +5,7 @@ Labels are those of `dataset.json` in EDM's and StyleGAN's layout,
     {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", [0, 1, 0]], ...]}     or {"labels": null}
 
 and without that file the top folder is the class, in the order of their names. A single folder around everything is
-looked through. Hidden files and those that are no images are passed over.
+looked through. Hidden files, and others that are no images, are passed over.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ SHARD = re.compile(r"\d{5}/img\d{8}\.\w+")  # EDM's layout: the folder is only t
 
 
 class Files(AbstractContextManager["Files"], ABC):
-    """Named bytes. Names have forward slashes, and are relative to the one folder that is around everything."""
+    """Images and `dataset.json` by name: with forward slashes, and without the one folder around all of them."""
 
     def __init__(self) -> None:
         self.held = ExitStack()
@@ -223,7 +223,9 @@ def _look_through(names: Iterator[str]) -> tuple[str, list[str]]:
 
 
 def _shown(name: str) -> bool:
-    return not any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+    *folders, last = name.split("/")
+    hidden = any(part.startswith((".", "__MACOSX")) for part in (*folders, last))
+    return not hidden and (last == "dataset.json" or last.lower().endswith(SUFFIXES))
 
 
 def _hash(lines: Iterator[tuple[Any, ...]]) -> str:

@@ -155,7 +155,10 @@ def cached(recipe: str, contents: Callable[[], Contents], *, source: str, progre
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder / f"{key}.lock"):
             _decode_into(folder / key, contents, source, progress)
-    return Store(folder / key).load()
+    try:
+        return Store(folder / key).load()
+    except ValueError as error:
+        raise ValueError(f"{error} (in the cache: remove {folder / key}, and it is decoded again)") from None
 
 
 def cache_folder() -> Path:
