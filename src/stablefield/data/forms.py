@@ -46,6 +46,7 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
     Raises:
         ValueError: the place is taken.
     """
+    free(path)
     blocks, done = [], 0
     for block in contents.blocks():
         blocks.append(block)
