@@ -30,6 +30,12 @@ def test_what_is_resolved_comes_back_from_its_own_file():
 # what a kind cannot do without, and what goes with it
 NEEDS = {
     "arrays": {"path": "x.npz"},
+    "store": {"path": "x"},
+    "images": {"path": "x.zip"},
+    "celeba": {"path": "img_align_celeba"},
+    "idx": {"path": "train-images-idx3-ubyte.gz"},
+    "cifar": {"path": "cifar-10-python.tar.gz"},
+    "huggingface": {"path": "mnist"},
     "head": {"head": "v"},
     "predicts": {"head": "noise"},
 }

@@ -24,7 +24,7 @@ import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from stablefield.data import Arrays, Digits, Unnamed
+from stablefield.data import CIFAR, IDX, Arrays, CelebA, Digits, HuggingFace, Images, Store, Unnamed
 from stablefield.denoise import EDM, IDDPMScaling, Predicts, VEScaling, VPScaling
 from stablefield.networks import ADM, MLP, SongUNet, UNet
 from stablefield.networks.song import NCSNPP
@@ -89,7 +89,17 @@ class Training:
 
 
 PARTS: dict[str, dict[str, type]] = {
-    "data": {"digits": Digits, "arrays": Arrays, "unnamed": Unnamed},
+    "data": {
+        "digits": Digits,
+        "arrays": Arrays,
+        "unnamed": Unnamed,
+        "store": Store,
+        "images": Images,
+        "celeba": CelebA,
+        "idx": IDX,
+        "cifar": CIFAR,
+        "huggingface": HuggingFace,
+    },
     "process": {"ve": VE, "vp": VP, "subvp": SubVP, "cosine": Cosine, "flow": Flow},
     "times": {
         "lognormal": LogNormal,

@@ -37,7 +37,8 @@ class Pool:
             raise ValueError(f"data must be (N, *D) with N and D at least 1, not {tuple(self.data.shape)}")
         if self.data.dtype != torch.uint8 and not self.data.is_floating_point():
             raise ValueError(f"data must be uint8 or floating, not {self.data.dtype}")
-        if self.data.is_floating_point() and not torch.isfinite(self.data).all():
+        # in parts: data mapped from a file may be larger than memory
+        if self.data.is_floating_point() and not all(torch.isfinite(part).all() for part in self.data.split(1024)):
             raise ValueError("data holds numbers that are not finite")
         if self.labels is not None and self.labels.shape != (len(self.data),):
             raise ValueError(f"{len(self.data)} members need as many labels, not {tuple(self.labels.shape)}")

@@ -15,7 +15,7 @@ import torch
 
 from stablefield.checkpoint import CheckpointError, read
 from stablefield.config import Config, resolve
-from stablefield.data import Shuffled
+from stablefield.data import Progress, Shuffled, silent
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
 from stablefield.reference import Pool
@@ -78,14 +78,14 @@ class Parts:
     batches: Shuffled
 
 
-def assemble(config: Config) -> Parts:
-    """Load the data, and make every part of a training run.
+def assemble(config: Config, progress: Progress = silent) -> Parts:
+    """Load the data (`progress` is told if they must be decoded first), and make every part of a training run.
 
     Raises:
         ValueError: parts that do not fit the data (sizes, shapes, missing labels).
     """
     training = config.training
-    data = config.make("data").load()
+    data = config.make("data").load(progress)
     if training.conditional and data.labels is None:
         raise ValueError("training.conditional needs labels, and the data have none")
     pool = data if training.conditional else replace(data, labels=None)

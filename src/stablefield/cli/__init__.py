@@ -5,6 +5,7 @@ import sys
 import typer
 
 from stablefield.cli.convert import convert
+from stablefield.cli.data import data
 from stablefield.cli.demo import demo
 from stablefield.cli.sample import sample
 from stablefield.cli.train import train
@@ -21,6 +22,7 @@ app = typer.Typer(
     stablefield sample runs/digits-reference --seeds 0-63
     stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
     stablefield convert network-snapshot-200000.pkl runs/edm
+    stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
 
     A run is a folder: config.toml, checkpoint.safetensors, metrics.jsonl, samples/. In Python,
     stablefield.load("runs/digits-reference") gives its denoiser.
@@ -35,6 +37,7 @@ app.command()(demo)
 app.command()(train)
 app.command()(sample)
 app.command()(convert)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

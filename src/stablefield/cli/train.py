@@ -13,6 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stablefield.checkpoint import read, save
+from stablefield.cli.data import progress_bar
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.engine import EMA, LearningRate, TrainState
 from stablefield.engine import train as steps_of
@@ -53,7 +54,8 @@ def train(
         raise ConfigError(
             f"{folder.path} holds a run already: go on with it by --resume {folder.path}, or choose another --out"
         )
-    parts = assemble(wanted)
+    with progress_bar("decoding") as progress:
+        parts = assemble(wanted, progress)
     if not resume and base:
         start_from(base, parts)
     print(summary(wanted, parts, folder))

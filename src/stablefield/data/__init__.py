@@ -1,6 +1,38 @@
 """Where data come from, and in which order they are seen."""
 
 from stablefield.data.batches import Batch, Shuffled
+from stablefield.data.cifar import CIFAR
+from stablefield.data.contents import Contents, Progress, content_hash, silent
+from stablefield.data.forms import write_npz, write_zip
+from stablefield.data.guess import guess_kind
+from stablefield.data.hub import HuggingFace
+from stablefield.data.idx import IDX
+from stablefield.data.images import CelebA, Images, Pictures
 from stablefield.data.sources import Arrays, Digits, Source, Unnamed
+from stablefield.data.store import Store, write
+from stablefield.data.summary import Summary
 
-__all__ = ["Arrays", "Batch", "Digits", "Shuffled", "Source", "Unnamed"]
+__all__ = [
+    "CIFAR",
+    "IDX",
+    "Arrays",
+    "Batch",
+    "CelebA",
+    "Contents",
+    "Digits",
+    "HuggingFace",
+    "Images",
+    "Pictures",
+    "Progress",
+    "Shuffled",
+    "Source",
+    "Store",
+    "Summary",
+    "Unnamed",
+    "content_hash",
+    "guess_kind",
+    "silent",
+    "write",
+    "write_npz",
+    "write_zip",
+]

@@ -1,5 +1,7 @@
 """Data sets, each a recipe that loads into a `Pool`."""
 
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from stablefield.data.contents import Contents, Progress, silent
+from stablefield.data.mapping import as_tensor, mapped
 from stablefield.reference import Pool
 
 
@@ -14,15 +18,19 @@ class Source(ABC):
     """A data set: where it is, and how it becomes a pool."""
 
     @abstractmethod
-    def load(self) -> Pool:
-        """All data, resident in memory, with labels if there are any."""
+    def load(self, progress: Progress = silent) -> Pool:
+        """All data, in memory or mapped into it, with labels if there are any; `progress` is told what takes long."""
+
+    def contents(self) -> Contents:
+        """The same, block by block, for those who only pass them on."""
+        return Contents.of(self.load())
 
 
 @dataclass(frozen=True)
 class Digits(Source):
     """scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels with 17 grey levels, in ten classes."""
 
-    def load(self) -> Pool:
+    def load(self, progress: Progress = silent) -> Pool:
         from sklearn.datasets import load_digits
 
         found = load_digits()
@@ -34,7 +42,7 @@ class Digits(Source):
 class Unnamed(Source):
     """The data of a checkpoint from elsewhere: it can be sampled from, but trained only on data with a name."""
 
-    def load(self) -> Pool:
+    def load(self, progress: Progress = silent) -> Pool:
         """Raises:
         ValueError: always.
         """
@@ -45,32 +53,60 @@ class Unnamed(Source):
 class Arrays(Source):
     """An array file: `.npy`, or `.npz` with the data under `data`, `images`, `x` or `arr_0`, and maybe `labels`.
 
+    A `.npy` in bytes or float32 is mapped into memory. An archive may also say `levels`, and the names of `classes`.
+
     Attributes:
         path: the file; uint8 (0 .. 255 stands for [-1, 1]) or floating, (N, *D); images are (N, C, H, W).
+        channels_last: whether they are (N, H, W, C) instead; bytes that look so must say it, or say false.
     """
 
     path: Path
+    channels_last: bool | None = None
 
-    def load(self) -> Pool:
+    def load(self, progress: Progress = silent) -> Pool:
         """Raises:
         ValueError: no such file, or no array of a usable type and shape in it.
         """
-        if not self.path.is_file():
-            raise ValueError(f"there is no file {self.path}")
-        try:
-            found = np.load(self.path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{self.path} cannot be read as numpy arrays: {error}") from None
-        if isinstance(found, np.ndarray):
-            return Pool(_data(found, self.path))
+        found = self._read()
         name = next((name for name in ("data", "images", "x", "arr_0") if name in found), None)
         if name is None:
             raise ValueError(f"{self.path} holds {', '.join(found)}; data are expected under data, images, x or arr_0")
-        labels = torch.from_numpy(found["labels"].astype(np.int64)) if "labels" in found else None
-        return Pool(_data(found[name], self.path), labels)
+        data = self._data(found[name])
+        labels = torch.from_numpy(_whole(found["labels"], self.path)) if "labels" in found else None
+        return Pool(as_tensor(data), labels, int(found.get("levels", 256)))
+
+    def contents(self) -> Contents:
+        return Contents.of(self.load(), tuple(map(str, self._read(("classes",)).get("classes", ()))))
+
+    def _read(self, names: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
+        """The arrays of the file, by name: those asked for, or all."""
+        if not self.path.is_file():
+            raise ValueError(f"there is no file {self.path}")
+        if not zipfile.is_zipfile(self.path):
+            return {"data": mapped(self.path)}
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                return {name: archive[name] for name in archive if not names or name in names}
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self.path} cannot be read as numpy arrays: {error}") from None
+
+    def _data(self, array: np.ndarray) -> np.ndarray:
+        if array.dtype != np.uint8 and array.dtype.kind != "f":
+            raise ValueError(f"{self.path} holds {array.dtype}; data must be uint8 or floating")
+        if self.channels_last is None and _looks_last(array):
+            raise ValueError(
+                f"{self.path} holds {array.shape}, which looks like images with their channels last: say "
+                "channels_last = true if they are, or false if they are (N, C, H, W)"
+            )
+        array = np.moveaxis(array, -1, 1) if self.channels_last else array
+        return np.ascontiguousarray(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
 
 
-def _data(array: np.ndarray, path: Path) -> torch.Tensor:
-    if array.dtype != np.uint8 and array.dtype.kind != "f":
-        raise ValueError(f"{path} holds {array.dtype}; data must be uint8 or floating")
-    return torch.from_numpy(np.ascontiguousarray(array if array.dtype == np.uint8 else array.astype(np.float32)))
+def _looks_last(array: np.ndarray) -> bool:
+    return array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] in (1, 3) and array.shape[1] not in (1, 3)
+
+
+def _whole(labels: np.ndarray, path: Path) -> np.ndarray:
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise ValueError(f"labels in {path} are {labels.dtype} {labels.shape}; they must be whole numbers, (N,)")
+    return labels.astype(np.int64)

@@ -1,0 +1,89 @@
+"""Small data sets as others would publish them, made on the spot."""
+
+import gzip
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    """Bytes."""
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def png(pixels: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
+    """An image file of (C, H, W) bytes, or of (H, W) numbers of another type."""
+    file = io.BytesIO()
+    if pixels.ndim == 3:
+        pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    Image.fromarray(pixels).save(file, form, **options)
+    return file.getvalue()
+
+
+def make_folder(path: Path, files: Mapping[str, bytes]) -> Path:
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(content)
+    return path
+
+
+def make_zip(path: Path, files: Mapping[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def edm_files(images: np.ndarray, labels: Any) -> dict[str, bytes]:
+    """EDM's layout."""
+    names = [f"{number // 4:05d}/img{number:08d}.png" for number in range(len(images))]
+    said = None if labels is None else [[name, label] for name, label in zip(names, labels, strict=True)]
+    files = dict(zip(names, map(png, images), strict=True))
+    return files | {"dataset.json": json.dumps({"labels": said}).encode()}
+
+
+def idx(array: np.ndarray) -> bytes:
+    """An IDX file."""
+    kind = {"u1": 0x08, "i4": 0x0C, "f4": 0x0D}[array.dtype.str[1:]]
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape)
+    return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
+
+
+def make_mnist(folder: Path, images: np.ndarray, labels: np.ndarray, *, packed: bool = True) -> Path:
+    """Training images and labels by their usual names."""
+    folder.mkdir(exist_ok=True)
+    for name, array in (("train-images-idx3-ubyte", images), ("train-labels-idx1-ubyte", labels)):
+        content = idx(array)
+        (folder / (name + packed * ".gz")).write_bytes(gzip.compress(content) if packed else content)
+    return folder
+
+
+def make_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+def cifar_files(images: np.ndarray, labels: list[int]) -> dict[str, bytes]:
+    """Five batches of training data, one of test data, and the names of the classes."""
+    files = {}
+    for number, part in enumerate(np.array_split(np.arange(len(images)), 5), 1):
+        flat, own = images[part].reshape(len(part), -1), [labels[i] for i in part]
+        files[f"data_batch_{number}"] = pickle.dumps({b"data": flat, b"labels": own, b"batch_label": b"x"}, 2)
+    files["test_batch"] = pickle.dumps({b"data": images[:1].reshape(1, -1), b"labels": labels[:1]}, 2)
+    return files | {"batches.meta": pickle.dumps({b"label_names": [name.encode() for name in CLASSES]}, 2)}

@@ -1,0 +1,299 @@
+"""A store holds what was put into it, whole or not at all, and training cannot tell it from memory."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from data_files import edm_files, make_zip, noise
+
+from stablefield.data import Arrays, Contents, Digits, Images, Shuffled, Store, content_hash, write
+from stablefield.data import store as stores
+from stablefield.reference import Pool
+
+pytestmark = pytest.mark.usefixtures("unchecked", "cache")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("STABLEFIELD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def pool_of(*shape: int, labels: bool = True, floating: bool = False) -> Pool:
+    data = torch.from_numpy(noise(*shape))
+    data = data.float() / 7 if floating else data
+    return Pool(data, torch.arange(shape[0]) % 3 if labels else None)
+
+
+def keep(path, pool: Pool) -> Store:
+    return write(path, Contents.of(pool), source="a test")
+
+
+def same(a: Pool, b: Pool) -> bool:
+    labels = (a.labels is None and b.labels is None) or torch.equal(a.labels, b.labels)
+    return a.data.dtype == b.data.dtype and torch.equal(a.data, b.data) and labels and a.levels == b.levels
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 4, 6), (7, 1, 5, 5), (7, 2), (300, 4, 3), (7, 1, 3, 4, 5)])
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("floating", [True, False])
+def test_data_of_any_shape_come_back_bit_for_bit(shape, labels, floating, tmp_path):
+    pool = pool_of(*shape, labels=labels, floating=floating)
+    store = keep(tmp_path / "x", pool)
+    assert same(store.load(), pool)
+    assert store.verify() == content_hash(pool)
+    assert [file.name for file in tmp_path.iterdir()] == ["x"]
+
+
+def test_levels_and_names_of_classes_come_back(tmp_path):
+    pool = Digits().load()
+    store = write(tmp_path / "x", Contents.of(pool, tuple("abcdefghij")), source="a test")
+    assert store.load().levels == 17
+    assert store.contents().classes == tuple("abcdefghij")
+
+
+def test_the_hash_changes_with_any_pixel_label_shape_and_meaning():
+    data, labels = torch.from_numpy(noise(5, 1, 2, 3)), torch.arange(5)
+    hashes = {content_hash(Pool(data, labels)), content_hash(Pool(data)), content_hash(Pool(data, labels, levels=17))}
+    hashes.add(content_hash(Pool(data.reshape(5, 1, 3, 2), labels)))
+    for place in range(data.numel()):
+        changed = data.clone()
+        changed.flatten()[place] ^= 1
+        hashes.add(content_hash(Pool(changed, labels)))
+    for place in range(5):
+        hashes.add(content_hash(Pool(data, labels.clone().index_fill_(0, torch.tensor(place), 7))))
+    assert len(hashes) == 4 + data.numel() + 5
+
+
+def test_a_store_is_mapped_without_a_warning_and_never_changed_by_whoever_writes_to_it(tmp_path):
+    store = keep(tmp_path / "x", pool_of(50, 3, 4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pool = store.load()
+        pool.data.zero_()
+    assert store.verify()
+    assert store.load().data.any()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux to say what is mapped")
+def test_the_data_are_pages_of_the_file(tmp_path):
+    pool = keep(tmp_path / "x", pool_of(50, 3, 4, 4)).load()
+    with open("/proc/self/maps") as maps:
+        own = [line for line in maps if str(tmp_path / "x" / "data.npy") in line]
+    low, high = (int(end, 16) for end in own[0].split()[0].split("-"))
+    assert low <= pool.data.data_ptr() < high
+
+
+def test_where_private_pages_are_refused_data_are_read_only_and_the_same(tmp_path, monkeypatch):
+    pool, load = pool_of(50, 3, 4, 4), np.load
+    store = keep(tmp_path / "x", pool)
+
+    def refuse(path, mmap_mode, **options):
+        if mmap_mode == "c":
+            raise OSError("Cannot allocate memory")
+        return load(path, mmap_mode=mmap_mode, **options)
+
+    monkeypatch.setattr(np, "load", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(store.load(), pool)
+
+
+def test_training_sees_the_same_batches_and_no_step_decodes_anything(tmp_path, monkeypatch):
+    images, labels = noise(40, 3, 8, 8), [number % 4 for number in range(40)]
+    mapped = Images(make_zip(tmp_path / "x.zip", edm_files(images, labels))).load()
+    memory = Pool(torch.from_numpy(images), torch.tensor(labels))
+    monkeypatch.setattr("PIL.Image.open", None)
+    monkeypatch.setattr("zipfile.ZipFile.open", None)
+    for seen in range(0, 160, 16):
+        one, other = (Shuffled(pool, 16, seed=3)(seen) for pool in (mapped, memory))
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.index, other.index)
+        assert torch.equal(one.label, other.label)
+
+
+def test_nothing_is_written_over(tmp_path):
+    pool = pool_of(5, 2)
+    keep(tmp_path / "x", pool)
+    with pytest.raises(ValueError, match="x is there already"):
+        keep(tmp_path / "x", pool_of(6, 2))
+    assert same(Store(tmp_path / "x").load(), pool)
+
+
+def failing(pool: Pool, error: BaseException) -> Contents:
+    def blocks():
+        yield pool.data[:3].numpy()
+        raise error
+
+    return Contents(len(pool), blocks)
+
+
+@pytest.mark.parametrize("error", [ValueError("damaged"), KeyboardInterrupt(), OSError("no space left")])
+def test_a_store_that_could_not_be_finished_leaves_nothing_behind(error, tmp_path):
+    with pytest.raises(type(error)):
+        write(tmp_path / "x", failing(pool_of(5, 2), error), source="a test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_killed_while_writing_leaves_no_store_and_does_not_hinder_the_next(tmp_path):
+    code = """
+import os, sys, numpy as np
+from pathlib import Path
+from stablefield.data import Contents, write
+
+def blocks():
+    yield np.zeros((3, 2), np.uint8)
+    os._exit(9)
+
+write(Path(sys.argv[1]), Contents(5, blocks), source="a test")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True)
+    assert done.returncode == 9, done.stderr
+    assert not (tmp_path / "x").exists()
+    (left,) = tmp_path.iterdir()
+    with pytest.raises(ValueError, match=r"no whole store: it has no store\.json"):
+        Store(left).load()
+    assert len(keep(tmp_path / "x", pool_of(5, 2)).load()) == 5
+
+
+def test_blocks_that_are_unlike_or_not_finite_are_refused(tmp_path):
+    def contents(*blocks):
+        return Contents(sum(map(len, blocks)), lambda: iter(blocks))
+
+    for other in (np.zeros((2, 4), np.uint8), np.zeros((2, 3), np.float32)):
+        with pytest.raises(ValueError, match="all must be alike"):
+            write(tmp_path / "x", contents(np.zeros((2, 3), np.uint8), other), source="a test")
+    with pytest.raises(ValueError, match="not finite"):
+        write(tmp_path / "x", contents(np.full((2, 3), np.nan, np.float32)), source="a test")
+
+
+def test_what_was_cut_short_swapped_or_damaged_is_refused_by_name(tmp_path):
+    store = keep(tmp_path / "x", pool_of(50, 3, 4, 4))
+    for name in ("data.npy", "labels.npy", "store.json"):
+        whole = (tmp_path / "x" / name).read_bytes()
+        for damaged in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"}"):
+            (tmp_path / "x" / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+                store.load()
+        (tmp_path / "x" / name).unlink()
+        with pytest.raises(ValueError, match=f"no whole store: it has no {name}"):
+            store.load()
+        (tmp_path / "x" / name).write_bytes(whole)
+    keep(tmp_path / "y", pool_of(49, 3, 4, 4))
+    (tmp_path / "y" / "data.npy").replace(tmp_path / "x" / "data.npy")
+    with pytest.raises(ValueError, match=r"holds uint8 \(49, 3, 4, 4\), but store.json says uint8 \(50, 3, 4, 4\)"):
+        store.load()
+
+
+def test_a_single_changed_bit_is_found_on_demand(tmp_path):
+    store = keep(tmp_path / "x", pool_of(50, 3, 4, 4))
+    for name in ("data.npy", "labels.npy"):
+        whole = (tmp_path / "x" / name).read_bytes()
+        (tmp_path / "x" / name).write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
+        with pytest.raises(ValueError, match="is damaged: its contents have the hash"):
+            store.verify()
+        (tmp_path / "x" / name).write_bytes(whole)
+    assert store.verify()
+
+
+def test_a_store_of_another_version_is_refused(tmp_path):
+    keep(tmp_path / "x", pool_of(5, 2))
+    about = json.loads((tmp_path / "x" / "store.json").read_text())
+    (tmp_path / "x" / "store.json").write_text(json.dumps(about | {"format": "stablefield store 9"}))
+    with pytest.raises(ValueError, match=r"'stablefield store 9'.*'stablefield store 1'"):
+        Store(tmp_path / "x").load()
+
+
+def test_ranks_that_start_together_decode_once(tmp_path, monkeypatch):
+    source = Images(make_zip(tmp_path / "x.zip", edm_files(noise(30, 3, 8, 8), None)))
+    written, really = tmp_path / "written", write
+
+    def noted(*arguments, **options):
+        with written.open("a") as file:
+            file.write("once\n")
+        return really(*arguments, **options)
+
+    monkeypatch.setattr(stores, "write", noted)
+    fork = multiprocessing.get_context("fork")
+    found = fork.Queue()
+    ranks = [fork.Process(target=lambda: found.put(content_hash(source.load()))) for _ in range(4)]
+    for rank in ranks:
+        rank.start()
+    assert {found.get(timeout=60) for _ in ranks} == {content_hash(Pool(torch.from_numpy(noise(30, 3, 8, 8))))}
+    for rank in ranks:
+        rank.join()
+    assert written.read_text() == "once\n"
+
+
+@pytest.mark.parametrize("when", ["before the first block", "before the last rename"])
+def test_without_locks_the_first_to_finish_wins_and_nobody_fails(when, cache, monkeypatch):
+    pool = pool_of(5, 2)
+    monkeypatch.setattr(stores, "_alone", lambda lock: nullcontext())
+
+    def other_rank():
+        stores.cached("recipe", lambda: Contents.of(pool), source="a test")
+
+    def contents():
+        def blocks():
+            yield pool.data[:2].numpy()
+            if when == "before the last rename":
+                other_rank()
+            yield pool.data[2:].numpy()
+
+        if when == "before the first block":
+            other_rank()
+        return Contents(len(pool), blocks, pool.labels.numpy())
+
+    assert same(stores.cached("recipe", contents, source="a test"), pool)
+    assert len([place for place in cache.iterdir() if place.is_dir()]) == 1
+
+
+def test_what_is_damaged_in_the_cache_says_how_to_get_it_again(tmp_path, cache):
+    source = Images(make_zip(tmp_path / "x.zip", edm_files(noise(3, 3, 8, 8), None)))
+    source.load()
+    (place,) = (place for place in cache.iterdir() if place.is_dir())
+    (place / "data.npy").write_bytes((place / "data.npy").read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"in the cache: remove {place}, and it is decoded again"):
+        source.load()
+
+
+def test_a_npy_is_mapped_and_its_damage_named(tmp_path):
+    data = noise(20, 3, 8, 8)
+    np.save(tmp_path / "x.npy", data)
+    pool = Arrays(tmp_path / "x.npy").load()
+    assert torch.equal(pool.data, torch.from_numpy(data))
+    pool.data.zero_()
+    assert np.array_equal(np.load(tmp_path / "x.npy"), data)
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"x\.npy is damaged"):
+        Arrays(tmp_path / "x.npy").load()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.float32])
+def test_floating_arrays_of_any_width_and_order_become_float32(dtype, tmp_path):
+    data = np.asfortranarray(np.random.default_rng(0).normal(size=(6, 5, 4)).astype(dtype))
+    np.save(tmp_path / "x.npy", data)
+    assert torch.equal(Arrays(tmp_path / "x.npy").load().data, torch.from_numpy(np.array(data, np.float32, order="C")))
+
+
+def test_channels_that_look_last_must_be_said(tmp_path):
+    data = noise(6, 8, 8, 3)
+    np.savez(tmp_path / "x.npz", arr_0=data)
+    with pytest.raises(ValueError, match=r"\(6, 8, 8, 3\).*channels_last"):
+        Arrays(tmp_path / "x.npz").load()
+    last = Arrays(tmp_path / "x.npz", channels_last=True).load()
+    assert np.array_equal(last.data.numpy(), data.transpose(0, 3, 1, 2))
+    assert Arrays(tmp_path / "x.npz", channels_last=False).load().shape == (8, 8, 3)
+
+
+def test_labels_of_an_archive_must_be_whole_numbers(tmp_path):
+    np.savez(tmp_path / "x.npz", data=noise(3, 2), labels=np.array([0.5, 1, 2]))
+    with pytest.raises(ValueError, match=r"labels in .*x\.npz are float64"):
+        Arrays(tmp_path / "x.npz").load()
