@@ -19,6 +19,7 @@ from stablefield import (
     ReferenceBatch,
     SingleSample,
     TrainState,
+    UNet,
     train,
 )
 from stablefield.checkpoint import read, save
@@ -58,6 +59,23 @@ def test_a_run_that_was_stopped_and_saved_goes_on_bit_for_bit(target, tmp_path):
     after = [step.report.loss.item() for step in train(second, objective, batches, images=16 * 9, **options)]
 
     assert before + after == losses
+    assert same(second, whole)
+
+
+def test_the_order_of_weights_in_memory_survives_a_stop():
+    pool = Pool(torch.randn(20, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
+    objective = Objective(LogNormal(), SingleSample(), EDMWeight())
+
+    def fresh() -> TrainState:
+        torch.manual_seed(0)
+        network = UNet(pool.shape, channels=8).to(memory_format=torch.channels_last)
+        return TrainState(Preconditioned(network, VE(), EDM()))
+
+    whole, first, second = fresh(), fresh(), fresh()
+    list(train(whole, objective, Shuffled(pool, 8), images=64))
+    list(train(first, objective, Shuffled(pool, 8), images=32))
+    second.restore({name: t.clone().contiguous() for name, t in first.tensors().items()}, first.images)
+    list(train(second, objective, Shuffled(pool, 8), images=64))
     assert same(second, whole)
 
 

@@ -73,12 +73,18 @@ class TrainState:
             self.average.load_state_dict(parts["average"])
         except RuntimeError as error:
             raise ValueError(f"the saved weights are of another network: {error}") from None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in parts["optimizer"].items():
             number, _, slot = name.partition(".")
-            slots.setdefault(int(number), {})[slot] = value
+            slots.setdefault(int(number), {})[slot] = _laid_out(value, parameters[int(number)])
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
         self.images = images
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    # a fused optimiser reads its averages in the memory order of the weights, which may be channels last
+    return torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
 
 
 @dataclass(frozen=True, eq=False)
