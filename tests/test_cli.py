@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 
 import stablefield
 from stablefield.cli import app
+from stablefield.config import resolve
 from stablefield.run import Folder
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -219,3 +222,149 @@ def test_help_teaches_the_commands():
         result = command(*arguments)
         assert result.exit_code == 0
     assert "stablefield sample" in command("--help").output
+
+
+BROKEN = """
+import torch
+class Nan(torch.nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.zeros(()))
+        self.asked = 0
+    def forward(self, x, noise):
+        self.asked += 1
+        return x * self.gain / (0 if self.asked > 12 else 1)
+class Fails(torch.nn.Module):
+    def __init__(self, shape):
+        raise KeyError("no such thing")
+class Empty(torch.nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+    def forward(self, x, noise):
+        return x
+class Flat(torch.nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, x, noise):
+        return self.gain * x.flatten(1)
+"""
+
+
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    return lambda name, *settings: command(
+        *("train", "--network", f"broken:{name}", "--out", tmp_path / "run", "--set", "target.size=8"),
+        *(part for setting in settings for part in ("--set", setting)),
+    )
+
+
+def test_an_error_while_training_keeps_what_was_trained(broken, tmp_path):
+    result = broken("Nan", "training.images=10000")
+    assert "the gradient is not finite after 704 images" in str(result.exception)
+    assert stablefield.run.read(tmp_path / "run" / "checkpoint.safetensors").images == 704
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Fails", "KeyError: 'no such thing'"),
+        ("Empty", "no parameters"),
+        ("Flat", "cannot be asked about|answers"),
+        ("Absent", "has no 'Absent'"),
+    ],
+)
+def test_a_network_that_cannot_work_is_refused_before_any_work(broken, tmp_path, name, message):
+    result = broken(name)
+    assert re.search(message, str(result.exception)), result.exception
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_labels_cannot_be_told_any(broken, tmp_path):
+    assert "label_dim" in str(broken("Nan", "training.conditional=true").exception)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_can_begin(run, tmp_path):
+    out = tmp_path / "killed"
+    out.mkdir()
+    (out / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    assert command("train", "--resume", out).exit_code == 0
+    assert stablefield.run.open_run(out).images == 2048
+
+
+def test_a_line_that_was_cut_off_is_forgotten(run, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"Progress/kimg": 1.0, "Lo')
+    assert command("train", "--resume", out, "--set", "training.images=3072").exit_code == 0
+    assert [line["Progress/kimg"] for line in Folder(out).history()] == [1.024, 2.048, 3.072]
+
+
+def test_a_run_is_not_taken_over_by_another(run, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(run, out)
+    before = (out / "checkpoint.safetensors").read_bytes()
+    assert "a run goes on as what it is" in str(command("demo", "--out", out, "--images", 4096).exception)
+    assert "has seen 2048 already" in str(command("train", "--resume", out, "--set", "training.images=64").exception)
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_only_one_of_two_that_begin_at_once_gets_the_folder(tmp_path):
+    folder, config = Folder(tmp_path / "run"), resolve({})
+    folder.claim(config)
+    with pytest.raises(ValueError, match="holds a run already"):
+        folder.claim(config)
+
+
+def test_classes_with_a_gap_are_refused_where_they_are_told(tmp_path):
+    np.savez(tmp_path / "gap.npz", data=np.zeros((6, 5), np.float32), labels=np.array([0, 5, 0, 5, 0, 5]))
+    settings = ["data.kind=arrays", f"data.path={tmp_path / 'gap.npz'}", "network.kind=mlp", "target.size=2"]
+    flags = [part for setting in (*settings, "training.conditional=true") for part in ("--set", setting)]
+    result = command("train", "--out", tmp_path / "run", *flags)
+    assert "class 1 has no member, but there is a class 5" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["training.device=cudaa"], "no device 'cudaa' here"),
+        (["sampler.steps=0"], "sampler: .*at least 1 step"),
+        (["sampler.churn=-3"], "sampler: .*churn"),
+        (["training.learning_rate=nan"], "learning_rate must be positive"),
+        (["target.size=0"], "target: size must be"),
+        (["network.channels=-8"], "network 'unet' cannot be made"),
+        (["process.kind=edm"], "'edm' is none of ve, vp"),
+    ],
+)
+def test_what_parts_refuse_is_said_in_a_line(tmp_path, settings, message):
+    result = train(tmp_path / "run", *settings)
+    assert isinstance(result.exception, ValueError)
+    assert re.search(message, str(result.exception)), result.exception
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_new_process_brings_what_suits_it_to_trained_weights(run, tmp_path):
+    flags = ["--set", "process.kind=flow", "--set", "training.images=64"]
+    result = command("train", "--from", run, "--out", tmp_path / "flow", *flags)
+    assert result.exit_code == 0, result.exception
+    sections = stablefield.run.open_run(tmp_path / "flow").config.sections
+    assert [sections[name]["kind"] for name in ("times", "weight", "grid")] == ["uniform", "velocity", "uniform"]
+
+
+def test_nothing_that_sampling_did_not_write_is_written_over(run, tmp_path):
+    mine = tmp_path / "mine.npz"
+    np.savez(mine, x=np.ones(3))
+    before = mine.read_bytes()
+    assert "not written by this command" in str(command("sample", run, "--seeds", "0", "--out", mine).exception)
+    assert mine.read_bytes() == before
+    assert "not written by this command" in str(command("sample", run, "--seeds", "0", "--out", run).exception)
+
+
+def test_files_are_for_whom_the_umask_allows(run):
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {path.stat().st_mode & 0o777 for path in run.iterdir() if path.is_file()} == {0o666 & ~mask}

@@ -29,10 +29,16 @@ def test_what_was_drawn_before_changes_nothing() -> None:
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 20)), min_size=1))
 def test_seeds_are_read_as_they_are_written(spans: list[tuple[int, int]]) -> None:
     text = ",".join(f"{first}-{first + more}" if more else str(first) for first, more in spans)
-    assert parse_seeds(text) == [seed for first, more in spans for seed in range(first, first + more + 1)]
+    every = (seed for first, more in spans for seed in range(first, first + more + 1))
+    assert parse_seeds(text) == list(dict.fromkeys(every))
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "3-", "-3", "1-2-3", "1;2", "5-4", "1.5"])
 def test_what_are_no_seeds_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="seeds"):
         parse_seeds(text)
+
+
+def test_more_seeds_than_anyone_means_are_refused() -> None:
+    with pytest.raises(ValueError, match="more than 10,000,000"):
+        parse_seeds("0-99999999999")

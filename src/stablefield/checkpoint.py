@@ -7,7 +7,8 @@ whole. A checksum over all of it is written too, and compared when it is read.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,27 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any]
     whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "config": json.dumps(config), "images": str(images)}
     metadata["checksum"] = checksum(whole, metadata)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as beside:
         save_file(whole, beside, metadata)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write what shall stand at `path`: it takes its place when all of it is on the disk, or not at all.
+
+    Raises:
+        OSError: it could not be written; what was at `path` before is untouched.
+    """
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield beside
         with beside.open("rb+") as file:
             os.fsync(file.fileno())
+        beside.chmod(0o666 & ~_umask())  # safetensors leaves its files to their owner alone
         beside.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {path} ({error}); the file that was there before is untouched") from error
+        raise OSError(f"could not write {path} ({error}); what was there before is untouched") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -87,6 +100,13 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _umask() -> int:
+    # it can only be read by setting it
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import _MISSING_TYPE, dataclass, is_dataclass
 from dataclasses import fields as fields_of
 from functools import cache
 from importlib import import_module
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,10 @@ class Training:
 
     def __post_init__(self) -> None:
         for name in ("images", "batch_size", "learning_rate", "save_every"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < inf:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("ramp", "ema_half_life", "ema_ramp_up"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
 
 
@@ -247,12 +248,18 @@ def override(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
 
 
 def overlay(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections with keys replaced by those of others. A new kind starts its section afresh."""
+    """Sections with keys replaced by those of others.
+
+    A new kind starts its section afresh, and a new process those that should suit it.
+    """
     merged = dict(raw)
     for section, values in wanted.items():
         before = merged.get(section, {})
         other = not isinstance(values, dict) or values.get("kind", before.get("kind")) != before.get("kind")
         merged[section] = values if other else {**before, **values}
+    if _kind_said(merged, "process", "ve") != _kind_said(raw, "process", "ve"):
+        for section in FAMILIES["ve"].keys() - wanted.keys():
+            merged.pop(section, None)  # what suited the old process
     return merged
 
 
@@ -307,7 +314,7 @@ def _part(section: str, kind: str) -> Callable[..., Any]:
         return _foreign(kind)
     if kind not in PARTS[section]:
         kinds = ", ".join(PARTS[section])
-        raise ConfigError(f"{section}.kind: {kind!r} is none of {kinds}{_nearest(str(kind), PARTS[section])}")
+        raise ConfigError(f"{section}.kind: {kind!r} is none of {kinds}{_close(str(kind), PARTS[section])}")
     return PARTS[section][kind]
 
 
@@ -315,10 +322,10 @@ def _foreign(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(import_module(module), attribute)
-    except ImportError as error:
-        raise ConfigError(f"network.kind: {name!r} cannot be imported: {error}") from None
     except AttributeError:
         raise ConfigError(f"network.kind: the module {module!r} has no {attribute!r}") from None
+    except Exception as error:  # a module may fail in any way
+        raise ConfigError(f"network.kind: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise ConfigError(f"network.kind: {name!r} is no torch.nn.Module")
     return found
@@ -359,10 +366,13 @@ def _complaint(section: str, kind: str, mistake: Any, part: Callable[..., Any]) 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     known = list(known)
-    close = difflib.get_close_matches(name, known, 1, 0.5)
-    if close:
-        return f"; did you mean {prefix}{close[0]}?"
-    return f"; there are {', '.join(prefix + k for k in known)}" if known else ""
+    all_known = f"; there are {', '.join(prefix + k for k in known)}" if known else ""
+    return _close(name, known, prefix) or all_known
+
+
+def _close(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _conflicts(config: Config) -> list[str]:
@@ -375,6 +385,10 @@ def _conflicts(config: Config) -> list[str]:
             f"times.kind: {config['times']['kind']!r} reaches t = {latest:.3g}, but the process "
             f"{config['process']['kind']!r} ends at t = {process.limit:g}; uniform and logitnormal stay inside"
         )
+    try:
+        config.make("sampler", grid=config.make("grid"))
+    except ValueError as error:
+        return [*found, f"sampler: {error}"]
     try:
         config.make("grid").within(process, config["sampler"]["steps"], config.make("scaling").levels)
     except ValueError as error:

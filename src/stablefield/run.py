@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from stablefield.checkpoint import CheckpointError, read
-from stablefield.config import Config, resolve
+from stablefield.checkpoint import CheckpointError, read, replacing
+from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import Progress, Shuffled, silent
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
@@ -51,15 +51,40 @@ class Folder:
         with self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def claim(self, config: Config) -> None:
+        """Begin a run here, unless another has.
+
+        Raises:
+            ConfigError: a run is here already, finished or not.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.refuse_if_occupied()
+        try:
+            with self.config.open("x") as file:  # only one of two that begin at once gets it
+                file.write(config.toml())
+        except FileExistsError:
+            self.refuse_if_occupied()
+
+    def refuse_if_occupied(self) -> None:
+        """Raises:
+        ConfigError: a run is here already, finished or not.
+        """
+        if self.occupied():
+            raise ConfigError(
+                f"{self.path} holds a run already: go on with it by --resume {self.path}, or choose another --out"
+            )
+
     def history(self) -> list[dict[str, Any]]:
-        """All lines of the metrics."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
+        """All lines of the metrics, but for one that was cut off as it was written."""
+        lines = self.metrics.read_text().split("\n")[:-1] if self.metrics.exists() else []
+        return [json.loads(line) for line in lines]
 
     def rewind(self, images: int) -> None:
         """Forget metrics from after so many images: that part of the run will happen again."""
         kept: Iterable[dict[str, Any]] = (line for line in self.history() if line["Progress/kimg"] * 1000 <= images)
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        self.metrics.write_text(text)
+        with replacing(self.metrics) as beside:
+            beside.write_text(text)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,17 +112,56 @@ def assemble(config: Config, progress: Progress = silent) -> Parts:
     training = config.training
     data = config.make("data").load(progress)
     if training.conditional and data.labels is None:
-        raise ValueError("training.conditional needs labels, and the data have none")
+        raise ConfigError("training.conditional needs labels, and the data have none")
     pool = data if training.conditional else replace(data, labels=None)
+    _check_classes(pool)
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
-    target = config.make("target", **({} if config["target"]["kind"] == "single" else {"pool": pool}))
+    try:
+        target = config.make("target", **({} if config["target"]["kind"] == "single" else {"pool": pool}))
+    except ValueError as error:
+        raise ConfigError(f"target: {error}") from None
+    denoiser = make_denoiser(config, pool.shape, pool.classes).to(choose_device(training.device))
+    _try_out(denoiser, pool)
     return Parts(
         data,
         pool,
-        make_denoiser(config, pool.shape, pool.classes).to(choose_device(training.device)),
+        denoiser,
         Objective(times, target, config.make("weight")),
         Shuffled(pool, training.batch_size, training.seed),
     )
+
+
+def _check_classes(pool: Pool) -> None:
+    if pool.labels is None:
+        return
+    present = pool.labels.unique().tolist()
+    if present != list(range(len(present))):
+        missing = next(label for label, found in enumerate(present) if label != found)
+        raise ConfigError(
+            f"a network that is told classes needs them counted from 0 without gaps: class {missing} has no member, "
+            f"but there is a class {present[-1]}"
+        )
+
+
+@torch.no_grad()
+def _try_out(denoiser: Preconditioned, pool: Pool) -> None:
+    """Ask a fresh network once, so that one that cannot answer is refused before any work."""
+    parameter = next(denoiser.parameters(), None)
+    if parameter is None:
+        raise ConfigError("the network has no parameters to train")
+    x = torch.zeros(2, *pool.shape, device=parameter.device)
+    t = torch.full((2,), 0.5, device=parameter.device)
+    label = None if pool.labels is None else torch.zeros(2, dtype=torch.int64, device=parameter.device)
+    try:
+        answer = denoiser.eval()(x, t, label)
+    except Exception as error:
+        raise ConfigError(f"the network cannot be asked about data {pool.shape}: {_said(error)}") from error
+    if answer.shape != x.shape:
+        raise ConfigError(f"the network answers {tuple(answer.shape)} when asked about {tuple(x.shape)}")
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def make_denoiser(config: Config, shape: tuple[int, ...], classes: int) -> Preconditioned:
@@ -105,7 +169,13 @@ def make_denoiser(config: Config, shape: tuple[int, ...], classes: int) -> Preco
     told = {"label_dim": classes} if classes else {}
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(config.training.seed, "weights"))
-        network = config.make("network", shape=shape, **told)
+        try:
+            network = config.make("network", shape=shape, **told)
+        except ConfigError:
+            raise
+        except Exception as error:  # anyone's network may fail in any way
+            kind = config["network"]["kind"]
+            raise ConfigError(f"the network {kind!r} cannot be made for data {shape}: {_said(error)}") from error
     return Preconditioned(network, config.make("process"), config.make("scaling"), classes)
 
 
@@ -115,10 +185,17 @@ def make_sampler(config: Config) -> Sampler:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; for "auto" a GPU if there is one."""
+    """The device of that name; for "auto" a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"there is no device {name!r} here: {str(error).splitlines()[0]}") from None
 
 
 def describe(config: Config, pool: Pool) -> dict[str, Any]:

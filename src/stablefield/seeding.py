@@ -8,6 +8,8 @@ import hashlib
 
 import torch
 
+MOST_SEEDS = 10_000_000
+
 
 def derive(seed: int, *names: str | int) -> int:
     """A 64-bit seed for one purpose, unrelated to those of all others."""
@@ -21,13 +23,13 @@ def generator(seed: int, *names: str | int) -> torch.Generator:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds as people write them.
+    """Seeds as people write them, each once.
 
     >>> parse_seeds("0,3,8-11")
     [0, 3, 8, 9, 10, 11]
 
     Raises:
-        ValueError: not numbers and ranges, or a range that runs backwards.
+        ValueError: not numbers and ranges, a range that runs backwards, or more than ten million seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -38,5 +40,7 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"seeds look like 0-63 or 0,3,8-15, not {text!r}") from None
         if not span:
             raise ValueError(f"the range {part.strip()!r} of seeds runs backwards")
+        if len(seeds) + len(span) > MOST_SEEDS:
+            raise ValueError(f"{text!r} asks for more than {MOST_SEEDS:,} seeds at once")
         seeds.extend(span)
-    return seeds
+    return list(dict.fromkeys(seeds))

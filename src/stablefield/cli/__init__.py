@@ -42,6 +42,7 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run a command; what the user can mend is said without a traceback."""
+    sys.path.insert(0, "")  # --network module:Class is looked for in the current folder, too
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:

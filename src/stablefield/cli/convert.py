@@ -21,17 +21,17 @@ def convert(
     if to == "edm":
         if out.suffix != ".safetensors":
             raise ConfigError(f"--to edm writes a .safetensors file, not {out}")
+        if out.exists():
+            raise ConfigError(f"{out} is there already: remove it, or choose another name")
         to_edm(read(Folder(source).checkpoint if source.is_dir() else source), out)
         print(f"Written with EDM's names: {out}")
         return
     if to != "stablefield":
         raise ConfigError(f"--to is stablefield or edm, not {to!r}")
     folder = Folder(out)
-    if folder.occupied():
-        raise ConfigError(f"{out} holds a run already: choose another folder")
+    folder.refuse_if_occupied()
     found = from_edm(read_edm(source))
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.claim(Config(found.config["config"]))
     save(folder.checkpoint, found.tensors, config=found.config, images=found.images)
-    folder.config.write_text(Config(found.config["config"]).toml())
     numbers = sum(tensor.numel() for tensor in found.tensors.values())
     print(f"{numbers:,} numbers of {source.name}: {out}. Look at it with: stablefield sample {out} --seeds 0-15")

@@ -26,13 +26,15 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run that is there is taken up again.")] = Path(
         "runs/demo"
     ),
-    images: Annotated[int | None, typer.Option(help="Images to train on, instead of the default.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images to train on, instead of the default.")] = None,
     samples: Annotated[int, typer.Option(min=64, help="Samples to score.")] = 500,
 ) -> None:
     """Train on scikit-learn's digits, sample, score, and plot the variance of the targets: two minutes on two cores."""
-    settings = [f"training.images={images}"] if images else []
+    settings = [] if images is None else [f"training.images={images}"]
     config, folder = resolve(override({}, settings)), Folder(out)
     parts = assemble(config)
+    if not folder.occupied():
+        folder.claim(config)
     print(summary(config, parts, folder))
     if stopped := run(config, parts, folder):
         raise typer.Exit(128 + stopped)

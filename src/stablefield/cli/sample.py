@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ import typer
 from rich.progress import track
 from torch import Tensor
 
+from stablefield.checkpoint import replacing
 from stablefield.config import ConfigError, override, resolve
 from stablefield.denoise import Denoiser, Guided
 from stablefield.evaluate.pictures import is_picture, open_picture, save_grid, save_picture, to_bytes
@@ -38,7 +40,7 @@ def sample(
             "else as the run was configured."
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps from noise to data.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps from noise to data; rk45 chooses its own.")] = None,
     guidance: Annotated[
         float | None,
         typer.Option(help="Lead away from a weaker answer: 1 is none; the weaker one is not told the class."),
@@ -53,10 +55,15 @@ def sample(
     """Make images from a trained run: the same seed gives the same image, whatever the batch."""
     wanted = parse_seeds(seeds)
     with _ranks() as (rank, ranks, wait):
-        trained = open_run(run, device=_device_of(device, rank))
-        settings = [*([f"sampler.kind={sampler}"] if sampler else []), *([f"sampler.steps={steps}"] if steps else [])]
-        chosen = make_sampler(configured(trained, [*settings, *(set_ or [])]))
+        device = _device_of(device)
+        trained = open_run(run, device=device)
+        settings = list(set_ or [])
+        settings += [] if sampler is None else [f"sampler.kind={sampler}"]
+        settings += [] if steps is None else [f"sampler.steps={steps}"]
+        chosen = make_sampler(configured(trained, settings))
         denoiser = guided(trained.denoiser, guidance, guide, device)
+        if class_ is not None and not denoiser.label_dim:
+            raise ConfigError(f"no class {class_}: this run was trained without classes")
         if class_ is not None and not 0 <= class_ < denoiser.label_dim:
             raise ConfigError(f"no class {class_}: this run knows {denoiser.label_dim} classes, counted from 0")
         where = out or (run if run.is_dir() else run.parent) / "samples"
@@ -96,12 +103,14 @@ def guided(denoiser: Denoiser, strength: float | None, guide: Path | None, devic
     """The denoiser, led away from a weaker one if asked.
 
     Raises:
-        ConfigError: a guide without a strength.
+        ConfigError: a guide without a strength, or a strength that is no number.
     """
     if strength is None:
         if guide is not None:
             raise ConfigError("--guide needs to know how far: add --guidance, 1.5 for example")
         return denoiser
+    if not isfinite(strength):
+        raise ConfigError(f"--guidance must be finite, not {strength}")
     return Guided(denoiser, strength, open_run(guide, device=device).denoiser if guide else None)
 
 
@@ -132,6 +141,8 @@ def fill(
     evaluations = []
     for part in track(parts, description="sampling", disable=quiet or not parts):
         made = sampler(denoiser, album.shape, seeds=part, label=label)
+        if not torch.isfinite(made.x).all():
+            raise FloatingPointError("the samples are not finite: the run diverged, or the sampler does not suit it")
         evaluations.append(made.evaluations)
         album.add(part, made.x.cpu(), None if made.label is None else made.label.cpu())
     return evaluations
@@ -166,9 +177,12 @@ class Album:
         folder = out if pictures else out.with_suffix(".parts")
         folder.mkdir(parents=True, exist_ok=True)
         note = folder / "samples.json"
-        if note.exists() and json.loads(note.read_text()) != identity:
+        if note.exists() and _identity(note) != identity:
             raise ConfigError(f"{out} holds samples of another run or sampler: choose another --out, or remove it")
-        _write(note, json.dumps(identity).encode())
+        if not note.exists() and (any(folder.iterdir()) or (not pictures and out.exists())):
+            raise ConfigError(f"{out} is there already, and was not written by this command: choose another --out")
+        with replacing(note) as beside:
+            beside.write_text(json.dumps(identity))
         return cls(out, folder, shape, pictures)
 
     def place(self, seed: int) -> Path:
@@ -185,13 +199,11 @@ class Album:
         for row, seed in enumerate(seeds):
             place = self.place(seed)
             place.parent.mkdir(exist_ok=True)
-            beside = place.with_name(f".{os.getpid()}.{place.name}")
-            if self.pictures:
-                save_picture(beside, x[row])
-            else:
-                with beside.open("wb") as file:
+            with replacing(place) as beside, beside.open("wb") as file:
+                if self.pictures:
+                    save_picture(file, x[row])
+                else:
                     np.savez(file, x=_array(x[row]), label=-1 if labels is None else int(labels[row]))
-            beside.replace(place)
 
     def finish(self, seeds: Sequence[int]) -> str:
         """A grid to look at, or the archive; says where it is."""
@@ -203,10 +215,8 @@ class Album:
         labels = np.array([int(piece["label"]) for piece in pieces])
         named: dict[str, Any] = {"arr_0": np.stack([piece["x"] for piece in pieces]), "seeds": np.asarray(seeds)}
         named |= {"labels": labels} if (labels >= 0).any() else {}
-        beside = self.out.with_name(f".{self.out.name}")
-        with beside.open("wb") as file:
+        with replacing(self.out) as beside, beside.open("wb") as file:
             np.savez(file, **named)
-        beside.replace(self.out)
         return str(self.out)
 
 
@@ -215,10 +225,11 @@ def _array(x: Tensor) -> np.ndarray:
     return to_bytes(x).movedim(0, -1).numpy() if is_picture(tuple(x.shape)) else x.float().numpy()
 
 
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
+def _identity(note: Path) -> Any:
+    try:
+        return json.loads(note.read_text())
+    except ValueError:
+        raise ConfigError(f"{note} is damaged: remove {note.parent}, and its samples will be made again") from None
 
 
 @contextmanager
@@ -236,7 +247,7 @@ def _ranks() -> Iterator[tuple[int, int, Any]]:
         state.destroy_process_group()
 
 
-def _device_of(name: str, rank: int) -> str:
+def _device_of(name: str) -> str:
     if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return name

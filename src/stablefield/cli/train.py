@@ -12,7 +12,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stablefield.checkpoint import read, save
+from stablefield.checkpoint import read, replacing, save
 from stablefield.cli.data import progress_bar
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.engine import EMA, LearningRate, TrainState
@@ -20,8 +20,8 @@ from stablefield.engine import train as steps_of
 from stablefield.engine.train import StepReport
 from stablefield.run import Folder, Parts, Trained, assemble, describe, open_run
 
-# what may change when a run goes on: how far it goes and how often it saves, not what it is
-MAY_CHANGE = {"training.images", "training.save_every", "training.device", "sampler.steps", "grid.sigma_max"}
+# what may change when a run goes on, beside how it is sampled: how far it goes and how often it saves, not what it is
+MAY_CHANGE = {"training.images", "training.save_every", "training.device"}
 
 
 def train(
@@ -31,7 +31,11 @@ def train(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
     network: Annotated[
-        str | None, typer.Option(metavar="MODULE:CLASS", help="Train your own network: Class(shape, label_dim=...).")
+        str | None,
+        typer.Option(
+            metavar="MODULE:CLASS",
+            help="Your own network, made as Class(shape), or Class(shape, label_dim=...) if conditional.",
+        ),
     ] = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="Start from the weights of this run or checkpoint, and its recipe.")
@@ -50,10 +54,8 @@ def train(
         raw = overlay(base.config.sections if base else {}, read_toml(config) if config else {})
         wanted = resolve(override(raw, settings))
         folder = Folder(out or Path("runs") / f"{wanted['data']['kind']}-{wanted['target']['kind']}")
-    if not (resume or dry_run) and folder.occupied():
-        raise ConfigError(
-            f"{folder.path} holds a run already: go on with it by --resume {folder.path}, or choose another --out"
-        )
+    if not (resume or dry_run):
+        folder.refuse_if_occupied()
     with progress_bar("decoding") as progress:
         parts = assemble(wanted, progress)
     if not resume and base:
@@ -62,6 +64,8 @@ def train(
     if dry_run:
         print(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")
         return
+    if not resume:
+        folder.claim(wanted)
     stopped = run(wanted, parts, folder)
     if stopped:
         print(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}")
@@ -75,12 +79,16 @@ def start_from(base: Trained, parts: Parts) -> None:
     Raises:
         ConfigError: they are of another network, or for data of another shape.
     """
+    theirs, ours = (base.shape, base.denoiser.label_dim), (parts.pool.shape, parts.denoiser.label_dim)
+    if theirs != ours:
+        raise ConfigError(
+            f"the weights are for data {theirs[0]} with {theirs[1]} classes, and do not fit {ours[0]} with {ours[1]}"
+        )
     try:
         parts.denoiser.load_state_dict(base.denoiser.state_dict())
     except RuntimeError as error:
-        raise ConfigError(
-            f"the weights are for data {base.shape} and do not fit this network for {parts.pool.shape}: {error}"
-        ) from None
+        first = str(error).splitlines()[1].strip()
+        raise ConfigError(f"the weights do not fit this network; first of all: {first}") from None
 
 
 def continued(folder: Folder, settings: list[str]) -> Config:
@@ -89,13 +97,21 @@ def continued(folder: Folder, settings: list[str]) -> Config:
     Raises:
         ConfigError: no run is there, or the settings would make it another run.
     """
-    before = resolve(read(folder.checkpoint).config["config"])
+    # without a checkpoint the run was stopped before its first one: then it begins
+    said = read(folder.checkpoint).config["config"] if folder.checkpoint.exists() else read_toml(folder.config)
+    before = resolve(said)
     after = resolve(override(before.sections, settings))
-    if forbidden := set(before.differences(after)) - MAY_CHANGE:
-        raise ConfigError(
-            f"{', '.join(sorted(forbidden))}: a run goes on as what it is; start another one for another configuration"
-        )
+    refuse_another(before, after)
     return after
+
+
+def refuse_another(before: Config, after: Config) -> None:
+    """Raises:
+    ConfigError: to go on with the one as the other would make it another run.
+    """
+    changed = [key for key in before.differences(after) if key not in MAY_CHANGE]
+    if other := [key for key in changed if key.partition(".")[0] not in ("sampler", "grid")]:
+        raise ConfigError(f"{', '.join(other)}: a run goes on as what it is; for another configuration start another")
 
 
 def summary(config: Config, parts: Parts, folder: Folder) -> str:
@@ -118,17 +134,23 @@ def summary(config: Config, parts: Parts, folder: Folder) -> str:
 def run(config: Config, parts: Parts, folder: Folder) -> int:
     """Train, or go on training, until all images are seen or a signal asks to stop; its number, or 0.
 
+    What was trained is saved whatever ends it, an error included.
+
     Raises:
+        ConfigError: the folder holds another run, or one that has seen more images than are asked for.
         OSError: the folder cannot be written.
     """
     training = config.training
     state = TrainState(parts.denoiser)
-    folder.path.mkdir(parents=True, exist_ok=True)
     if folder.checkpoint.exists():
         saved = read(folder.checkpoint)
+        refuse_another(resolve(saved.config["config"]), config)
+        if saved.images > training.images + training.batch_size:
+            raise ConfigError(f"training.images = {training.images}, but this run has seen {saved.images} already")
         state.restore(saved.tensors, saved.images)
         folder.rewind(saved.images)
-    folder.config.write_text(config.toml())
+    with replacing(folder.config) as beside:
+        beside.write_text(config.toml())
     rate = LearningRate(training.learning_rate, training.ramp)
     ema = EMA(training.ema_half_life, training.ema_ramp_up)
     steps = steps_of(
@@ -138,19 +160,22 @@ def run(config: Config, parts: Parts, folder: Folder) -> int:
     def keep() -> None:
         save(folder.checkpoint, state.tensors(), config=describe(config, parts.pool), images=state.images)
 
+    keep()  # so that there is something to go on with from the first moment
     with _stop_signals() as stop, _progress() as progress:
         bar = progress.add_task("", total=training.images, completed=state.images, loss="", speed="")
         log, due = _Log(folder, state.images), state.images + training.save_every
-        for step in steps:
-            if shown := log.add(step):
-                progress.update(bar, completed=step.images, loss=shown[0], speed=shown[1])
-            if step.images >= due:
-                keep()
-                due += training.save_every
-            if stop:
-                break
-        progress.update(bar, completed=state.images)
-        keep()
+        try:
+            for step in steps:
+                log.add(step)
+                progress.update(bar, completed=step.images, loss=log.loss, speed=log.speed)
+                if step.images >= due:
+                    keep()
+                    due += training.save_every
+                if stop:
+                    break
+        finally:
+            log.flush()
+            keep()
     return stop[0] if stop else 0
 
 
@@ -160,13 +185,20 @@ class _Log:
     def __init__(self, folder: Folder, images: int) -> None:
         self.folder, self.images, self.began = folder, images, perf_counter()
         self.steps: list[StepReport] = []
+        self.loss = self.speed = ""
 
-    def add(self, step: StepReport) -> tuple[str, str] | None:
-        """Take note of a step; every thousand images, the loss and the speed to show."""
+    def add(self, step: StepReport) -> None:
+        """Take note of a step."""
         self.steps.append(step)
+        if step.images - self.images >= 1000:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has been noted."""
+        if not self.steps:
+            return
+        step = self.steps[-1]
         images = step.images - self.images
-        if images < 1000:
-            return None
         seconds = perf_counter() - self.began
         loss = float(torch.stack([s.report.loss.detach() for s in self.steps]).mean())
         ess = float(torch.stack([s.report.ess.mean() for s in self.steps]).mean())
@@ -182,7 +214,7 @@ class _Log:
             }
         )
         self.images, self.began, self.steps = step.images, perf_counter(), []
-        return f"loss {loss:.4f}", f"{images / seconds:,.0f} img/s"
+        self.loss, self.speed = f"loss {loss:.4f}", f"{images / seconds:,.0f} img/s"
 
 
 def _progress() -> Progress:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ def is_picture(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
-def save_picture(path: Path, x: Float[Tensor, "C H W"]) -> None:
+def save_picture(path: Path | BinaryIO, x: Float[Tensor, "C H W"]) -> None:
     """One image as a PNG file."""
     pixels = to_bytes(x).movedim(0, -1).cpu().numpy()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")

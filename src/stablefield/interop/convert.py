@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stablefield.checkpoint import Checkpoint
+from stablefield.checkpoint import Checkpoint, replacing
 from stablefield.config import ConfigError, resolve
 from stablefield.interop.edm import EDMCheckpoint, RefusedCheckpoint
 
@@ -96,18 +96,21 @@ def to_edm(found: Checkpoint, path: Path) -> None:
     """The average's weights of a run under EDM's names, as safetensors with what they belong to in the metadata.
 
     Raises:
-        ValueError: a network that EDM does not know.
+        ValueError: a network or a process that EDM does not know.
     """
     sections = found.config["config"]
     names = {"ddpmpp": "SongUNet", "ncsnpp": "SongUNet", "adm": "DhariwalUNet"}
     kind = sections["network"]["kind"]
     if kind not in names:
         raise ValueError(f"EDM has no network like {kind!r}; {', '.join(names)} can be written with its names")
+    if (process := sections["process"]["kind"]) != "ve":
+        raise ValueError(f"EDM's networks are asked about x + noise (process ve); this one was trained for {process!r}")
     prefix = "average.network."
     state = {f"model.{name.removeprefix(prefix)}": t for name, t in found.tensors.items() if name.startswith(prefix)}
     said = {"model_type": names[kind], "network": sections["network"], "scaling": sections["scaling"]}
     said |= {"shape": found.config["shape"], "label_dim": found.config["classes"]}
-    save_file({name: t.contiguous() for name, t in state.items()}, path, {"config": json.dumps(said)})
+    with replacing(path) as beside:
+        save_file({name: t.contiguous() for name, t in state.items()}, beside, {"config": json.dumps(said)})
 
 
 def _default_network(found: EDMCheckpoint) -> str:
