@@ -74,7 +74,7 @@ def posterior(
         source: the x that each x_t was made from; joins its row's support, whatever `allowed` says.
         allowed: which members a row may use: a mask (B, n), or a pair (label of each row, label of each member) that
             is compared block by block.
-        chunk: members a block. It changes nothing but speed and memory; by default a block takes about 4 MB (256 MB
+        chunk: members a block. It changes nothing but speed and memory; by default a block takes about 6 MB (256 MB
             on a GPU).
 
     Returns:
@@ -204,8 +204,8 @@ class Sums:
 
 
 def chunk_size(x_t: Tensor, members_of: int = 1) -> int:
-    """Members a block, such that a block and its weights take about 4 MB each (256 MB on a GPU)."""
-    numbers = 2**25 if x_t.device.type == "cuda" else 2**19
+    """Members a block, such that a block and its weights take about 6 MB each (256 MB on a GPU)."""
+    numbers = 2**25 if x_t.device.type == "cuda" else 3 * 2**18
     return max(1, numbers // max(math.prod(x_t.shape[1:]) * members_of, len(x_t), 1))
 
 
