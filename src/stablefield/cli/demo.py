@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-from stablefield.cli.sample import make
+from stablefield.cli.sample import batches
 from stablefield.cli.train import run, summary
 from stablefield.config import Config, override, resolve
 from stablefield.evaluate import Statistics, frechet_distance, target_variance, train_classifier
@@ -60,8 +60,8 @@ def demo(
 
 def _sample(folder: Folder, config: Config, samples: int) -> torch.Tensor:
     trained = open_run(folder.path)
-    x, _, _ = make(trained, make_sampler(config), range(samples), batch=250)
-    return x
+    made = batches(trained.denoiser, trained.shape, make_sampler(config), range(samples), batch=250)
+    return torch.cat([part.x.cpu() for _, part in made])
 
 
 def _score(data: Pool, x: torch.Tensor) -> dict[str, float]:

@@ -24,7 +24,7 @@ from stablefield.config import ConfigError, override, resolve
 from stablefield.denoise import Denoiser, Guided
 from stablefield.evaluate.pictures import is_picture, open_picture, save_grid, save_picture, to_bytes
 from stablefield.run import Trained, make_sampler, open_run
-from stablefield.sample import Sampler
+from stablefield.sample import Sampler, Samples
 from stablefield.seeding import parse_seeds
 
 
@@ -77,11 +77,15 @@ def sample(
         album = Album.open(where, trained.shape, identity)
         missing = album.missing(wanted)
         wait()  # until all ranks have looked: what one makes now must not change the others' shares
-        evaluations = fill(album, denoiser, chosen, missing[rank::ranks], class_, batch, quiet=rank > 0)
+        evaluations = set()
+        for part, made in batches(denoiser, album.shape, chosen, missing[rank::ranks], class_, batch, quiet=rank > 0):
+            album.add(part, made.x.cpu(), None if made.label is None else made.label.cpu())
+            evaluations.add(made.evaluations)
         wait()
         if rank == 0:
             written = album.finish(wanted)
-            print(f"{len(wanted)} samples, {len(wanted) - len(missing)} of them made before: {written}")
+            before = f", {len(wanted) - len(missing)} of them made before" if len(missing) < len(wanted) else ""
+            print(f"{len(wanted)} samples{before}: {written}")
             if evaluations:
                 low, high = min(evaluations), max(evaluations)
                 each = f"{low}" if low == high else f"{low} to {high}"
@@ -114,38 +118,26 @@ def guided(denoiser: Denoiser, strength: float | None, guide: Path | None, devic
     return Guided(denoiser, strength, open_run(guide, device=device).denoiser if guide else None)
 
 
-def make(
-    trained: Trained, sampler: Sampler, seeds: Sequence[int], label: int | None = None, batch: int = 64
-) -> tuple[Tensor, Tensor | None, int]:
-    """Samples for all seeds, batch by batch, with a progress bar: data, labels or None, evaluations of each."""
-    parts = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
-    made = [
-        sampler(trained.denoiser, trained.shape, seeds=part, label=label)
-        for part in track(parts, description="sampling")
-    ]
-    labels = None if made[0].label is None else torch.cat([m.label for m in made if m.label is not None])
-    return torch.cat([m.x for m in made]).cpu(), labels, made[0].evaluations
-
-
-def fill(
-    album: "Album",
+def batches(
     denoiser: Denoiser,
+    shape: tuple[int, ...],
     sampler: Sampler,
     seeds: Sequence[int],
-    label: int | None,
-    batch: int,
+    label: int | None = None,
+    batch: int = 64,
     quiet: bool = False,
-) -> list[int]:
-    """Make what is missing, batch by batch; the network evaluations of each batch."""
+) -> Iterator[tuple[Sequence[int], Samples]]:
+    """Samples for all seeds, batch by batch, with a progress bar.
+
+    Raises:
+        FloatingPointError: samples that are not finite.
+    """
     parts = [seeds[start : start + batch] for start in range(0, len(seeds), batch)]
-    evaluations = []
     for part in track(parts, description="sampling", disable=quiet or not parts):
-        made = sampler(denoiser, album.shape, seeds=part, label=label)
+        made = sampler(denoiser, shape, seeds=part, label=label)
         if not torch.isfinite(made.x).all():
             raise FloatingPointError("the samples are not finite: the run diverged, or the sampler does not suit it")
-        evaluations.append(made.evaluations)
-        album.add(part, made.x.cpu(), None if made.label is None else made.label.cpu())
-    return evaluations
+        yield part, made
 
 
 @dataclass(frozen=True)
