@@ -113,7 +113,7 @@ def stream(
     if source is not None:
         sums.add(source.unsqueeze(1))
     found = sums.finish()
-    if not _valid(sums, found):
+    if not _valid(sums):
         raise ValueError(_complaint(x_t, sums))
     return found
 
@@ -267,7 +267,7 @@ def _comma(shape: tuple[int, ...]) -> str:
     return ", ".join(map(str, shape))
 
 
-def _valid(sums: Sums, found: Posterior) -> bool:
+def _valid(sums: Sums) -> bool:
     # whatever is not finite on the way in is not finite in the mean, so that one look (on a GPU: one wait) is enough
     numbers = torch.isfinite(sums.weighted).all() & (sums.total > 0).all()
     return bool(numbers & ((sums.sigma >= 0) & torch.isfinite(sums.sigma + sums.alpha)).all())

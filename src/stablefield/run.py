@@ -87,6 +87,11 @@ class Folder:
             beside.write_text(text)
 
 
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint that a path means: the file itself, or the one in a run's folder."""
+    return Folder(run).checkpoint if run.is_dir() or not run.suffix else run
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What a configuration stands for, made and ready.
@@ -223,7 +228,7 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
         ValueError: `weights` is neither "average" nor "model".
     """
     path = Path(run)
-    found = read(Folder(path).checkpoint if path.is_dir() or not path.suffix else path)
+    found = read(checkpoint_of(path))
     if weights not in ("average", "model"):
         raise ValueError(f'weights are the "average" or the "model", not {weights!r}')
     try:

@@ -9,7 +9,7 @@ from stablefield.checkpoint import read, save
 from stablefield.config import Config, ConfigError
 from stablefield.interop.convert import from_edm, to_edm
 from stablefield.interop.edm import read as read_edm
-from stablefield.run import Folder
+from stablefield.run import Folder, checkpoint_of
 
 
 def convert(
@@ -23,7 +23,7 @@ def convert(
             raise ConfigError(f"--to edm writes a .safetensors file, not {out}")
         if out.exists():
             raise ConfigError(f"{out} is there already: remove it, or choose another name")
-        to_edm(read(Folder(source).checkpoint if source.is_dir() else source), out)
+        to_edm(read(checkpoint_of(source)), out)
         print(f"Written with EDM's names: {out}")
         return
     if to != "stablefield":

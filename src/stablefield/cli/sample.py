@@ -61,7 +61,8 @@ def sample(
         settings += [] if sampler is None else [f"sampler.kind={sampler}"]
         settings += [] if steps is None else [f"sampler.steps={steps}"]
         chosen = make_sampler(configured(trained, settings))
-        denoiser = guided(trained.denoiser, guidance, guide, device)
+        weaker = opened_guide(guide, guidance, device)
+        denoiser = guided(trained.denoiser, guidance, weaker)
         if class_ is not None and not denoiser.label_dim:
             raise ConfigError(f"no class {class_}: this run was trained without classes")
         if class_ is not None and not 0 <= class_ < denoiser.label_dim:
@@ -72,8 +73,11 @@ def sample(
             "sampler": repr(chosen),
             "class": class_,
             "guidance": guidance,
-            "guide": guide and open_run(guide, device="cpu").checksum,
+            "guide": weaker and weaker.checksum,
         }
+        if rank == 0:
+            Album.open(where, trained.shape, identity)
+        wait()  # until there is an album: one half begun would look like somebody else's folder
         album = Album.open(where, trained.shape, identity)
         missing = album.missing(wanted)
         wait()  # until all ranks have looked: what one makes now must not change the others' shares
@@ -103,19 +107,30 @@ def configured(trained: Trained, settings: Sequence[str]) -> Any:
     return resolve(override(trained.config.sections, settings))
 
 
-def guided(denoiser: Denoiser, strength: float | None, guide: Path | None, device: str) -> Denoiser:
+def opened_guide(guide: Path | None, strength: float | None, device: str) -> Trained | None:
+    """The weaker run to be led away from, if one is named.
+
+    Raises:
+        ConfigError: a guide without a strength.
+    """
+    if guide is None:
+        return None
+    if strength is None:
+        raise ConfigError("--guide needs to know how far: add --guidance, 1.5 for example")
+    return open_run(guide, device=device)
+
+
+def guided(denoiser: Denoiser, strength: float | None, guide: Trained | None) -> Denoiser:
     """The denoiser, led away from a weaker one if asked.
 
     Raises:
-        ConfigError: a guide without a strength, or a strength that is no number.
+        ConfigError: a strength that is no number.
     """
     if strength is None:
-        if guide is not None:
-            raise ConfigError("--guide needs to know how far: add --guidance, 1.5 for example")
         return denoiser
     if not isfinite(strength):
         raise ConfigError(f"--guidance must be finite, not {strength}")
-    return Guided(denoiser, strength, open_run(guide, device=device).denoiser if guide else None)
+    return Guided(denoiser, strength, guide.denoiser if guide else None)
 
 
 def batches(
@@ -169,12 +184,14 @@ class Album:
         folder = out if pictures else out.with_suffix(".parts")
         folder.mkdir(parents=True, exist_ok=True)
         note = folder / "samples.json"
-        if note.exists() and _identity(note) != identity:
-            raise ConfigError(f"{out} holds samples of another run or sampler: choose another --out, or remove it")
-        if not note.exists() and (any(folder.iterdir()) or (not pictures and out.exists())):
+        if note.exists():
+            if _identity(note) != identity:
+                raise ConfigError(f"{out} holds samples of another run or sampler: choose another --out, or remove it")
+        elif any(folder.iterdir()) or (not pictures and out.exists()):
             raise ConfigError(f"{out} is there already, and was not written by this command: choose another --out")
-        with replacing(note) as beside:
-            beside.write_text(json.dumps(identity))
+        else:
+            with replacing(note) as beside:
+                beside.write_text(json.dumps(identity))
         return cls(out, folder, shape, pictures)
 
     def place(self, seed: int) -> Path:
