@@ -247,13 +247,12 @@ def _ranks() -> Iterator[tuple[int, int, Any]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1, lambda: None
         return
-    from accelerate import PartialState
-
-    state = PartialState()
+    # gloo, whatever the device: the ranks only wait for each other
+    torch.distributed.init_process_group("gloo")
     try:
-        yield state.process_index, state.num_processes, state.wait_for_everyone
+        yield torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.distributed.barrier
     finally:
-        state.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 def _device_of(name: str) -> str:
