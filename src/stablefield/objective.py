@@ -7,6 +7,7 @@ loop never ask which.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,12 @@ from torch import Tensor
 
 from stablefield.denoise import Denoiser
 from stablefield.parametrize import HEADS, coefficients
-from stablefield.process import Process
+from stablefield.posterior import Posterior
+from stablefield.process import Perturbed, Process
 from stablefield.target import TargetEstimator
 from stablefield.times import Times
+
+Answer = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
 class Weight(ABC):
@@ -146,21 +150,32 @@ class Objective:
         *,
         index: Int[Tensor, "B"] | None = None,
         label: Int[Tensor, "B"] | None = None,
+        augmentation: Float[Tensor, "B A"] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossReport:
-        """The loss of a batch.
+        """The loss of a batch, all of it in one call.
 
         Args:
             x: clean data.
             index: which members of the data set the rows are (targets with references need it).
-            label: what the denoiser is told of each row; confines the references too.
+            label: what the denoiser is told of each row (-1: nothing); confines the references too.
+            augmentation: how the rows were transformed, where the denoiser is told.
             generator: source of t, noise and references, in this order: the first two do not depend on the target.
                 On the CPU, so that a step is the same step on every device.
         """
         t = self.times.draw(len(x), generator).to(x)
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        noisy = denoiser.process.perturb(x, t, noise, label=label, index=index)
-        target = self.target(noisy, generator=generator)
-        error = (denoiser(noisy.x_t, t, label) - target.mean).square().flatten(1).mean(1)
-        each = self.weight(denoiser.process, t).to(error.dtype) * error
-        return LossReport(each.mean(), each, t, target.ess)
+        noisy = denoiser.process.perturb(x, t, noise, label=label, index=index, augmentation=augmentation)
+        return self.loss(denoiser, denoiser.process, noisy, self.target(noisy, generator=generator))
+
+    def loss(self, denoiser: Answer, process: Process, noisy: Perturbed, target: Posterior) -> LossReport:
+        """The loss of rows whose noise and target are known.
+
+        Args:
+            denoiser: called as one; a `Denoiser`, or what a distributed or compiled one is wrapped in.
+            process: what made x_t of x.
+        """
+        answer = denoiser(noisy.x_t, noisy.t, noisy.label, noisy.augmentation)
+        error = (answer - target.mean).square().flatten(1).mean(1)
+        each = self.weight(process, noisy.t).to(error.dtype) * error
+        return LossReport(each.mean(), each, noisy.t, target.ess)

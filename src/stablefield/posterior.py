@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from stablefield.process import pick
+
 Block = tuple[Tensor, Tensor | None]
 
 
@@ -40,6 +42,10 @@ class Posterior:
     mean: Float[Tensor, "B *D"]
     ess: Float[Tensor, "B"]
     variance: Float[Tensor, "B"]
+
+    def rows(self, rows: Int[Tensor, "b"] | slice) -> "Posterior":
+        """Some of the rows."""
+        return Posterior(*(pick(value, rows) for value in (self.mean, self.ess, self.variance)))
 
 
 def posterior(

@@ -19,8 +19,8 @@ t runs from 0 (data) to 1, for VE without end.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -50,6 +50,20 @@ class Perturbed:
     label: Int[Tensor, "B"] | None = None
     index: Int[Tensor, "B"] | None = None
     augmentation: Float[Tensor, "B A"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, rows: Int[Tensor, "b"] | slice) -> "Perturbed":
+        """Some of the rows."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        picked: dict[str, Any] = {name: v if v is None else pick(v, rows) for name, v in values.items()}
+        return Perturbed(**picked)
+
+
+def pick(values: Shaped[Tensor, "B *D"], rows: Int[Tensor, "b"] | slice) -> Tensor:
+    """Some of the rows, whatever devices both are on."""
+    return values[rows if isinstance(rows, slice) else rows.to(values.device)]
 
 
 class Process(ABC):

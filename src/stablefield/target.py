@@ -18,8 +18,7 @@ batch gets its own draw.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -28,6 +27,7 @@ from torch import Tensor
 from stablefield.posterior import Posterior, Sums, chunk_size, posterior, stream
 from stablefield.process import Perturbed, per_row
 from stablefield.reference import ALL, Pool
+from stablefield.seeding import derive
 
 
 class TargetEstimator(ABC):
@@ -42,12 +42,17 @@ class TargetEstimator(ABC):
         Raises:
             ValueError: rows without an index into the pool, a label without members, data that do not fit.
         """
-        if noisy.label is None:
-            return self.estimate(noisy, ALL, generator)
-        parts = list(_by_label(noisy))
-        found = [self.estimate(part, label, generator) for label, part, _ in parts]
-        order = torch.cat([rows for *_, rows in parts]).argsort().to(noisy.x.device)
-        return Posterior(*(torch.cat([getattr(f, name) for f in found])[order] for name in ("mean", "ess", "variance")))
+        # each label draws from a generator of its own: what a row is taught does not depend on who else is in the batch
+        seed = int(torch.randint(2**62, (), generator=generator))
+        groups = list(_by_label(noisy))
+        found = [
+            self.estimate(noisy.rows(rows), label, torch.Generator().manual_seed(derive(seed, label)))
+            for label, rows in groups
+        ]
+        order = torch.cat([rows for _, rows in groups]).argsort()
+        return Posterior(
+            *(torch.cat(parts) for parts in zip(*((f.mean, f.ess, f.variance) for f in found), strict=True))
+        ).rows(order)
 
     @abstractmethod
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
@@ -156,19 +161,10 @@ class NearestNeighbours(TargetEstimator):
         return where
 
 
-def _by_label(noisy: Perturbed) -> Iterator[tuple[int, Perturbed, Tensor]]:
-    """The rows of each label: the label, their record, and where they stood."""
-    assert noisy.label is not None
-    labels = noisy.label.cpu()
-    for label in labels.unique().tolist():
-        rows = (labels == label).nonzero().flatten()
-        yield label, _rows(noisy, rows), rows
-
-
-def _rows(noisy: Perturbed, rows: Int[Tensor, "b"]) -> Perturbed:
-    values = {field.name: getattr(noisy, field.name) for field in fields(noisy)}
-    there: dict[str, Any] = {name: v[rows.to(v.device)] for name, v in values.items() if v is not None}
-    return replace(noisy, **there)
+def _by_label(noisy: Perturbed) -> Iterator[tuple[int, Int[Tensor, "b"]]]:
+    """Each label, and where its rows stand."""
+    label = torch.full((len(noisy),), ALL) if noisy.label is None else noisy.label.cpu()
+    return ((value, (label == value).nonzero().flatten()) for value in label.unique().tolist())
 
 
 def _index(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:

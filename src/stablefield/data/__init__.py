@@ -1,6 +1,6 @@
 """Where data come from, and in which order they are seen."""
 
-from stablefield.data.batches import Batch, Shuffled
+from stablefield.data.batches import Batch, Batches, Shuffled
 from stablefield.data.cifar import CIFAR
 from stablefield.data.contents import Contents, Progress, content_hash, silent
 from stablefield.data.forms import write_npz, write_zip
@@ -17,6 +17,7 @@ __all__ = [
     "IDX",
     "Arrays",
     "Batch",
+    "Batches",
     "CelebA",
     "Contents",
     "Digits",

@@ -150,6 +150,7 @@ def _loss(state: TrainState, objective: Objective, batch: Batch, seed: int, devi
             batch.x.to(device),
             index=batch.index,
             label=label,
+            augmentation=batch.augmentation,
             generator=generator(seed, "step", state.images),
         )
 
