@@ -1,7 +1,5 @@
 """Training is a function of the seed and the images seen: it can stop anywhere and go on as if it had not."""
 
-import copy
-
 import pytest
 import torch
 
@@ -24,7 +22,8 @@ from stablefield import (
 )
 from stablefield.checkpoint import read, save
 from stablefield.data import Shuffled
-from stablefield.engine import EMA, LearningRate
+from stablefield.engine import Descent
+from stablefield.schedule import EMA, LearningRate
 
 POOL = Pool(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3)
 TARGETS = [SingleSample(), ReferenceBatch(POOL, 8), FullDataset(POOL), NearestNeighbours(POOL, 5)]
@@ -33,7 +32,7 @@ TARGETS = [SingleSample(), ReferenceBatch(POOL, 8), FullDataset(POOL), NearestNe
 def start(target, label_dim=3):
     torch.manual_seed(1)
     network = MLP((6,), label_dim=label_dim, width=16, layers=2, dropout=0.2)
-    state = TrainState(Preconditioned(network, VE(), EDM(), label_dim))
+    state = TrainState(Preconditioned(network, VE(), EDM(), label_dim), emas=[EMA(100), EMA(1000)])
     return state, Objective(LogNormal(), target, EDMWeight())
 
 
@@ -44,7 +43,7 @@ def same(one: TrainState, other: TrainState) -> bool:
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: type(t).__name__)
 def test_a_run_that_was_stopped_and_saved_goes_on_bit_for_bit(target, tmp_path):
-    options = {"seed": 5, "rate": LearningRate(1e-2, 100), "ema": EMA(100)}
+    options = {"seed": 5, "descent": Descent(LearningRate(1e-2, 100), clip=1.0, micro_batch=5)}
     batches = Shuffled(POOL, 16, seed=5)
     whole, objective = start(target)
     losses = [step.report.loss.item() for step in train(whole, objective, batches, images=16 * 9, **options)]
@@ -142,16 +141,115 @@ def test_the_learning_rate_rises_in_a_line_and_stays():
     assert LearningRate(2.0)(1) == 2
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_change():
+class Sometimes(MLP):
+    """A network whose answers are not numbers now and then."""
+
+    broken: set[int]
+    asked: int
+
+    def forward(self, *question):
+        self.asked += 1
+        return super().forward(*question) * (torch.nan if self.asked in self.broken else 1)
+
+
+def sometimes(*broken):
+    torch.manual_seed(1)
+    network = Sometimes((6,), width=16, layers=2)
+    network.broken, network.asked = set(broken), 0
+    return TrainState(Preconditioned(network, VE(), EDM())), Objective(LogNormal(), SingleSample(), EDMWeight())
+
+
+def weights(state):
+    return {name: value.clone() for name, value in state.tensors().items() if not name.startswith("steps")}
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count():
+    state, objective = sometimes(3, 4)
+    batches, seen, before = Shuffled(Pool(POOL.data), 16), [], weights(state)
+    for step in train(state, objective, batches, images=96):
+        seen.append((step.taken, state.in_a_row, bool(torch.isfinite(step.gradient_norm))))
+        if not step.taken:
+            assert all(torch.equal(value, before[name]) for name, value in weights(state).items())
+        before = weights(state)
+    assert seen == [(True, 0, True)] * 2 + [(False, 1, False), (False, 2, False)] + [(True, 0, True)] * 2
+    assert (state.skipped, state.images) == (2, 96)
+
+
+def test_too_many_skipped_steps_in_a_row_end_the_run_and_no_others_do():
+    batches = Shuffled(Pool(POOL.data), 16)
+    state, objective = sometimes(*range(1, 100, 2))
+    list(train(state, objective, batches, images=16 * 50, descent=Descent(patience=1)))
+    assert state.skipped == 25
+    state, objective = sometimes(4, 5, 6)
+    with pytest.raises(FloatingPointError, match="3 steps in a row, up to 96 images"):
+        list(train(state, objective, batches, images=16 * 50, descent=Descent(patience=2)))
+
+
+def test_rows_through_the_network_at_once_change_nothing_but_rounding():
+    def end(micro_batch):
+        torch.manual_seed(1)
+        state = TrainState(Preconditioned(MLP((6,), label_dim=3, width=16, dropout=0.0), VE(), EDM(), 3))
+        objective = Objective(LogNormal(), ReferenceBatch(POOL, 8), EDMWeight())
+        descent = Descent(LearningRate(1e-3), micro_batch=micro_batch)
+        steps = list(train(state, objective, Shuffled(POOL, 16), images=64, descent=descent))
+        return torch.stack([step.report.each for step in steps])
+
+    whole = end(None)
+    for micro_batch in (1, 3, 16, 100):
+        torch.testing.assert_close(end(micro_batch), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_clipped_gradient_has_the_norm_it_was_given():
     state, objective = start(SingleSample())
-    before = copy.deepcopy(state.denoiser.state_dict())
-    with torch.no_grad():
-        next(state.denoiser.parameters()).fill_(torch.inf)
-    broken = copy.deepcopy(state.denoiser.state_dict())
-    with pytest.raises(FloatingPointError, match="after 0 images"):
-        list(train(state, objective, Shuffled(POOL, 16), images=64))
-    assert all(torch.equal(state.denoiser.state_dict()[name], broken[name]) for name in before)
-    assert state.images == 0
+    for step in train(state, objective, Shuffled(POOL, 16), images=64, descent=Descent(clip=1e-3)):
+        assert step.gradient_norm > 1e-3
+        found = torch.nn.utils.get_total_norm([p.grad for p in state.denoiser.parameters()])
+        assert found.item() == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_several_averages_are_each_what_one_alone_would_be():
+    alone = {}
+    for half_life in (50, 500):
+        state, objective = start(SingleSample())
+        state = TrainState(state.denoiser, emas=[EMA(half_life)])
+        list(train(state, objective, Shuffled(POOL, 16), images=160))
+        alone[half_life] = state.average.state_dict()
+    state, objective = start(SingleSample())
+    state = TrainState(state.denoiser, emas=[EMA(50), EMA(500)])
+    list(train(state, objective, Shuffled(POOL, 16), images=160))
+    for name, half_life in (("average", 50), ("average-500", 500)):
+        found = state.averages[name].state_dict()
+        assert all(torch.equal(found[key], value) for key, value in alone[half_life].items())
+
+
+def test_half_precision_trains_on_float32_weights_and_goes_on_bit_for_bit():
+    def fresh():
+        torch.manual_seed(1)
+        network = UNet((1, 8, 8), channels=8)
+        return TrainState(Preconditioned(network, VE(), EDM()), precision=torch.bfloat16)
+
+    pool = Pool(torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    objective, batches = Objective(LogNormal(), ReferenceBatch(pool, 8), EDMWeight()), Shuffled(pool, 8)
+    whole, first, second = fresh(), fresh(), fresh()
+    losses = [step.report.loss for step in train(whole, objective, batches, images=64)]
+    exact = [step.report.loss for step in train(TrainState(fresh().denoiser), objective, batches, images=64)]
+    assert all(p.dtype == torch.float32 for p in whole.denoiser.parameters())
+    assert not torch.equal(torch.stack(losses), torch.stack(exact))  # it was bfloat16
+    torch.testing.assert_close(torch.stack(losses), torch.stack(exact), rtol=0.05, atol=0)
+    list(train(first, objective, batches, images=32))
+    second.restore(first.tensors(), first.images)
+    list(train(second, objective, batches, images=64))
+    assert same(second, whole)
+
+
+def test_the_learning_rate_falls_as_it_is_told():
+    rate = LearningRate(2.0, ramp=100, decay="inverse-sqrt", decay_from=1000)
+    assert [rate(images) for images in (50, 1000, 4000)] == [1.0, 2.0, 1.0]
+    rate = LearningRate(2.0, decay="cosine", decay_from=1000, until=3000)
+    assert [rate(images) for images in (1000, 2000, 3000, 9000)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
+    for wrong in ({"decay": "inverse-sqrt"}, {"decay": "cosine"}, {"decay": "cosine", "decay_from": 9, "until": 9}):
+        with pytest.raises(ValueError, match=r"decay_from|cosine"):
+            LearningRate(1.0, **wrong)
 
 
 @pytest.mark.usefixtures("unchecked")

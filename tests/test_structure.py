@@ -13,11 +13,11 @@ import stablefield
 
 HOUSE = Path(stablefield.__file__).parent
 FLOORS = (
-    {"process", "times", "networks", "seeding"},
+    {"process", "times", "networks", "seeding", "schedule"},
     {"posterior", "parametrize", "reference"},
     {"target", "denoise"},
     {"objective", "sample", "likelihood"},
-    {"config", "checkpoint", "data", "run"},
+    {"config", "checkpoint", "data", "ranks", "run"},
     {"interop"},
     {"engine", "evaluate"},
     {"compare"},

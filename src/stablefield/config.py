@@ -19,7 +19,7 @@ from functools import cache
 from importlib import import_module
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 import torch
@@ -46,6 +46,7 @@ from stablefield.sample import (
     UniformGrid,
     VPGrid,
 )
+from stablefield.schedule import Decay, LearningRate, average_names
 from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample
 from stablefield.times import LogitNormal, LogNormal, LogUniform, Uniform, VPLevels
 
@@ -56,37 +57,73 @@ class Training:
 
     Attributes:
         images: seen in the whole run.
-        batch_size: images a step.
+        batch_size: images a step, over all ranks.
+        micro_batch: images that go through the network at once on one rank; all of its share if not said.
         learning_rate: of Adam, after the ramp.
         ramp: images over which the learning rate rises.
-        ema_half_life: images after which a weight counts half in the average.
+        decay: how it falls again: "none", "cosine" (to 0 at the end of the run) or "inverse-sqrt".
+        decay_from: images after which it falls.
+        clip: the norm that longer gradients are shortened to; none are if not said.
+        ema_half_life: images after which a weight counts half in the average; several make as many averages, of which
+            the first is sampled from.
         ema_ramp_up: early on, the half-life is at most this share of the images seen.
+        precision: of products and convolutions: "float32", "bfloat16" or "float16". Weights and sums are float32.
+        compile: let torch compile the network (a minute or more at the start).
+        deterministic: only operations that give the same bits again, on a GPU too.
         stratified: draw the times of a batch evenly spread.
         conditional: tell the network the class of each image.
         seed: decides initial weights, order, noise and references.
-        save_every: images between checkpoints.
         device: "auto", or as torch names it.
+        save_every: images between checkpoints.
+        keep: how many of the last checkpoints stay.
+        log_every: images between lines of the metrics.
+        sample_every: images between grids of samples; none are made if 0.
     """
 
     images: int = 96_000
     batch_size: int = 64
+    micro_batch: int | None = None
     learning_rate: float = 1e-3
     ramp: int = 10_000
-    ema_half_life: float = 20_000
+    decay: Decay = "none"
+    decay_from: int = 0
+    clip: float | None = None
+    ema_half_life: float | tuple[float, ...] = 20_000
     ema_ramp_up: float = 0.1
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool = False
+    deterministic: bool = False
     stratified: bool = False
     conditional: bool = False
     seed: int = 0
-    save_every: int = 50_000
     device: str = "auto"
+    save_every: int = 50_000
+    keep: int = 1
+    log_every: int = 1_000
+    sample_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch_size", "learning_rate", "save_every"):
-            if not 0 < getattr(self, name) < inf:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("ramp", "ema_half_life", "ema_ramp_up"):
+        for name in ("images", "batch_size", "micro_batch", "learning_rate", "clip", "save_every", "keep", "log_every"):
+            if (value := getattr(self, name)) is not None and not 0 < value < inf:
+                raise ValueError(f"{name} must be positive, not {value}")
+        for name in ("ramp", "ema_ramp_up", "decay_from", "sample_every"):
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for half_life in self.half_lives:
+            if not 0 <= half_life < inf:
+                raise ValueError(f"ema_half_life must not be negative, but is {half_life}")
+        average_names(self.half_lives)
+        self.rate  # noqa: B018 (it may refuse)
+
+    @property
+    def half_lives(self) -> tuple[float, ...]:
+        """Of all averages."""
+        return self.ema_half_life if isinstance(self.ema_half_life, tuple) else (self.ema_half_life,)
+
+    @property
+    def rate(self) -> LearningRate:
+        """Learning rate against images seen."""
+        return LearningRate(self.learning_rate, self.ramp, self.decay, self.decay_from, self.images)
 
 
 PARTS: dict[str, dict[str, type]] = {

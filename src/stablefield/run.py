@@ -15,9 +15,10 @@ import torch
 
 from stablefield.checkpoint import CheckpointError, read, replacing
 from stablefield.config import Config, ConfigError, resolve
-from stablefield.data import Progress, Shuffled, silent
+from stablefield.data import Batches, Progress, Shuffled, silent
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
+from stablefield.ranks import Ranks
 from stablefield.reference import Pool
 from stablefield.sample import Sampler
 from stablefield.seeding import derive
@@ -105,11 +106,14 @@ class Parts:
     pool: Pool
     denoiser: Denoiser
     objective: Objective
-    batches: Shuffled
+    batches: Batches
 
 
-def assemble(config: Config, progress: Progress = silent) -> Parts:
+def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = None) -> Parts:
     """Load the data (`progress` is told if they must be decoded first), and make every part of a training run.
+
+    Args:
+        ranks: this process among those that train together; alone, and where the configuration says, if not given.
 
     Raises:
         ValueError: parts that do not fit the data (sizes, shapes, missing labels).
@@ -125,14 +129,15 @@ def assemble(config: Config, progress: Progress = silent) -> Parts:
         target = config.make("target", **({} if config["target"]["kind"] == "single" else {"pool": pool}))
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
-    denoiser = make_denoiser(config, pool.shape, pool.classes).to(choose_device(training.device))
+    ranks = ranks or Ranks(choose_device(training.device))
+    denoiser = make_denoiser(config, pool.shape, pool.classes).to(ranks.device)
     _try_out(denoiser, pool)
     return Parts(
         data,
         pool,
         denoiser,
         Objective(times, target, config.make("weight")),
-        Shuffled(pool, training.batch_size, training.seed),
+        Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total),
     )
 
 

@@ -15,10 +15,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stablefield.checkpoint import read, replacing, save
 from stablefield.cli.data import progress_bar
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
-from stablefield.engine import EMA, LearningRate, TrainState
+from stablefield.engine import Descent, TrainState
 from stablefield.engine import train as steps_of
 from stablefield.engine.train import StepReport
 from stablefield.run import Folder, Parts, Trained, assemble, describe, open_run
+from stablefield.schedule import EMA
 
 # what may change when a run goes on, beside how it is sampled: how far it goes and how often it saves, not what it is
 MAY_CHANGE = {"training.images", "training.save_every", "training.device"}
@@ -141,7 +142,8 @@ def run(config: Config, parts: Parts, folder: Folder) -> int:
         OSError: the folder cannot be written.
     """
     training = config.training
-    state = TrainState(parts.denoiser)
+    emas = [EMA(half_life, training.ema_ramp_up) for half_life in training.half_lives]
+    state = TrainState(parts.denoiser, emas=emas, precision=getattr(torch, training.precision))
     if folder.checkpoint.exists():
         saved = read(folder.checkpoint)
         refuse_another(resolve(saved.config["config"]), config)
@@ -151,11 +153,8 @@ def run(config: Config, parts: Parts, folder: Folder) -> int:
         folder.rewind(saved.images)
     with replacing(folder.config) as beside:
         beside.write_text(config.toml())
-    rate = LearningRate(training.learning_rate, training.ramp)
-    ema = EMA(training.ema_half_life, training.ema_ramp_up)
-    steps = steps_of(
-        state, parts.objective, parts.batches, images=training.images, seed=training.seed, rate=rate, ema=ema
-    )
+    descent = Descent(training.rate, training.clip, training.micro_batch)
+    steps = steps_of(state, parts.objective, parts.batches, images=training.images, seed=training.seed, descent=descent)
 
     def keep() -> None:
         save(folder.checkpoint, state.tensors(), config=describe(config, parts.pool), images=state.images)

@@ -4,10 +4,10 @@ Image number p of a run is a function of (seed, p), so a batch is a function of 
 remembered to continue where a run stopped, and each of several ranks can make its own rows of it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -57,19 +57,22 @@ class Batch:
         return (generator(seed, purpose, number) for number in self.number.tolist())
 
 
-class Batches(Protocol):
-    """The batch that follows after so many images."""
+class Batches(ABC):
+    """The batch that follows after so many images.
 
-    @property
-    def size(self) -> int:
-        """Images a step, over all ranks."""
+    Attributes:
+        size: images a step, over all ranks.
+    """
 
+    size: int
+
+    @abstractmethod
     def __call__(self, images: int) -> Batch:
         """This rank's rows of images number `images` to `images + size - 1`."""
 
 
 @dataclass(frozen=True)
-class Shuffled:
+class Shuffled(Batches):
     """Every member once an epoch, in an order of its own.
 
     Attributes:

@@ -1,6 +1,6 @@
-"""Training: a loop that yields, and the average of the weights it leaves behind."""
+"""Training: a loop that yields, and the state it leaves behind."""
 
-from stablefield.engine.ema import EMA
-from stablefield.engine.train import LearningRate, StepReport, TrainState, train
+from stablefield.engine.state import TrainState
+from stablefield.engine.train import Descent, StepReport, train
 
-__all__ = ["EMA", "LearningRate", "StepReport", "TrainState", "train"]
+__all__ = ["Descent", "StepReport", "TrainState", "train"]

@@ -1,90 +1,27 @@
 """Training is a generator: it yields after every step, and the caller saves, logs and samples.
 
-One clock, the number of images seen, says all: which batch comes next, which noise, which learning rate. A step's
-randomness (noise, references, dropout) comes from (seed, images seen), so a run that continues from a saved
-`TrainState` goes on bit for bit as if it had never stopped.
+One clock, the number of images seen, says all: which batch comes next, which noise, which learning rate. What is drawn
+for a row (its noise, its augmentation) is drawn for the number of its image, what all rows share (times, references)
+for the step. So a run that continues from a saved `TrainState` goes on bit for bit as if it had never stopped, and
+several ranks do together what one would do alone, but for the order of sums and for dropout.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from stablefield.data import Batch
-from stablefield.denoise import Denoiser
-from stablefield.engine.ema import EMA
+from stablefield.data import Batch, Batches
+from stablefield.engine.state import TrainState
 from stablefield.objective import LossReport, Objective
+from stablefield.posterior import Posterior
+from stablefield.process import Perturbed
+from stablefield.ranks import Ranks, apart
+from stablefield.schedule import LearningRate
 from stablefield.seeding import derive, generator
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """A linear ramp, then constant.
-
-    Attributes:
-        peak: the rate after the ramp.
-        ramp: images it takes to get there.
-    """
-
-    peak: float = 1e-3
-    ramp: int = 0
-
-    def __call__(self, images: int) -> float:
-        """The rate after so many images."""
-        return self.peak * min(1.0, images / self.ramp) if self.ramp else self.peak
-
-
-class TrainState:
-    """Everything that must survive: the model, its average, the optimiser, and how many images they have seen.
-
-    Args:
-        denoiser: trained in place.
-        optimizer: made from its parameters; Adam with beta = (0.9, 0.999) if not given.
-    """
-
-    def __init__(self, denoiser: Denoiser, optimizer: torch.optim.Optimizer | None = None) -> None:
-        self.denoiser = denoiser
-        self.average = copy.deepcopy(denoiser).eval().requires_grad_(False)
-        self.optimizer = optimizer or torch.optim.Adam(denoiser.parameters(), lr=1e-3, fused=True)
-        self.images = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors; `images` is the one number beside them."""
-        named = {f"model.{name}": value for name, value in self.denoiser.state_dict().items()}
-        named |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
-        for number, slots in self.optimizer.state_dict()["state"].items():
-            named |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
-        return named
-
-    def restore(self, tensors: dict[str, Tensor], images: int) -> None:
-        """Become the state that `tensors` and `images` describe.
-
-        Raises:
-            ValueError: tensors of another network.
-        """
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = value
-        try:
-            self.denoiser.load_state_dict(parts["model"])
-            self.average.load_state_dict(parts["average"])
-        except RuntimeError as error:
-            raise ValueError(f"the saved weights are of another network: {error}") from None
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            number, _, slot = name.partition(".")
-            slots.setdefault(int(number), {})[slot] = _laid_out(value, parameters[int(number)])
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
-        self.images = images
-
-
-def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    # a fused optimiser reads its averages in the memory order of the weights, which may be channels last
-    return torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
+from stablefield.times import Times
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,27 +29,47 @@ class StepReport:
     """What a step did.
 
     Attributes:
-        images: seen so far, this step's included.
-        report: the loss, and what there is to see in it.
+        images: seen so far, this step's included, by all ranks.
+        report: the loss of this rank's rows, and what there is to see in it (no gradient).
         rate: the learning rate used.
-        gradient_norm: of all gradients together.
+        gradient_norm: of all gradients together, before clipping; not finite if the step was not taken.
+        taken: whether the gradient was finite, and the weights have moved.
     """
 
     images: int
     report: LossReport
     rate: float
     gradient_norm: Tensor
+    taken: bool
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How a gradient becomes a step.
+
+    Attributes:
+        rate: learning rate against images seen.
+        clip: the norm that gradients are shortened to, if they are longer.
+        micro_batch: rows of a rank that go through the network at once; all of them if not said. It changes memory
+            and speed, and of the result nothing but rounding (and dropout).
+        patience: how many steps in a row may be skipped because their gradient is not finite.
+    """
+
+    rate: LearningRate = field(default_factory=LearningRate)
+    clip: float | None = None
+    micro_batch: int | None = None
+    patience: int = 25
 
 
 def train(
     state: TrainState,
     objective: Objective,
-    batches: Callable[[int], Batch],
+    batches: Batches,
     *,
     images: int,
     seed: int = 0,
-    rate: LearningRate | None = None,
-    ema: EMA | None = None,
+    descent: Descent | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[StepReport]:
     """Train until so many images have been seen, yielding after every step.
 
@@ -121,50 +78,92 @@ def train(
         objective: what is minimised.
         batches: the batch that follows after so many images, such as `data.Shuffled`.
         images: when to stop.
-        seed: decides noise, references and dropout.
-        rate: learning rate against images seen.
-        ema: how the average follows.
+        seed: decides times, noise, references and dropout.
+        descent: learning rate, clipping, and how much goes through the network at once.
+        ranks: this process among those that train together.
 
     Raises:
-        FloatingPointError: the loss is not finite; the weights are as they were before this step.
+        FloatingPointError: the gradient was not finite too many steps in a row; no such step has touched the weights.
     """
-    rate, ema = rate or LearningRate(), ema or EMA()
-    device = next(state.denoiser.parameters()).device
+    descent, ranks = descent or Descent(), ranks or Ranks(state.device)
+    model = ranks.wrap(state.denoiser)
     state.denoiser.train()
     while state.images < images:
-        batch = batches(state.images)
-        now = rate(state.images + len(batch.x))
-        report = _loss(state, objective, batch, seed, device)
-        norm = _descend(state, report, now)
-        ema.update(state.average, state.denoiser, state.images, len(batch.x))
-        state.images += len(batch.x)
-        yield StepReport(state.images, report, now, norm)
+        batch = batches(state.images).to(state.device)
+        noisy = perturb(state, objective.times, batch, batches.size, seed)
+        # all ranks draw the same references, whichever rows they hold
+        target = objective.target(noisy, generator=generator(seed, "references", state.images))
+        report = _differentiate(state, model, objective, noisy, target, descent, derive(seed, "dropout", ranks.rank))
+        now = descent.rate(state.images + batches.size)
+        norm, taken = _descend(state, now, descent.clip)
+        state.count(batches.size, taken)
+        yield StepReport(state.images, report, now, norm, taken)
+        if state.in_a_row > descent.patience:
+            raise FloatingPointError(
+                f"the gradient was not finite in {state.in_a_row} steps in a row, up to {state.images} images (loss "
+                f"{report.loss.item():g}); none of them touched the weights: lower the learning rate, raise the "
+                "precision, or look for outliers in the data"
+            )
 
 
-def _loss(state: TrainState, objective: Objective, batch: Batch, seed: int, device: torch.device) -> LossReport:
-    label = None if batch.label is None else batch.label.to(device)
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
-        torch.manual_seed(derive(seed, "dropout", state.images))  # modules know no other source of randomness
-        return objective(
-            state.denoiser,
-            batch.x.to(device),
-            index=batch.index,
-            label=label,
-            augmentation=batch.augmentation,
-            generator=generator(seed, "step", state.images),
-        )
+def perturb(state: TrainState, times: Times, batch: Batch, total: int, seed: int) -> Perturbed:
+    """A batch on its way: times drawn for the step, noise for each image."""
+    t = times.draw(total, generator(seed, "times", state.images))[batch.number - state.images]
+    shape, dtype = batch.x.shape[1:], batch.x.dtype
+    noise = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in batch.generators(seed, "noise")])
+    return state.denoiser.process.perturb(
+        batch.x,
+        t.to(batch.x),
+        noise.to(batch.x.device),
+        label=batch.label,
+        index=batch.index,
+        augmentation=batch.augmentation,
+    )
 
 
-def _descend(state: TrainState, report: LossReport, rate: float) -> Tensor:
+def _differentiate(
+    state: TrainState,
+    model: nn.Module,
+    objective: Objective,
+    noisy: Perturbed,
+    target: Posterior,
+    descent: Descent,
+    seed: int,
+) -> LossReport:
+    """The gradient of the mean loss over all rows, which go through the network a part at a time."""
+    state.optimizer.zero_grad(set_to_none=True)
+    size = descent.micro_batch or len(noisy)
+    reports = []
+    for start in range(0, len(noisy), size):
+        rows, last = slice(start, start + size), start + size >= len(noisy)
+        with nullcontext() if last else apart(model), _dropout(derive(seed, state.images, start), state.device):
+            with torch.autocast(state.device.type, state.precision, enabled=state.precision != torch.float32):
+                report = objective.loss(model, state.denoiser.process, noisy.rows(rows), target.rows(rows))
+            state.scaler.scale(report.each.sum() / len(noisy)).backward()
+        reports.append(report)
+    each, t, ess = (torch.cat([getattr(r, name).detach() for r in reports]) for name in ("each", "t", "ess"))
+    return LossReport(each.mean(), each, t, ess)
+
+
+def _descend(state: TrainState, rate: float, clip: float | None) -> tuple[Tensor, bool]:
+    """Take the step, unless its gradient is not finite; the gradient's norm, and whether it was taken."""
     for group in state.optimizer.param_groups:
         group["lr"] = rate
-    state.optimizer.zero_grad(set_to_none=True)
-    report.loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in state.denoiser.parameters() if p.grad is not None])
-    if not torch.isfinite(norm):
-        raise FloatingPointError(
-            f"the gradient is not finite after {state.images} images (loss {report.loss.item():g}): "
-            "lower the learning rate, or look for outliers in the data"
-        )
-    state.optimizer.step()
-    return norm
+    state.scaler.unscale_(state.optimizer)
+    moved = [p for p in state.denoiser.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
+    taken = bool(torch.isfinite(norm))
+    if taken:
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(moved, clip, norm)
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return norm, taken
+
+
+@contextmanager
+def _dropout(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout that follows from a seed: modules know no other source of randomness than the global one."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield

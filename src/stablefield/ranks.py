@@ -1,0 +1,76 @@
+"""Which of several processes this is, and what they do together.
+
+`torchrun` and `accelerate launch` start one process a device, on one machine or on many, and tell each its number.
+Alone there is one rank, nothing is started, and everything here is the identity.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among several.
+
+    Attributes:
+        device: what this one computes on.
+        rank: its number, from 0.
+        total: how many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    total: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.total > 1:
+            PartialState().wait_for_everyone()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, in their order, on every rank. All must have equally many."""
+        return gather(rows) if self.total > 1 else rows
+
+    def any(self, said: bool) -> bool:
+        """Whether it is so on any rank."""
+        return bool(self.gather(torch.tensor([said], device=self.device)).any()) if self.total > 1 else said
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """A module whose gradients are the means over all ranks. Its weights become those of the first."""
+        return DistributedDataParallel(module, broadcast_buffers=False) if self.total > 1 else module
+
+
+def apart(module: nn.Module) -> AbstractContextManager[object]:
+    """Gradients stay on their rank for now: more of the batch is to come."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """This process's place among those that were started together; they part at the end.
+
+    Args:
+        device: what to compute on; of several GPUs each rank takes its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(device)
+        return
+    state = PartialState(cpu=device.type == "cpu")
+    try:
+        yield Ranks(state.device, state.process_index, state.num_processes)
+    finally:
+        state.destroy_process_group()
+        PartialState._reset_state()  # another may be begun in this process
