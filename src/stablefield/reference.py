@@ -5,10 +5,10 @@ questions: which members carry a label, which n distinct ones a draw picks, and 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 ALL = -1  # the label of a row of which the network is told nothing: every member may be its source
@@ -18,39 +18,44 @@ ALL = -1  # the label of a row of which the network is told nothing: every membe
 class Pool:
     """Data to draw references from.
 
+    A pool may be a view: `subset` and `mirrored` copy no data, but say where the members are found in them.
+
     Attributes:
         data: (N, *D), floating, or uint8 with values 0 .. levels - 1 that stand for [-1, 1].
-        labels: the class of each member, (N,), or None.
+        labels: the class of each member, (n,), or None.
         levels: how many values a byte takes; 256 for photographs.
+        places: of a view, which of the data each member is: k, or N + k for the mirror image of k. None: all, in order.
 
     Raises:
         ValueError: no data, another type, a floating number that is not finite, or labels that do not fit.
     """
 
     data: Tensor
-    labels: Int[Tensor, "N"] | None = None
+    labels: Int[Tensor, "n"] | None = None
     levels: int = 256
+    places: Int[Tensor, "n"] | None = None
     _members: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        if self.data.ndim < 2 or len(self.data) == 0:
-            raise ValueError(f"data must be (N, *D) with N and D at least 1, not {tuple(self.data.shape)}")
+        if self.data.ndim < 2 or len(self) == 0:
+            raise ValueError(f"data must be (N, *D) with N and D at least 1, not {(len(self), *self.shape)}")
         if self.data.dtype != torch.uint8 and not self.data.is_floating_point():
             raise ValueError(f"data must be uint8 or floating, not {self.data.dtype}")
-        # in parts: data mapped from a file may be larger than memory
-        if self.data.is_floating_point() and not all(torch.isfinite(part).all() for part in self.data.split(1024)):
+        # in parts: data mapped from a file may be larger than memory (and what is viewed has been looked at before)
+        unseen = () if self.places is not None or self.data.dtype == torch.uint8 else self.data.split(1024)
+        if not all(torch.isfinite(part).all() for part in unseen):
             raise ValueError("data holds numbers that are not finite")
-        if self.labels is not None and self.labels.shape != (len(self.data),):
-            raise ValueError(f"{len(self.data)} members need as many labels, not {tuple(self.labels.shape)}")
+        if self.labels is not None and self.labels.shape != (len(self),):
+            raise ValueError(f"{len(self)} members need as many labels, not {tuple(self.labels.shape)}")
         if self.labels is not None and int(self.labels.min()) < 0:
             raise ValueError(f"labels count from 0; the least is {int(self.labels.min())}")
 
     def __repr__(self) -> str:
         labels = "" if self.labels is None else f", {self.classes} classes"
-        return f"Pool({tuple(self.data.shape)} {str(self.data.dtype).removeprefix('torch.')}{labels})"
+        return f"Pool({(len(self), *self.shape)} {str(self.data.dtype).removeprefix('torch.')}{labels})"
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.data if self.places is None else self.places)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,6 +67,22 @@ class Pool:
         """How many classes there are; 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
+    def subset(self, index: Int[Tensor, "m"]) -> "Pool":
+        """Some of the members, in this order, as a pool; no data are copied."""
+        return replace(self, labels=self.label(index), places=self._places()[index.cpu()])
+
+    def mirrored(self) -> "Pool":
+        """All members and then their mirror images, flipped along the last dimension; no data are copied.
+
+        Raises:
+            ValueError: these are no images (C, H, W).
+        """
+        if len(self.shape) != 3:
+            raise ValueError(f"only images (C, H, W) have mirror images; these data are {self.shape}")
+        here, total = self._places(), len(self.data)
+        labels = None if self.labels is None else self.labels.repeat(2)
+        return replace(self, labels=labels, places=torch.cat([here, (here + total) % (2 * total)]))
+
     def members(self, label: int) -> Int[Tensor, "m"]:
         """Where the members of a class stand; all of them for the label -1.
 
@@ -72,9 +93,24 @@ class Pool:
             self._members[label] = self._find(label)
         return self._members[label]
 
+    def label(self, index: Int[Tensor, "n"]) -> Int[Tensor, "n"] | None:
+        """The labels of members, if the pool has any."""
+        return None if self.labels is None else self.labels[index.to(self.labels.device)]
+
     def take(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n *D"]:
         """Members as floating data (bytes decoded to [-1, 1] in float32), on the pool's device."""
-        return self.decode(self.data[index.to(self.data.device)])
+        return self.decode(self.stored(index))
+
+    def stored(self, index: Int[Tensor, "n"]) -> Shaped[Tensor, "n *D"]:
+        """Members as they are stored: bytes, or floating data."""
+        if self.places is None:
+            return self.data[index.to(self.data.device)]
+        place, total = self.places[index.cpu()].to(self.data.device), len(self.data)
+        found = self.data[place % total]
+        mirrored = (place >= total).nonzero().flatten()
+        if len(mirrored):
+            found[mirrored] = found[mirrored].flip(-1)
+        return found
 
     def decode(self, stored: Tensor) -> Tensor:
         """Stored values as floating data."""
@@ -82,15 +118,21 @@ class Pool:
 
     def blocks(self, label: int, size: int) -> Iterator[Float[Tensor, "n *D"]]:
         """All members that carry a label (-1: all there are), `size` at a time."""
-        if label == ALL:
-            yield from map(self.decode, self.data.split(size))
-        else:
-            yield from map(self.take, self.members(label).split(size))
+        return map(self.decode, self.stored_blocks(label, size))
+
+    def stored_blocks(self, label: int, size: int) -> Iterator[Shaped[Tensor, "n *D"]]:
+        """The same as they are stored."""
+        if label == ALL and self.places is None:
+            return iter(self.data.split(size))
+        return map(self.stored, self.members(label).split(size))
 
     def draw(self, n: int, label: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
         """An ordered draw of n distinct members that carry a label (-1: of all). A smaller class is drawn whole."""
         members = self.members(label)
         return members[distinct(len(members), min(n, len(members)), generator)]
+
+    def _places(self) -> Int[Tensor, "n"]:
+        return torch.arange(len(self.data)) if self.places is None else self.places
 
     def _find(self, label: int) -> Tensor:
         if label == ALL:

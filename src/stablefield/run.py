@@ -15,7 +15,7 @@ import torch
 
 from stablefield.checkpoint import CheckpointError, read, replacing
 from stablefield.config import Config, ConfigError, resolve
-from stablefield.data import Batches, Progress, Shuffled, silent
+from stablefield.data import Batches, Progress, Shuffled, Source, silent, split
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
 from stablefield.ranks import Ranks
@@ -100,6 +100,7 @@ class Parts:
     Attributes:
         data: everything the source gave, labels included.
         pool: what is trained on; it has labels only if the network is told them.
+        held_out: members that are never trained on, nor used as references; labelled as the pool is.
     """
 
     data: Pool
@@ -107,6 +108,7 @@ class Parts:
     denoiser: Denoiser
     objective: Objective
     batches: Batches
+    held_out: Pool | None = None
 
 
 def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = None) -> Parts:
@@ -119,11 +121,11 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
         ValueError: parts that do not fit the data (sizes, shapes, missing labels).
     """
     training = config.training
-    data = config.make("data").load(progress)
+    source: Source = config.make("data")
+    data = source.load(progress)
     if training.conditional and data.labels is None:
         raise ConfigError("training.conditional needs labels, and the data have none")
-    pool = data if training.conditional else replace(data, labels=None)
-    _check_classes(pool)
+    pool, held_out = _kept_apart(data if training.conditional else replace(data, labels=None), source.holdout)
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
     try:
         target = config.make("target", **({} if config["target"]["kind"] == "single" else {"pool": pool}))
@@ -138,7 +140,20 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
         denoiser,
         Objective(times, target, config.make("weight")),
         Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total),
+        held_out,
     )
+
+
+def _kept_apart(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
+    """What is trained on, and what is held out."""
+    _check_classes(data)
+    try:
+        pool, held_out = split(data, holdout)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
+    if data.labels is not None and pool.labels is not None and len(pool.labels.unique()) < data.classes:
+        raise ConfigError(f"data.holdout={holdout} leaves a class without members to train on: hold out fewer")
+    return pool, held_out
 
 
 def _check_classes(pool: Pool) -> None:

@@ -113,7 +113,10 @@ def open_source(source: str, kind: str | None, options: dict[str, Any], settings
     section = {"kind": kind, **({"path": path} if path else {}), **options}
     if other := [setting for setting in settings if not setting.startswith("data.")]:
         raise ConfigError(f"{other[0]}: only keys of the data can be set here, as data.split=test")
-    return resolve(override({"data": section}, settings)).make("data")
+    found: Source = resolve(override({"data": section}, settings)).make("data")
+    if found.holdout:
+        raise ConfigError(f"data.holdout={found.holdout}: members are held out by a training, not here")
+    return found
 
 
 def describe(pool: Pool, classes: tuple[str, ...]) -> list[str]:

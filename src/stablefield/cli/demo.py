@@ -4,6 +4,8 @@ Trains with stable targets, samples, measures the distance between samples and d
 """
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -87,7 +89,7 @@ def _score(data: Pool, x: torch.Tensor) -> dict[str, float]:
 
 def _plot_variance(path: Path, data: Pool, config: Config) -> None:
     size = config["target"]["size"]
-    pool = Pool(data.data, levels=data.levels)
+    pool = replace(data, labels=None)
     targets = {
         "single sample (DSM)": SingleSample(),
         "stable, 64 references": ReferenceBatch(pool, 64),
@@ -99,5 +101,5 @@ def _plot_variance(path: Path, data: Pool, config: Config) -> None:
         path,
         dict(zip(targets, found, strict=True)),
         "Variance of the training target, digits",
-        data.data[0].numel(),
+        math.prod(data.shape),
     )

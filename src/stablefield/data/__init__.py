@@ -8,7 +8,7 @@ from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, Pictures
-from stablefield.data.sources import Arrays, Digits, Source, Unnamed
+from stablefield.data.sources import Arrays, Digits, Source, Unnamed, split
 from stablefield.data.store import Store, write
 from stablefield.data.summary import Summary
 
@@ -33,6 +33,7 @@ __all__ = [
     "content_hash",
     "guess_kind",
     "silent",
+    "split",
     "write",
     "write_npz",
     "write_zip",

@@ -100,9 +100,7 @@ class Shuffled(Batches):
         share = self.size // self.ranks
         number = images + self.rank * share + torch.arange(share)
         index = self.order(number)
-        labels = self.pool.labels
-        label = None if labels is None else labels[index.to(labels.device)]
-        return Batch(self.pool.take(index), index, number, label)
+        return Batch(self.pool.take(index), index, number, self.pool.label(index))
 
     def order(self, number: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """Which members of the pool are these (consecutive) images of the run."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from stablefield.reference import Pool
+from stablefield.reference import ALL, Pool
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -46,7 +46,11 @@ class Contents:
     def of(cls, pool: Pool, classes: tuple[str, ...] = ()) -> "Contents":
         """What a pool holds."""
         labels = None if pool.labels is None else pool.labels.cpu().numpy()
-        return cls(len(pool), lambda: slices(pool.data.cpu().numpy()), labels, classes, pool.levels)
+
+        def blocks() -> Iterator[Shaped[np.ndarray, "n *D"]]:
+            return (block.cpu().numpy() for block in pool.stored_blocks(ALL, 256))
+
+        return cls(len(pool), blocks, labels, classes, pool.levels)
 
 
 def slices(array: Shaped[np.ndarray, "N *D"], size: int = 256) -> Iterator[Shaped[np.ndarray, "n *D"]]:
@@ -57,8 +61,8 @@ def slices(array: Shaped[np.ndarray, "N *D"], size: int = 256) -> Iterator[Shape
 def content_hash(pool: Pool) -> str:
     """SHA-256 over type, shape, levels, every value and every label: equal for equal data, wherever they came from."""
     contents = Contents.of(pool)
-    array = pool.data.cpu().numpy()
-    digest = begin_hash(array.dtype, array.shape, pool.levels)
+    dtype = np.dtype(str(pool.data.dtype).removeprefix("torch."))
+    digest = begin_hash(dtype, (len(pool), *pool.shape), pool.levels)
     for block in contents.blocks():
         digest.update(np.ascontiguousarray(block).data)
     return end_hash(digest, contents.labels)

@@ -66,7 +66,9 @@ class Pictures(Source):
         Raises:
             ValueError: naming the file that is missing, damaged, or unlike the others.
         """
-        told = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "path"}
+        told = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("path", "holdout")
+        }
         recipe = json.dumps([type(self).__name__, told, self.fingerprint()], default=str)
         return cached(recipe, self.contents, source=repr(self), progress=progress)
 

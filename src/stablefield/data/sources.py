@@ -3,7 +3,7 @@
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,19 @@ import torch
 from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.mapping import as_tensor, mapped
 from stablefield.reference import Pool
+from stablefield.seeding import generator
 
 
+@dataclass(frozen=True)
 class Source(ABC):
-    """A data set: where it is, and how it becomes a pool."""
+    """A data set: where it is, and how it becomes a pool.
+
+    Attributes:
+        holdout: how many members are kept from training (see `split`); `load` gives them too.
+    """
+
+    # not in the repr, which says what the data are
+    holdout: int = field(default=0, kw_only=True, repr=False)
 
     @abstractmethod
     def load(self, progress: Progress = silent) -> Pool:
@@ -24,6 +33,24 @@ class Source(ABC):
     def contents(self) -> Contents:
         """The same, block by block, for those who only pass them on."""
         return Contents.of(self.load())
+
+
+def split(pool: Pool, holdout: int) -> tuple[Pool, Pool | None]:
+    """What is trained on, and what is kept from training: a choice that depends on nothing but the two numbers.
+
+    No data are copied. Who holds out more holds out the same members and others.
+
+    Raises:
+        ValueError: nothing would be left, or a negative number.
+    """
+    if not 0 <= holdout < len(pool):
+        raise ValueError(f"holdout must leave some of the {len(pool)} members, and cannot be {holdout}")
+    if holdout == 0:
+        return pool, None
+    held_out, trained = torch.randperm(len(pool), generator=generator(0, "holdout")).split(
+        [holdout, len(pool) - holdout]
+    )
+    return pool.subset(trained.sort().values), pool.subset(held_out.sort().values)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What data are like, in a few numbers; one look at each value, summed in float64."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class Summary:
     def of(cls, pool: Pool) -> "Summary":
         """The summary of a pool."""
         moments, ends = zip(*(_moments(block.double()) for block in pool.blocks(ALL, 256)), strict=True)
-        total = pool.data.numel()
+        total = len(pool) * math.prod(pool.shape)
         first, second = (float(moment) / total for moment in torch.stack(moments).sum(0))
         counts = () if pool.labels is None else tuple(torch.bincount(pool.labels).tolist())
         low, high = float(torch.stack(ends)[:, 0].min()), float(torch.stack(ends)[:, 1].max())

@@ -62,7 +62,7 @@ def train_classifier(pool: Pool, *, seed: int = 0, epochs: int = 30, held_out: f
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, "classifier weights"))
         network = Network(pool.shape[0], pool.classes)
-    _fit(network, Pool(pool.data[seen], pool.labels[seen], pool.levels), seed, epochs)
+    _fit(network, pool.subset(seen), seed, epochs)
     classifier = Classifier(network.eval(), 0.0)
     right = classifier.predict(pool.take(test)) == pool.labels[test]
     return Classifier(network, float(right.double().mean()))
