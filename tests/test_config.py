@@ -89,6 +89,10 @@ def test_what_suits_the_data_is_what_the_data_are():
         ({"network": {"kind": "nowhere:Net"}}, "network.kind: 'nowhere:Net' cannot be imported"),
         ({"network": {"kind": "math:pi"}}, "network.kind: 'math:pi' is no torch.nn.Module"),
         ({"data": {"kind": "arrays"}}, "data.path: has no default"),
+        (
+            {"data": {"path": "x"}},
+            "'digits' has no such key; say also which data.kind it is for: arrays, store, images",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_the_way_out(raw, message):

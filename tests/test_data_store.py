@@ -297,3 +297,10 @@ def test_labels_of_an_archive_must_be_whole_numbers(tmp_path):
     np.savez(tmp_path / "x.npz", data=noise(3, 2), labels=np.array([0.5, 1, 2]))
     with pytest.raises(ValueError, match=r"labels in .*x\.npz are float64"):
         Arrays(tmp_path / "x.npz").load()
+
+
+@pytest.mark.parametrize("name", ["label", "y", "targets"])
+def test_labels_under_another_name_are_not_silently_left_out(name, tmp_path):
+    np.savez(tmp_path / "x.npz", data=noise(3, 2), **{name: np.array([0, 1, 2])})
+    with pytest.raises(ValueError, match=f"holds {name}, but labels are expected under the name labels"):
+        Arrays(tmp_path / "x.npz").load()

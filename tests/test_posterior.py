@@ -4,6 +4,7 @@ import math
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -449,6 +450,8 @@ LABELS = torch.zeros(4, dtype=torch.int64), torch.ones(7, dtype=torch.int64)
         ({"allowed": (torch.zeros(3), torch.zeros(7))}, r"4 row and 7 member labels, not \(3, 7\)"),
         ({"allowed": torch.tensor([1, 1, 1, 0]).bool()[:, None].expand(4, 7)}, "row 3 is allowed"),
         ({"allowed": LABELS}, "row 0 is allowed"),
+        ({"support": np.zeros((7, 3, 2))}, "support must be a tensor, not ndarray"),
+        ({"x_t": [0.0]}, "x_t must be a tensor, not list"),
         ({"chunk": 0}, "chunk must be at least 1.*0"),
         ({"chunk": -1}, "chunk must be at least 1.*-1"),
     ],

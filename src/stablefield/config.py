@@ -394,8 +394,13 @@ def _default(part: Callable[..., Any], argument: inspect.Parameter) -> Any:
 def _complaint(section: str, kind: str, mistake: Any, part: Callable[..., Any]) -> str:
     place = ".".join(str(step) for step in (section, *mistake["loc"]))
     if mistake["type"] == "extra_forbidden":
-        known = _schema(part).model_fields
-        return f"{place}: {kind!r} has no such key{_nearest(str(mistake['loc'][0]), known, section + '.')}"
+        known, key = _schema(part).model_fields, str(mistake["loc"][0])
+        others = [
+            other for other in PARTS[section] if other != kind and key in _schema(_part(section, other)).model_fields
+        ]
+        if others and not _close(key, known):
+            return f"{place}: {kind!r} has no such key; say also which {section}.kind it is for: {', '.join(others)}"
+        return f"{place}: {kind!r} has no such key{_nearest(key, known, section + '.')}"
     if mistake["type"] == "missing":
         return f"{place}: has no default, and must be said"
     return f"{place}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, not {mistake['input']!r}"

@@ -90,6 +90,9 @@ def posterior(
         ValueError: shapes, types or devices do not fit; the support is empty, or allows a row nothing; sigma is
             negative; something is not finite.
     """
+    for name, value in (("x_t", x_t), ("support", support), ("source", source)):
+        if not isinstance(value, Tensor | None):
+            raise ValueError(f"{name} must be a tensor, not {type(value).__name__}: torch.as_tensor makes it one")
     _check(x_t, support, source, allowed)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 member a block, not {chunk}")

@@ -99,6 +99,8 @@ class Arrays(Source):
         if name is None:
             raise ValueError(f"{self.path} holds {', '.join(found)}; data are expected under data, images, x or arr_0")
         data = self._data(found[name])
+        if (other := {"label", "y", "targets"} & found.keys()) and "labels" not in found:
+            raise ValueError(f"{self.path} holds {other.pop()}, but labels are expected under the name labels")
         labels = torch.from_numpy(_whole(found["labels"], self.path)) if "labels" in found else None
         return Pool(as_tensor(data), labels, int(found.get("levels", 256)))
 
