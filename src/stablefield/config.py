@@ -25,7 +25,21 @@ import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from stablefield.data import CIFAR, IDX, Arrays, CelebA, Digits, HuggingFace, Images, Store, Unnamed
+from stablefield.data import (
+    CIFAR,
+    IDX,
+    Arrays,
+    CelebA,
+    Digits,
+    EDMAugmentation,
+    HuggingFace,
+    Images,
+    Mirror,
+    Plain,
+    Rolling,
+    Store,
+    Unnamed,
+)
 from stablefield.denoise import EDM, IDDPMScaling, Predicts, VEScaling, VPScaling
 from stablefield.networks import ADM, MLP, SongUNet, UNet
 from stablefield.networks.song import NCSNPP
@@ -72,6 +86,7 @@ class Training:
         deterministic: only operations that give the same bits again, on a GPU too.
         stratified: draw the times of a batch evenly spread.
         conditional: tell the network the class of each image.
+        label_dropout: share of images of which it is not told, so that it can be asked without one (for guidance).
         seed: decides initial weights, order, noise and references.
         device: "auto", or as torch names it.
         save_every: images between checkpoints.
@@ -95,6 +110,7 @@ class Training:
     deterministic: bool = False
     stratified: bool = False
     conditional: bool = False
+    label_dropout: float = 0.0
     seed: int = 0
     device: str = "auto"
     save_every: int = 50_000
@@ -112,6 +128,10 @@ class Training:
         for half_life in self.half_lives:
             if not 0 <= half_life < inf:
                 raise ValueError(f"ema_half_life must not be negative, but is {half_life}")
+        if not 0 <= self.label_dropout <= 1:
+            raise ValueError(f"label_dropout is a share, not {self.label_dropout}")
+        if self.label_dropout and not self.conditional:
+            raise ValueError(f"label_dropout={self.label_dropout} needs labels to drop: say conditional=true")
         average_names(self.half_lives)
         self.rate  # noqa: B018 (it may refuse)
 
@@ -138,6 +158,7 @@ PARTS: dict[str, dict[str, type]] = {
         "cifar": CIFAR,
         "huggingface": HuggingFace,
     },
+    "augmentation": {"none": Plain, "mirror": Mirror, "edm": EDMAugmentation},
     "process": {"ve": VE, "vp": VP, "subvp": SubVP, "cosine": Cosine, "flow": Flow},
     "times": {
         "lognormal": LogNormal,
@@ -151,6 +172,7 @@ PARTS: dict[str, dict[str, type]] = {
         "single": SingleSample,
         "full": FullDataset,
         "neighbours": NearestNeighbours,
+        "rolling": Rolling,
     },
     "weight": {
         "edm": EDMWeight,
@@ -189,9 +211,14 @@ FAMILIES: dict[str, dict[str, str]] = {
 SPREADS: dict[str, float] = {"digits": 0.75}
 
 # what a kind means beyond its class's own defaults
-SUITS: dict[str, dict[str, Any]] = {"reference": {"size": 1024}, "neighbours": {"neighbours": 64}, "ncsnpp": NCSNPP}
+SUITS: dict[str, dict[str, Any]] = {
+    "reference": {"size": 1024},
+    "rolling": {"size": 1024},
+    "neighbours": {"neighbours": 64},
+    "ncsnpp": NCSNPP,
+}
 
-RUNTIME = {"self", "pool", "shape", "label_dim", "grid"}
+RUNTIME = {"self", "pool", "order", "shape", "label_dim", "grid"}
 
 
 class ConfigError(ValueError):
@@ -243,8 +270,8 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     for section in raw.keys() - PARTS.keys():
         complaints.append(f"{section}: there is no such section{_nearest(section, PARTS)}")
     family = FAMILIES.get(_kind_said(raw, "process", "ve"), FAMILIES["ve"])
-    spread = SPREADS.get(_kind_said(raw, "data", "digits"))
-    sections = {name: _section(name, raw.get(name, {}), family, spread, complaints) for name in PARTS}
+    suits = _suits(raw)
+    sections = {name: _section(name, raw.get(name, {}), family, suits, complaints) for name in PARTS}
     if not complaints:
         complaints += _conflicts(Config(sections))
     if complaints:
@@ -312,8 +339,16 @@ def _kind_said(raw: Mapping[str, Any], section: str, otherwise: str) -> str:
     return str(said.get("kind", otherwise)) if isinstance(said, dict) else otherwise
 
 
+def _suits(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What keys of any part should be, where nothing else is said: what the data are, and what is told of them."""
+    spread = SPREADS.get(_kind_said(raw, "data", "digits"))
+    augmentation: Any = PARTS["augmentation"].get(_kind_said(raw, "augmentation", "none"), Plain)
+    suits = {} if spread is None else {"sigma_data": spread}
+    return suits | ({"augment_dim": augmentation.dim} if augmentation.dim else {})
+
+
 def _section(
-    section: str, said: Any, family: Mapping[str, str], spread: float | None, complaints: list[str]
+    section: str, said: Any, family: Mapping[str, str], suits: Mapping[str, Any], complaints: list[str]
 ) -> dict[str, Any]:
     """One section with every key said; what is wrong with it is added to the complaints."""
     if not isinstance(said, dict):
@@ -329,10 +364,9 @@ def _section(
         return {}
     values = {key: value for key, value in said.items() if key != "kind" or not has_kinds}
     try:
-        suits = dict(SUITS.get(kind, {}))
-        if spread is not None and "sigma_data" in _schema(part).model_fields:
-            suits["sigma_data"] = spread
-        valid = _schema(part).model_validate(suits | values)
+        schema = _schema(part)
+        suiting = {key: value for key, value in suits.items() if key in schema.model_fields}
+        valid = schema.model_validate(suiting | SUITS.get(kind, {}) | values)
         if not RUNTIME & inspect.signature(part).parameters.keys():
             part(**dict(valid))  # ranges are the part's own business
     except ValidationError as error:
@@ -426,6 +460,13 @@ def _conflicts(config: Config) -> list[str]:
         found.append(
             f"times.kind: {config['times']['kind']!r} reaches t = {latest:.3g}, but the process "
             f"{config['process']['kind']!r} ends at t = {process.limit:g}; uniform and logitnormal stay inside"
+        )
+    told = config.make("augmentation").dim
+    if told and config["network"].get("augment_dim", told) != told:
+        found.append(
+            f"network.augment_dim: the augmentation {config['augmentation']['kind']!r} is told in {told} numbers, but "
+            f"the network is made for {config['network']['augment_dim']}: say augment_dim={told}, or leave it out "
+            "(augmentation.kind=mirror tells nothing)"
         )
     try:
         config.make("sampler", grid=config.make("grid"))

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from stablefield.augmentation import flip, permutes
 from stablefield.parametrize import HEADS, coefficients
 from stablefield.posterior import chunk_size, stream
 from stablefield.process import VP, Process, per_row
@@ -283,6 +284,10 @@ class Ideal(Denoiser):
         self, x_t: Tensor, t: Tensor, label: Tensor | None = None, augment_label: Tensor | None = None
     ) -> Tensor:
         alpha, sigma = self.process.scales(t)
+        if augment_label is not None:
+            if not permutes(augment_label).all():
+                raise ValueError("of augmented data the exact answer is known for flips only")
+            return flip(self(flip(x_t, augment_label), t, label), augment_label)
         if label is None:
             return self._mean(x_t, alpha, sigma, ALL)
         answer = torch.empty_like(x_t)

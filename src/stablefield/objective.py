@@ -151,6 +151,7 @@ class Objective:
         index: Int[Tensor, "B"] | None = None,
         label: Int[Tensor, "B"] | None = None,
         augmentation: Float[Tensor, "B A"] | None = None,
+        number: Int[Tensor, "B"] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossReport:
         """The loss of a batch, all of it in one call.
@@ -160,12 +161,15 @@ class Objective:
             index: which members of the data set the rows are (targets with references need it).
             label: what the denoiser is told of each row (-1: nothing); confines the references too.
             augmentation: how the rows were transformed, where the denoiser is told.
+            number: which images of the run the rows are (targets from a rolling bank need it).
             generator: source of t, noise and references, in this order: the first two do not depend on the target.
                 On the CPU, so that a step is the same step on every device.
         """
         t = self.times.draw(len(x), generator).to(x)
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-        noisy = denoiser.process.perturb(x, t, noise, label=label, index=index, augmentation=augmentation)
+        noisy = denoiser.process.perturb(
+            x, t, noise, label=label, index=index, augmentation=augmentation, number=number
+        )
         return self.loss(denoiser, denoiser.process, noisy, self.target(noisy, generator=generator))
 
     def loss(self, denoiser: Answer, process: Process, noisy: Perturbed, target: Posterior) -> LossReport:

@@ -38,7 +38,8 @@ class Perturbed:
     """A batch on its way: what it was, what was added, what came out. The record that travels.
 
     `index` says which members of the data set the rows of `x` are (on the CPU, where references are drawn),
-    `label` what the network is told of them (-1: nothing), `augmentation` how they were transformed.
+    `label` what the network is told of them (-1: nothing), `augmentation` how they were transformed, `number` which
+    images of the run they are.
     """
 
     x: Float[Tensor, "B *D"]
@@ -50,6 +51,7 @@ class Perturbed:
     label: Int[Tensor, "B"] | None = None
     index: Int[Tensor, "B"] | None = None
     augmentation: Float[Tensor, "B A"] | None = None
+    number: Int[Tensor, "B"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -92,11 +94,12 @@ class Process(ABC):
         label: Int[Tensor, "B"] | None = None,
         index: Int[Tensor, "B"] | None = None,
         augmentation: Float[Tensor, "B A"] | None = None,
+        number: Int[Tensor, "B"] | None = None,
     ) -> Perturbed:
         """x_t = alpha_t x + sigma_t noise, in a record that remembers all of it."""
         alpha, sigma = self.scales(t)
         x_t = per_row(alpha, x) * x + per_row(sigma, x) * noise
-        return Perturbed(x, noise, t, alpha, sigma, x_t, label, index, augmentation)
+        return Perturbed(x, noise, t, alpha, sigma, x_t, label, index, augmentation, number)
 
 
 @dataclass(frozen=True)

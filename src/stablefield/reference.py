@@ -156,11 +156,12 @@ def distinct(total: int, n: int, generator: torch.Generator | None = None) -> In
     seen = torch.empty(0, dtype=torch.int64)
     while len(seen) < n:
         more = torch.randint(total, (n + 16,), generator=generator)
-        seen = _first_seen(torch.cat([seen, more]))
+        seen = first_seen(torch.cat([seen, more]))
     return seen[:n]
 
 
-def _first_seen(numbers: Tensor) -> Tensor:
+def first_seen(numbers: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
+    """Each number once, in the order in which they first appear."""
     ordered, where = numbers.sort(stable=True)
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[1:] = ordered[1:] != ordered[:-1]

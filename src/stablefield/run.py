@@ -15,13 +15,14 @@ import torch
 
 from stablefield.checkpoint import CheckpointError, read, replacing
 from stablefield.config import Config, ConfigError, resolve
-from stablefield.data import Batches, Progress, Shuffled, Source, silent, split
+from stablefield.data import Augmentation, Batches, LabelDropout, Progress, Shuffled, Source, silent, split
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool
 from stablefield.sample import Sampler
 from stablefield.seeding import derive
+from stablefield.target import TargetEstimator
 from stablefield.times import Stratified
 
 
@@ -126,20 +127,26 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
     if training.conditional and data.labels is None:
         raise ConfigError("training.conditional needs labels, and the data have none")
     pool, held_out = _kept_apart(data if training.conditional else replace(data, labels=None), source.holdout)
-    times = Stratified(config.make("times")) if training.stratified else config.make("times")
+    augmentation: Augmentation = config.make("augmentation")
     try:
-        target = config.make("target", **({} if config["target"]["kind"] == "single" else {"pool": pool}))
+        pool = augmentation.of_pool(pool)
     except ValueError as error:
-        raise ConfigError(f"target: {error}") from None
+        raise ConfigError(f"augmentation: {error}") from None
+    times = Stratified(config.make("times")) if training.stratified else config.make("times")
     ranks = ranks or Ranks(choose_device(training.device))
+    order = Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total)
+    target = _make_target(config, order)
     denoiser = make_denoiser(config, pool.shape, pool.classes).to(ranks.device)
-    _try_out(denoiser, pool)
+    _try_out(denoiser, pool, augmentation.dim)
+    batches = augmentation.of_batches(order, training.seed, ranks.device)
+    if training.label_dropout:
+        batches = LabelDropout(batches, training.label_dropout, training.seed)
     return Parts(
         data,
         pool,
         denoiser,
         Objective(times, target, config.make("weight")),
-        Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total),
+        batches,
         held_out,
     )
 
@@ -156,6 +163,14 @@ def _kept_apart(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
     return pool, held_out
 
 
+def _make_target(config: Config, order: Shuffled) -> TargetEstimator:
+    needs: dict[str, dict[str, Any]] = {"single": {}, "rolling": {"order": order}}
+    try:
+        return config.make("target", **needs.get(config["target"]["kind"], {"pool": order.pool}))
+    except ValueError as error:
+        raise ConfigError(f"target: {error}") from None
+
+
 def _check_classes(pool: Pool) -> None:
     if pool.labels is None:
         return
@@ -169,7 +184,7 @@ def _check_classes(pool: Pool) -> None:
 
 
 @torch.no_grad()
-def _try_out(denoiser: Preconditioned, pool: Pool) -> None:
+def _try_out(denoiser: Preconditioned, pool: Pool, told: int) -> None:
     """Ask a fresh network once, so that one that cannot answer is refused before any work."""
     parameter = next(denoiser.parameters(), None)
     if parameter is None:
@@ -177,8 +192,9 @@ def _try_out(denoiser: Preconditioned, pool: Pool) -> None:
     x = torch.zeros(2, *pool.shape, device=parameter.device)
     t = torch.full((2,), 0.5, device=parameter.device)
     label = None if pool.labels is None else torch.zeros(2, dtype=torch.int64, device=parameter.device)
+    augmentation = torch.zeros(2, told, device=parameter.device) if told else None
     try:
-        answer = denoiser.eval()(x, t, label)
+        answer = denoiser.eval()(x, t, label, augmentation)
     except Exception as error:
         raise ConfigError(f"the network cannot be asked about data {pool.shape}: {_said(error)}") from error
     if answer.shape != x.shape:

@@ -14,16 +14,22 @@ it lies in the cell.
 
 Labels confine the support: a row that tells the network its class has only members of that class. Each label in a
 batch gets its own draw.
+
+So do augmentations that the network is told: the references must be seen through the map that the row was. A flip is
+undone on x_t, the plain references answer, and it is redone on the mean (distances do not change when both are
+flipped); a row under any other map keeps its source alone, which is unbiased whatever was done to it. A rule that
+looks at the label only, which is drawn without looking at the source, chooses between the two.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
+from stablefield.augmentation import flip, permutes
 from stablefield.posterior import Posterior, Sums, chunk_size, posterior, stream
 from stablefield.process import Perturbed, per_row
 from stablefield.reference import ALL, Pool
@@ -40,19 +46,21 @@ class TargetEstimator(ABC):
         """The posterior mean for each row, and how many members shared in it.
 
         Raises:
-            ValueError: rows without an index into the pool, a label without members, data that do not fit.
+            ValueError: rows without an index into the pool, or that are not the members they are said to be; a label
+                without members, data that do not fit.
         """
         # each label draws from a generator of its own: what a row is taught does not depend on who else is in the batch
         seed = int(torch.randint(2**62, (), generator=generator))
-        groups = list(_by_label(noisy))
-        found = [
-            self.estimate(noisy.rows(rows), label, torch.Generator().manual_seed(derive(seed, label)))
-            for label, rows in groups
+        plain, shares = _undone(noisy), _shares(noisy)
+        answers = [
+            (rows, self.estimate(plain.rows(rows), label, torch.Generator().manual_seed(derive(seed, label))))
+            for label, rows in _by_label(plain, shares)
         ]
-        order = torch.cat([rows for _, rows in groups]).argsort()
-        return Posterior(
-            *(torch.cat(parts) for parts in zip(*((f.mean, f.ess, f.variance) for f in found), strict=True))
-        ).rows(order)
+        if not shares.all():
+            alone = (~shares).nonzero().flatten()
+            answers.append((alone, SingleSample()(plain.rows(alone))))
+        found = _joined(answers)
+        return found if noisy.augmentation is None else replace(found, mean=flip(found.mean, noisy.augmentation))
 
     @abstractmethod
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
@@ -92,13 +100,23 @@ class ReferenceBatch(TargetEstimator):
             raise ValueError(f"size must be between 1 and the pool's {len(self.pool)} members, not {self.size}")
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
-        drawn = self.pool.draw(self.size, label, generator)
-        shared, last = drawn[:-1], self.pool.take(drawn[-1:]).to(noisy.x)
-        # the one member that a row does not share with all others: r_n where the source is shared, else the source
-        is_shared = torch.isin(_index(noisy, self.pool), shared).to(noisy.x.device)
-        own = torch.where(per_row(is_shared, noisy.x), last, noisy.x)
-        blocks = ((self.pool.take(part), None) for part in shared.split(chunk_size(noisy.x_t)))
-        return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, source=own)
+        return from_references(noisy, self.pool, self.pool.draw(self.size, label, generator), self.pool.take)
+
+
+def from_references(
+    noisy: Perturbed, pool: Pool, drawn: Int[Tensor, "n"], take: Callable[[Tensor], Tensor]
+) -> Posterior:
+    """The answer from an ordered draw r_1 .. r_n of distinct members, which `take` looks up.
+
+    A row whose source is among r_1 .. r_(n-1) uses all n; any other uses r_1 .. r_(n-1) and its source.
+    """
+    shared = drawn[:-1]
+    # the one member that a row does not share with all others: r_n where the source is shared, else the source
+    is_shared, own = torch.isin(_index(noisy, pool), shared), noisy.x
+    if is_shared.any():
+        own = torch.where(per_row(is_shared.to(own.device), own), take(drawn[-1:]).to(own), own)
+    blocks = ((take(part), None) for part in shared.split(chunk_size(noisy.x_t)))
+    return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, source=own)
 
 
 @dataclass(frozen=True)
@@ -108,6 +126,8 @@ class FullDataset(TargetEstimator):
     pool: Pool
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+        if noisy.index is not None:
+            _index(noisy, self.pool)
         blocks = ((block, None) for block in self.pool.blocks(label, chunk_size(noisy.x_t)))
         return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha)
 
@@ -161,10 +181,31 @@ class NearestNeighbours(TargetEstimator):
         return where
 
 
-def _by_label(noisy: Perturbed) -> Iterator[tuple[int, Int[Tensor, "b"]]]:
-    """Each label, and where its rows stand."""
+def _by_label(noisy: Perturbed, shares: Bool[Tensor, "B"]) -> Iterator[tuple[int, Int[Tensor, "b"]]]:
+    """Each label of rows that share references, and where these stand."""
     label = torch.full((len(noisy),), ALL) if noisy.label is None else noisy.label.cpu()
-    return ((value, (label == value).nonzero().flatten()) for value in label.unique().tolist())
+    return ((value, ((label == value) & shares).nonzero().flatten()) for value in label[shares].unique().tolist())
+
+
+def _shares(noisy: Perturbed) -> Bool[Tensor, "B"]:
+    """Which rows can use plain references, once their flips are undone."""
+    if noisy.augmentation is None:
+        return torch.ones(len(noisy), dtype=torch.bool)
+    return permutes(noisy.augmentation).cpu()
+
+
+def _undone(noisy: Perturbed) -> Perturbed:
+    """The rows without the flips that the network is told of."""
+    if (told := noisy.augmentation) is None:
+        return noisy
+    x, noise, x_t = (flip(value, told) for value in (noisy.x, noisy.noise, noisy.x_t))
+    return replace(noisy, x=x, noise=noise, x_t=x_t)
+
+
+def _joined(answers: Sequence[tuple[Int[Tensor, "_"], Posterior]]) -> Posterior:
+    """What was found for parts of a batch, in the order of the batch."""
+    fields = zip(*((found.mean, found.ess, found.variance) for _, found in answers), strict=True)
+    return Posterior(*map(torch.cat, fields)).rows(torch.cat([rows for rows, _ in answers]).argsort())
 
 
 def _index(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:
@@ -176,4 +217,20 @@ def _index(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:
     index = noisy.index.cpu()
     if (beyond := (index < 0) | (index >= len(pool))).any():
         raise ValueError(f"no member {index[beyond][0].item()}: the pool has {len(pool)}, from 0")
+    _compare(noisy.x[0], pool.take(index[:1])[0].to(noisy.x), int(index[0]))
     return index
+
+
+def _compare(x: Tensor, member: Tensor, index: int) -> None:
+    """Is this row the member that it is said to be? One row a call is looked at, which costs nothing.
+
+    Data that were changed on the way (flipped, cropped, made lighter) and are compared with plain references would
+    give biased targets, silently. Rows of a batch come in random order, so within some batches it is noticed.
+    """
+    difference, most = float((x - member).abs().max()), float(member.abs().max())
+    if difference > 0.01 * most:  # more than half precision rounds
+        raise ValueError(
+            f"a row is not the member {index} of the pool that it is said to be: they differ by {difference:.3g} (its "
+            f"largest value is {most:.3g}). References must be seen as the rows are: put what was changed into the "
+            "pool, tell it (Perturbed.augmentation), or use SingleSample"
+        )

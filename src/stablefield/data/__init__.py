@@ -1,5 +1,6 @@
 """Where data come from, and in which order they are seen."""
 
+from stablefield.data.augment import Augmentation, Augmented, EDMAugmentation, LabelDropout, Mirror, Plain
 from stablefield.data.batches import Batch, Batches, Shuffled
 from stablefield.data.cifar import CIFAR
 from stablefield.data.contents import Contents, Progress, content_hash, silent
@@ -8,6 +9,7 @@ from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, Pictures
+from stablefield.data.rolling import Rolling
 from stablefield.data.sources import Arrays, Digits, Source, Unnamed, split
 from stablefield.data.store import Store, write
 from stablefield.data.summary import Summary
@@ -16,15 +18,22 @@ __all__ = [
     "CIFAR",
     "IDX",
     "Arrays",
+    "Augmentation",
+    "Augmented",
     "Batch",
     "Batches",
     "CelebA",
     "Contents",
     "Digits",
+    "EDMAugmentation",
     "HuggingFace",
     "Images",
+    "LabelDropout",
+    "Mirror",
     "Pictures",
+    "Plain",
     "Progress",
+    "Rolling",
     "Shuffled",
     "Source",
     "Store",

@@ -118,6 +118,7 @@ def perturb(state: TrainState, times: Times, batch: Batch, total: int, seed: int
         label=batch.label,
         index=batch.index,
         augmentation=batch.augmentation,
+        number=batch.number,
     )
 
 
