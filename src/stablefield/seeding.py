@@ -5,6 +5,7 @@ seed. So nothing random has to be saved, and nothing depends on what happened to
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 
@@ -44,3 +45,18 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"{text!r} asks for more than {MOST_SEEDS:,} seeds at once")
         seeds.extend(span)
     return list(dict.fromkeys(seeds))
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """Seeds as people write them; the inverse of `parse_seeds`.
+
+    >>> format_seeds([0, 3, 8, 9, 10, 11])
+    '0,3,8-11'
+    """
+    spans: list[list[int]] = []
+    for seed in seeds:
+        if spans and seed == spans[-1][1] + 1:
+            spans[-1][1] = seed
+        else:
+            spans.append([seed, seed])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)

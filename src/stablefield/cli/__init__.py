@@ -7,6 +7,7 @@ import typer
 from stablefield.cli.convert import convert
 from stablefield.cli.data import data
 from stablefield.cli.demo import demo
+from stablefield.cli.evaluate import evaluate
 from stablefield.cli.sample import sample
 from stablefield.cli.train import train
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     stablefield train --dry-run --set process.kind=flow  all that would be used, without doing it
     stablefield sample runs/digits-reference --seeds 0-63
     stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
+    stablefield evaluate RUN --repeats 3                 distances to the data it was trained on, and memorisation
     stablefield convert network-snapshot-200000.pkl runs/edm
     stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
 
@@ -36,6 +38,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(train)
 app.command()(sample)
+app.command()(evaluate)
 app.command()(convert)
 app.add_typer(data, name="data")
 

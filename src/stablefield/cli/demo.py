@@ -15,7 +15,7 @@ import typer
 from stablefield.cli.sample import batches
 from stablefield.cli.train import run, summary
 from stablefield.config import Config, override, resolve
-from stablefield.evaluate import Statistics, frechet_distance, target_variance, train_classifier
+from stablefield.evaluate import Statistics, cached_classifier, frechet_distance, target_variance
 from stablefield.evaluate.pictures import save_grid
 from stablefield.evaluate.plots import plot_loss, plot_variance
 from stablefield.reference import Pool
@@ -68,15 +68,15 @@ def _sample(folder: Folder, config: Config, samples: int) -> torch.Tensor:
 
 def _score(data: Pool, x: torch.Tensor) -> dict[str, float]:
     """Distance of samples to the data; beside it, that of as many real images to the rest, over several splits."""
-    classifier = train_classifier(data)
-    features = classifier.features(data.take(torch.arange(len(data))))
+    classifier = cached_classifier(data)
+    features = classifier(data.take(torch.arange(len(data))))
     splits = [torch.randperm(len(data), generator=generator(seed, "real")) for seed in range(8)]
     real = [
         frechet_distance(*(Statistics.of(features[part]) for part in (order[: len(x)], order[len(x) :])))
         for order in splits
     ]
     return {
-        "samples": frechet_distance(Statistics.of(classifier.features(x)), Statistics.of(features)),
+        "samples": frechet_distance(Statistics.of(classifier(x)), Statistics.of(features)),
         "real": sum(real) / len(real),
         "real_least": min(real),
         "real_most": max(real),

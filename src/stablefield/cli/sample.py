@@ -4,28 +4,42 @@ An image is a file as soon as it is made, so a command that was stopped goes on 
 made again. Under `torchrun` each rank makes its share; the images are the same.
 """
 
-import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from rich.progress import track
-from torch import Tensor
 
-from stablefield.checkpoint import replacing
+from stablefield.cli.album import Album
+from stablefield.cli.ranks import Ranks, device_of, joined
 from stablefield.config import ConfigError, override, resolve
 from stablefield.denoise import Denoiser, Guided
-from stablefield.evaluate.pictures import is_picture, open_picture, save_grid, save_picture, to_bytes
 from stablefield.run import Trained, make_sampler, open_run
 from stablefield.sample import Sampler, Samples
 from stablefield.seeding import parse_seeds
+
+SamplerKind = Annotated[
+    str | None,
+    typer.Option(
+        help="heun, euler, dpm, rk45, ancestral, euler-maruyama, reverse-diffusion or predictor-corrector; "
+        "else as the run was configured."
+    ),
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps from noise to data; rk45 chooses its own.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option(help="Lead away from a weaker answer: 1 is none; the weaker one is not told the class."),
+]
+Guide = Annotated[Path | None, typer.Option(help="With --guidance: a weaker run to be led away from.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change sampler.* or grid.*.")
+]
+Batch = Annotated[int, typer.Option(min=1, help="Images at a time; changes nothing but speed.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
 def sample(
@@ -33,67 +47,107 @@ def sample(
     seeds: Annotated[str, typer.Option(help="One image a seed: 0-63, or 0,3,8-15.")] = "0-63",
     out: Annotated[Path | None, typer.Option(help="A folder for PNG files, or a file.npz; else RUN/samples.")] = None,
     class_: Annotated[int | None, typer.Option("--class", help="Only this class; else each seed draws one.")] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="heun, euler, dpm, rk45, ancestral, euler-maruyama, reverse-diffusion or predictor-corrector; "
-            "else as the run was configured."
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps from noise to data; rk45 chooses its own.")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="Lead away from a weaker answer: 1 is none; the weaker one is not told the class."),
-    ] = None,
-    guide: Annotated[Path | None, typer.Option(help="With --guidance: a weaker run to be led away from.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change sampler.* or grid.*.")
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time; changes nothing but speed.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    sampler: SamplerKind = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    guide: Guide = None,
+    set_: Set = None,
+    batch: Batch = 64,
+    device: Device = "auto",
 ) -> None:
     """Make images from a trained run: the same seed gives the same image, whatever the batch."""
     wanted = parse_seeds(seeds)
-    with _ranks() as (rank, ranks, wait):
-        device = _device_of(device)
+    with joined() as ranks:
+        device = device_of(device)
         trained = open_run(run, device=device)
-        settings = list(set_ or [])
-        settings += [] if sampler is None else [f"sampler.kind={sampler}"]
-        settings += [] if steps is None else [f"sampler.steps={steps}"]
-        chosen = make_sampler(configured(trained, settings))
-        weaker = opened_guide(guide, guidance, device)
-        denoiser = guided(trained.denoiser, guidance, weaker)
-        if class_ is not None and not denoiser.label_dim:
-            raise ConfigError(f"no class {class_}: this run was trained without classes")
-        if class_ is not None and not 0 <= class_ < denoiser.label_dim:
-            raise ConfigError(f"no class {class_}: this run knows {denoiser.label_dim} classes, counted from 0")
-        where = out or (run if run.is_dir() else run.parent) / "samples"
+        way = Way.of(trained, sampler, steps, guidance, opened_guide(guide, guidance, device), set_ or [], class_)
+        album, made = make(way, out or folder_of(run) / "samples", wanted, batch, ranks)
+        if ranks.first:
+            written = album.finish(wanted)
+            before = f", {len(wanted) - made} of them made before" if made < len(wanted) else ""
+            print(f"{len(wanted)} samples{before}: {written}")
+            if cost := album.evaluations():
+                low, high = cost
+                print(f"{low if low == high else f'{low} to {high}'} network evaluations each: {way.sampler}")
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """All that decides a sample but its seed.
+
+    Attributes:
+        trained: the run.
+        denoiser: what is asked: the run's, maybe guided.
+        sampler: how.
+        label: the one class that is wanted; None for any.
+        identity: all of it, in words.
+    """
+
+    trained: Trained
+    denoiser: Denoiser
+    sampler: Sampler
+    label: int | None
+    identity: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        trained: Trained,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        guide: Trained | None = None,
+        settings: Sequence[str] = (),
+        label: int | None = None,
+    ) -> "Way":
+        """As the run was configured, but for what is said here.
+
+        Raises:
+            ConfigError: a setting, a strength or a class of no meaning for this run.
+        """
+        said = [*settings]
+        said += [] if sampler is None else [f"sampler.kind={sampler}"]
+        said += [] if steps is None else [f"sampler.steps={steps}"]
+        chosen = make_sampler(configured(trained, said))
+        denoiser = guided(trained.denoiser, guidance, guide)
+        if label is not None and not denoiser.label_dim:
+            raise ConfigError(f"no class {label}: this run was trained without classes")
+        if label is not None and not 0 <= label < denoiser.label_dim:
+            raise ConfigError(f"no class {label}: this run knows {denoiser.label_dim} classes, counted from 0")
         identity = {
             "checkpoint": trained.checksum,
             "sampler": repr(chosen),
-            "class": class_,
+            "class": label,
             "guidance": guidance,
-            "guide": weaker and weaker.checksum,
+            "guide": guide and guide.checksum,
         }
-        if rank == 0:
-            Album.open(where, trained.shape, identity)
-        wait()  # until there is an album: one half begun would look like somebody else's folder
-        album = Album.open(where, trained.shape, identity)
-        missing = album.missing(wanted)
-        wait()  # until all ranks have looked: what one makes now must not change the others' shares
-        evaluations = set()
-        for part, made in batches(denoiser, album.shape, chosen, missing[rank::ranks], class_, batch, quiet=rank > 0):
-            album.add(part, made.x.cpu(), None if made.label is None else made.label.cpu())
-            evaluations.add(made.evaluations)
-        wait()
-        if rank == 0:
-            written = album.finish(wanted)
-            before = f", {len(wanted) - len(missing)} of them made before" if len(missing) < len(wanted) else ""
-            print(f"{len(wanted)} samples{before}: {written}")
-            if evaluations:
-                low, high = min(evaluations), max(evaluations)
-                each = f"{low}" if low == high else f"{low} to {high}"
-                print(f"{each} network evaluations each: {chosen}")
+        return cls(trained, denoiser, chosen, label, identity)
+
+
+def make(way: Way, out: Path, seeds: Sequence[int], batch: int, ranks: Ranks) -> tuple[Album, int]:
+    """Make the samples that are not there yet, each rank its share; how many they were.
+
+    Raises:
+        ConfigError: there are samples of another run or sampler.
+        FloatingPointError: samples that are not finite.
+    """
+    shape = way.trained.shape
+    if ranks.first:
+        Album.open(out, shape, way.identity)
+    ranks.wait()  # until there is an album: one half begun would look like somebody else's folder
+    album = Album.open(out, shape, way.identity)
+    missing = album.missing(seeds)
+    ranks.wait()  # until all ranks have looked: what one makes now must not change the others' shares
+    share = ranks.share(missing)
+    for part, made in batches(way.denoiser, shape, way.sampler, share, way.label, batch, quiet=not ranks.first):
+        album.add(part, made)
+    ranks.wait()
+    return album, len(missing)
+
+
+def folder_of(run: Path) -> Path:
+    """The folder of a run: the path itself, or where its checkpoint is."""
+    return run if run.is_dir() else run.parent
 
 
 def configured(trained: Trained, settings: Sequence[str]) -> Any:
@@ -153,109 +207,3 @@ def batches(
         if not torch.isfinite(made.x).all():
             raise FloatingPointError("the samples are not finite: the run diverged, or the sampler does not suit it")
         yield part, made
-
-
-@dataclass(frozen=True)
-class Album:
-    """Samples on the disk, one file each: PNG pictures in a folder, or pieces that are bound into one archive.
-
-    Attributes:
-        out: the folder, or the archive.
-        folder: where the single files are.
-        shape: of one sample.
-        pictures: whether they are PNG files.
-    """
-
-    out: Path
-    folder: Path
-    shape: tuple[int, ...]
-    pictures: bool
-
-    @classmethod
-    def open(cls, out: Path, shape: tuple[int, ...], identity: dict[str, Any]) -> "Album":
-        """Begin an album, or go on with one.
-
-        Raises:
-            ConfigError: there are samples of another run or sampler.
-        """
-        pictures = out.suffix != ".npz" and is_picture(shape)
-        if not pictures:
-            out = out.with_suffix(".npz")
-        folder = out if pictures else out.with_suffix(".parts")
-        folder.mkdir(parents=True, exist_ok=True)
-        note = folder / "samples.json"
-        if note.exists():
-            if _identity(note) != identity:
-                raise ConfigError(f"{out} holds samples of another run or sampler: choose another --out, or remove it")
-        elif any(folder.iterdir()) or (not pictures and out.exists()):
-            raise ConfigError(f"{out} is there already, and was not written by this command: choose another --out")
-        else:
-            with replacing(note) as beside:
-                beside.write_text(json.dumps(identity))
-        return cls(out, folder, shape, pictures)
-
-    def place(self, seed: int) -> Path:
-        """The file of a seed."""
-        suffix = "png" if self.pictures else "npz"
-        return self.folder / f"{seed - seed % 1000:06d}" / f"{seed:06d}.{suffix}"
-
-    def missing(self, seeds: Sequence[int]) -> list[int]:
-        """Seeds that have no file yet."""
-        return [seed for seed in seeds if not self.place(seed).exists()]
-
-    def add(self, seeds: Sequence[int], x: Tensor, labels: Tensor | None) -> None:
-        """Write samples, each at once or not at all."""
-        for row, seed in enumerate(seeds):
-            place = self.place(seed)
-            place.parent.mkdir(exist_ok=True)
-            with replacing(place) as beside, beside.open("wb") as file:
-                if self.pictures:
-                    save_picture(file, x[row])
-                else:
-                    np.savez(file, x=_array(x[row]), label=-1 if labels is None else int(labels[row]))
-
-    def finish(self, seeds: Sequence[int]) -> str:
-        """A grid to look at, or the archive; says where it is."""
-        if self.pictures:
-            shown = torch.stack([open_picture(self.place(seed)) for seed in seeds[:256]])
-            save_grid(self.out / "grid.png", shown)
-            return f"{self.out}, at a glance in {self.out / 'grid.png'}"
-        pieces = [np.load(self.place(seed)) for seed in seeds]
-        labels = np.array([int(piece["label"]) for piece in pieces])
-        named: dict[str, Any] = {"arr_0": np.stack([piece["x"] for piece in pieces]), "seeds": np.asarray(seeds)}
-        named |= {"labels": labels} if (labels >= 0).any() else {}
-        with replacing(self.out) as beside, beside.open("wb") as file:
-            np.savez(file, **named)
-        return str(self.out)
-
-
-def _array(x: Tensor) -> np.ndarray:
-    """One sample as archives of the field hold it: pictures as bytes, channels last; other data as float32."""
-    return to_bytes(x).movedim(0, -1).numpy() if is_picture(tuple(x.shape)) else x.float().numpy()
-
-
-def _identity(note: Path) -> Any:
-    try:
-        return json.loads(note.read_text())
-    except ValueError:
-        raise ConfigError(f"{note} is damaged: remove {note.parent}, and its samples will be made again") from None
-
-
-@contextmanager
-def _ranks() -> Iterator[tuple[int, int, Any]]:
-    """(rank, number of ranks, a call that waits for all of them), as `torchrun` or `accelerate launch` set them up."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, 1, lambda: None
-        return
-    # gloo, whatever the device: the ranks only wait for each other
-    torch.distributed.init_process_group("gloo")
-    try:
-        yield torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.distributed.barrier
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _device_of(name: str) -> str:
-    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return name

@@ -1,14 +1,36 @@
 """How good the samples are, how much the targets vary, and pictures of both."""
 
-from stablefield.evaluate.features import Classifier, train_classifier
+from stablefield.evaluate.classifier import Classifier, cached_classifier, known_classifier, train_classifier
+from stablefield.evaluate.features import Exported, Features, Pixels
 from stablefield.evaluate.field import TargetVariance, target_variance
-from stablefield.evaluate.frechet import Statistics, frechet_distance
+from stablefield.evaluate.frechet import Statistics, Sums, frechet_distance
+from stablefield.evaluate.inception import Inception
+from stablefield.evaluate.memorisation import Nearest, memorised, nearest
+from stablefield.evaluate.pairs import kernel_distance, precision_recall
+from stablefield.evaluate.score import Cloud, Summary, remarks, scores, summarised
 
 __all__ = [
     "Classifier",
+    "Cloud",
+    "Exported",
+    "Features",
+    "Inception",
+    "Nearest",
+    "Pixels",
     "Statistics",
+    "Summary",
+    "Sums",
     "TargetVariance",
+    "cached_classifier",
     "frechet_distance",
+    "kernel_distance",
+    "known_classifier",
+    "memorised",
+    "nearest",
+    "precision_recall",
+    "remarks",
+    "scores",
+    "summarised",
     "target_variance",
     "train_classifier",
 ]

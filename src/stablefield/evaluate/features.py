@@ -1,78 +1,127 @@
-"""Features to judge samples by: those of a small classifier, trained on the data set's own labels.
+"""Features to judge samples by: maps from data to vectors between which distances mean something.
 
-No download is needed, and the features know what matters in these data. Distances in them are comparable only with
-the same classifier, that is, the same data, seed and version.
+Raw values need nothing; any network that was exported to a file can be used; `classifier.py` trains one on the data's
+own labels, and `inception.py` has the one that FID is defined by. A number is comparable only with numbers in the same
+features, so all carry an identity, weights included.
 """
 
-from dataclasses import dataclass
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from stablefield.data import Shuffled
-from stablefield.reference import Pool
-from stablefield.seeding import derive, generator
+from stablefield.evaluate.frechet import Statistics
+
+MOST_FEATURES = 16_384  # a covariance of that many is 2 GiB
 
 
-class Network(nn.Module):
-    """Two convolutions and a layer of features, from which the class is read linearly."""
+class Features(ABC):
+    """A map from data in [-1, 1] to vectors.
 
-    def __init__(self, channels: int, classes: int, width: int = 64) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveMaxPool2d(4), nn.Flatten()),
-            *(nn.Linear(64 * 16, width), nn.ReLU()),
-        )
-        self.head = nn.Linear(width, classes)
+    Attributes:
+        name: what people call it.
+        identity: what tells it from any other; numbers are comparable between equal ones.
+        frechet: what the Frechet distance is called in it.
+        kernel: what the kernel distance is called in it.
+        device: where it is computed.
+    """
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
-        return self.head(self.body(x))
-
-
-@dataclass(frozen=True, eq=False)
-class Classifier:
-    """A trained classifier, and the share it gets right of images it has not seen."""
-
-    network: Network
-    accuracy: float
+    name: str
+    identity: str
+    frechet = "frechet"
+    kernel = "kernel"
+    device = torch.device("cpu")
 
     @torch.no_grad()
-    def features(self, x: Float[Tensor, "n C H W"]) -> Float[Tensor, "n F"]:
-        """The features of images in [-1, 1]."""
-        return torch.cat([self.network.body(part) for part in x.float().split(512)])
+    def __call__(self, x: Float[Tensor, "n *D"]) -> Float[Tensor, "n F"]:
+        """Features of data, on the CPU.
 
-    @torch.no_grad()
-    def predict(self, x: Float[Tensor, "n C H W"]) -> Int[Tensor, "n"]:
-        """The most likely class of each image."""
-        return torch.cat([self.network(part).argmax(1) for part in x.float().split(512)])
+        Raises:
+            ValueError: data that it cannot look at, too many features for a covariance, or some that are not finite.
+        """
+        found = self.of(x.float().to(self.device)).flatten(1).float().cpu()
+        if found.shape[1] > MOST_FEATURES:
+            raise ValueError(
+                f"{found.shape[1]:,} features ({self.name}) have a covariance too large to work with; at most "
+                f"{MOST_FEATURES:,} are possible: choose other features, a classifier or a network"
+            )
+        if not found.isfinite().all():
+            raise ValueError(f"some features ({self.name}) are not finite")
+        return found
+
+    @abstractmethod
+    def of(self, x: Float[Tensor, "n *D"]) -> Tensor:
+        """Features on the device, (n, ...)."""
+
+    def unit(self, reference: Statistics) -> float:
+        """What features are divided by before the kernel, which compares them with 1: their root mean square."""
+        return float((reference.covariance.trace() + reference.mean.square().sum()) / len(reference.mean)) ** 0.5
+
+    def scores(self, features: Float[Tensor, "n F"]) -> dict[str, float]:
+        """What can be said of samples from these features of theirs alone, by name."""
+        return {}
+
+    def about(self) -> dict[str, str | float]:
+        """What numbers in these features must carry along."""
+        return {"name": self.name, "identity": self.identity}
 
 
-def train_classifier(pool: Pool, *, seed: int = 0, epochs: int = 30, held_out: float = 0.2) -> Classifier:
-    """Train on a part of the pool, measure on the rest.
+class Pixels(Features):
+    """The data as they are: all values, as one vector."""
+
+    name = identity = "pixels"
+
+    def of(self, x: Float[Tensor, "n *D"]) -> Tensor:
+        return x
+
+
+class Exported(Features):
+    """A network from a file: exported by `torch.export` (.pt2), or TorchScript (.pt, .pth).
+
+    It is asked about float32 data in [-1, 1], (n, *D), and answers (n, ...); whatever preparation it needs belongs
+    into the file. The number of rows must be left open when it is exported.
+
+    Args:
+        path: the file; it holds a program, so it should come from somebody you trust.
+        device: where to run it.
 
     Raises:
-        ValueError: the pool has no labels, or holds no images.
+        ValueError: no such file, or no exported network in it.
     """
-    if pool.labels is None or len(pool.shape) != 3:
-        raise ValueError(f"a classifier needs labelled images (C, H, W), not {pool}")
-    order = torch.randperm(len(pool), generator=generator(seed, "classifier"))
-    test, seen = order.split([round(held_out * len(pool)), len(pool) - round(held_out * len(pool))])
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derive(seed, "classifier weights"))
-        network = Network(pool.shape[0], pool.classes)
-    _fit(network, pool.subset(seen), seed, epochs)
-    classifier = Classifier(network.eval(), 0.0)
-    right = classifier.predict(pool.take(test)) == pool.labels[test]
-    return Classifier(network, float(right.double().mean()))
+
+    def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}, and features are pixels, classifier, inception or a file")
+        self.name = path.name
+        self.identity = f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        self.device = torch.device(device)
+        try:
+            self.network = _opened(path, self.device)
+        except Exception as error:  # a foreign format: anything may go wrong
+            raise ValueError(
+                f"{path} holds no exported network (.pt2 by torch.export.save, .pt or .pth by torch.jit.save): "
+                f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            ) from None
+
+    def of(self, x: Float[Tensor, "n *D"]) -> Tensor:
+        try:
+            found = self.network(x)
+        except Exception as error:  # a foreign program
+            raise ValueError(f"{self.name} cannot be asked about data {tuple(x.shape)}: {error}") from None
+        if not isinstance(found, Tensor) or found.ndim < 2 or len(found) != len(x):
+            said = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{self.name} answers {said} when asked about {tuple(x.shape)}; it must answer (n, ...)")
+        return found
 
 
-def _fit(network: Network, pool: Pool, seed: int, epochs: int) -> None:
-    batches, optimizer = Shuffled(pool, 128, seed), torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-    for images in range(0, epochs * len(pool), batches.size):
-        batch = batches(images)
-        assert batch.label is not None
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(network(batch.x), batch.label).backward()
-        optimizer.step()
+def _opened(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    if path.suffix != ".pt2":
+        return torch.jit.load(path, map_location=device).eval()
+    from torch.export.passes import move_to_device_pass
+
+    network: nn.Module = move_to_device_pass(torch.export.load(path), device).module()
+    return network

@@ -1,0 +1,192 @@
+"""`stablefield evaluate`: how good samples are, in numbers that say what they are numbers of.
+
+Samples of a run are made first, and kept: a command that was stopped goes on, and one that is repeated finds them.
+Under `torchrun` the ranks share sampling, features and distances; the numbers are the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from stablefield.cli.data import progress_bar
+from stablefield.cli.judge import Judge
+from stablefield.cli.ranks import Ranks, device_of, joined
+from stablefield.cli.sample import (
+    Batch,
+    Device,
+    Guidance,
+    Guide,
+    SamplerKind,
+    Set,
+    Steps,
+    Way,
+    folder_of,
+    make,
+    opened_guide,
+)
+from stablefield.cli.subjects import Reference, Subject, is_run, loaded, open_reference, open_samples, told_by
+from stablefield.config import ConfigError
+from stablefield.evaluate import Exported, Features, Inception, Pixels, cached_classifier, known_classifier
+from stablefield.evaluate.inception import DIMENSION
+from stablefield.run import choose_device, open_run
+from stablefield.seeding import format_seeds, parse_seeds
+
+CUSTOM = 50_000  # samples that papers in this field score
+
+
+def evaluate(
+    what: Annotated[str, typer.Argument(metavar="RUN|IMAGES|NPZ", help="A run, or samples, or any data.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(metavar="DATA|STATS.npz", help="What to compare with; a run's own data, if nothing is said."),
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="classifier (trained on the reference's labels), pixels, inception (FID), or an exported network's "
+            "file; may be repeated."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Inception's weights, where torch-fidelity cannot download them.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="How many; of a run as many as the reference has, at most 50,000.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Of a run: which seeds, instead of 0 to samples - 1.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Of a run: how often, each time with fresh seeds.")] = 1,
+    held_out: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Images the run has not seen; else the training images, one by one."),
+    ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(metavar="STATS.npz", help="Write mean and covariance here, to be a reference.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File to add the scores to; else scores.jsonl beside.")] = None,
+    sampler: SamplerKind = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    guide: Guide = None,
+    set_: Set = None,
+    batch: Batch = 64,
+    device: Device = "auto",
+) -> None:
+    """Score a run or samples: Frechet and kernel distance, precision and recall, memorisation; with Inception, FID."""
+    run, first = is_run(Path(what)), parse_seeds(seeds) if seeds else None
+    of_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
+    if not run and (given := [name for name, value in of_runs.items() if value is not None]):
+        raise ConfigError(f"--{given[0]} is for runs, and {what} holds samples that are made already")
+    if not run and repeats > 1:
+        raise ConfigError("--repeats needs fresh samples each time: give a run")
+    if samples is not None and seeds is not None:
+        raise ConfigError("--samples counts seeds from 0, --seeds names them: say one of both")
+    if not (run or reference or statistics):
+        raise ConfigError("say what to compare with: --reference DATA, or STATS.npz that --statistics wrote")
+    if statistics and len(features or []) > 1:
+        raise ConfigError("--statistics are of one kind of features: name one")
+    with joined() as ranks:
+        device = device_of(device)
+        way = None
+        if run:
+            guiding = opened_guide(guide, guidance, device)
+            way = Way.of(open_run(what, device=device), sampler, steps, guidance, guiding, set_ or [])
+        ready = None if way else open_samples(what).shortened(samples)
+        compared = open_reference(reference) if reference else way and data_of(way)
+        base = compared or Reference(what, ready.pool if ready else None)
+        if shape := way.trained.shape if way else ready and ready.shape:
+            base.refuse_unlike(shape)
+        spaces = chosen(features or [], weights, base, ranks, choose_device(device))
+        unseen = open_reference(held_out).pool if held_out else None
+        if way:
+            ready = sampled(
+                what, way, wanted(first or range(samples or min(base.n or CUSTOM, CUSTOM)), repeats), batch, ranks
+            )
+        assert ready is not None
+        beside = folder_of(Path(what)) / "scores.jsonl" if way else Path(f"{what.rstrip('/')}.scores.jsonl")
+        judge = Judge(ready, base, ranks, batch, choose_device(device), out or beside)
+        judge.introduce()
+        for space in spaces:
+            clouds = judge.clouds(space)
+            if statistics:
+                judge.save(statistics, space, clouds)
+            if compared:
+                judge.score(space, clouds)
+        if compared and compared.pool:
+            judge.remember(unseen)
+
+
+def data_of(way: Way) -> Reference:
+    """The data a run was trained on."""
+    source = way.trained.config.make("data")
+    return Reference(repr(source), loaded(source))
+
+
+def wanted(first: Sequence[int], repeats: int) -> list[list[int]]:
+    """The seeds of each repeat: those of the first, moved on as often as needed to be fresh."""
+    span = max(first) + 1 - min(first)
+    return [[seed + repeat * span for seed in first] for repeat in range(repeats)]
+
+
+def sampled(run: str, way: Way, repeats: list[list[int]], batch: int, ranks: Ranks) -> Subject:
+    """Samples of a run, made where they are not there yet; another sampler or checkpoint has another folder."""
+    key = hashlib.sha256(json.dumps(way.identity, sort_keys=True).encode()).hexdigest()[:12]
+    seeds = [seed for repeat in repeats for seed in repeat]
+    album, _ = make(way, folder_of(Path(run)) / "evaluated" / key, seeds, batch, ranks)
+    if ranks.first and album.pictures:
+        album.finish(seeds)
+    about = {"from": run, "images": way.trained.images, **told_by(album)}
+    return Subject(repeats, album.take, way.trained.shape, about | {"seeds": [format_seeds(r) for r in repeats]})
+
+
+def chosen(
+    names: Sequence[str], weights: Path | None, base: Reference, ranks: Ranks, device: torch.device
+) -> list[Features]:
+    """The features that were asked for, or those that suit what is compared with.
+
+    Raises:
+        ConfigError: features in which it cannot be compared.
+    """
+    spaces = [_features(name, weights, base, ranks, device) for name in names or [_default(base, weights)]]
+    if weights and not any(isinstance(space, Inception) for space in spaces):
+        raise ConfigError("--weights are Inception's: add --features inception")
+    if base.statistics and (expected := base.statistics.features):
+        for space in spaces:
+            if space.identity != expected:
+                raise ConfigError(f"{base.name} is in features {expected}, and cannot be compared in {space.identity}")
+    return spaces
+
+
+def _default(base: Reference, weights: Path | None) -> str:
+    if weights:
+        return "inception"
+    if base.statistics is None:
+        labelled = base.pool is not None and base.pool.labels is not None and len(base.pool.shape) == 3
+        return "classifier" if labelled else "pixels"
+    if name := base.statistics.features.partition(":")[0]:
+        return name
+    if len(base.statistics.mean) == DIMENSION:
+        return "inception"  # as published files are
+    raise ConfigError(f"{base.name} does not say of which {len(base.statistics.mean):,} features: add --features")
+
+
+def _features(name: str, weights: Path | None, base: Reference, ranks: Ranks, device: torch.device) -> Features:
+    if name == "pixels":
+        return Pixels()
+    if name == "inception":
+        return Inception(weights, device)
+    if name != "classifier":
+        return Exported(Path(name), device)
+    if base.pool is None:
+        return known_classifier(base.hash, device=device)
+    if not ranks.first:
+        ranks.wait()  # until the first rank has put it in the cache
+    with progress_bar("training the classifier") as progress:
+        classifier = cached_classifier(base.pool, device=device, progress=progress)
+    if ranks.first:
+        ranks.wait()
+    return classifier

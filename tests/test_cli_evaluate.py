@@ -1,0 +1,213 @@
+"""Scoring from the terminal: a run, its samples, anybody's samples; the numbers say what they are numbers of."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stablefield.checkpoint import read
+from stablefield.cli import app
+from stablefield.data import Arrays, Digits, content_hash
+from stablefield.evaluate import Statistics
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+QUICK = ["--features", "pixels", "--steps", 3]
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def evaluate(*arguments: object) -> str:
+    result = command("evaluate", *arguments)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result.output
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def numbers(line: dict) -> dict[str, float]:
+    return {name: summary["mean"] for name, summary in line["scores"].items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    settings = ["training.images=640", "training.ramp=0", "target.size=16", "network.channels=8", "network.blocks=1"]
+    assert command("train", "--out", out, *(p for s in settings for p in ("--set", s))).exit_code == 0
+    return out
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def test_a_runs_numbers_say_all_that_they_depend_on(run):
+    output = evaluate(run, "--samples", 40, "--repeats", 3, *QUICK)
+    first, near = lines(run / "scores.jsonl")
+    samples = first["samples"]
+    assert samples["checkpoint"] == read(run / "checkpoint.safetensors").checksum
+    assert samples["seeds"] == ["0-39", "40-79", "80-119"]
+    assert (samples["n"], samples["repeats"], samples["evaluations"]) == (40, 3, [5, 5])
+    assert "Heun(steps=3" in samples["sampler"]
+    assert first["reference"] == {"from": "Digits()", "n": 1797, "hash": content_hash(Digits().load())}
+    assert first["features"] == {"name": "pixels", "identity": "pixels", "dimension": 64, "pairs": [40, 1797]}
+    assert "covariance is singular" in first["remarks"][0]
+    for summary in first["scores"].values():
+        each = torch.tensor(summary["each"], dtype=torch.float64)
+        assert summary["mean"] == pytest.approx(float(each.mean()))
+        assert summary["deviation"] == pytest.approx(float(each.std()))
+        assert summary["least"] == float(each.min())
+    assert {"nearest", "nearest_held_out", "nearest_ratio", "copies", "copies_held_out"} == set(near["scores"])
+    assert "Frechet distance" in output
+    assert "FID" not in output
+    assert (run / "nearest.png").exists()
+
+
+def test_samples_are_made_once_and_numbers_do_not_depend_on_the_batch(run):
+    evaluate(run, "--samples", 30, *QUICK)
+    marks = {path: path.stat().st_mtime_ns for path in run.glob("evaluated/*/*/*.png")}
+    (lost := next(iter(marks))).unlink()
+    evaluate(run, "--seeds", "0-29", "--batch", 7, *QUICK)
+    assert all(path.stat().st_mtime_ns == mark for path, mark in marks.items() if path != lost)
+    first, _, again, _ = map(numbers, lines(run / "scores.jsonl"))
+    assert first == pytest.approx(again, rel=1e-9, abs=1e-12)
+    evaluate(run, "--samples", 8, "--features", "pixels", "--steps", 2)  # another sampler has another folder
+    assert len(list((run / "evaluated").iterdir())) == 2
+
+
+def test_samples_that_are_there_have_the_numbers_of_the_run(run, tmp_path):
+    evaluate(run, "--samples", 24, *QUICK)
+    (folder,) = (run / "evaluated").iterdir()
+    scored = tmp_path / "scores.jsonl"
+    evaluate(folder, "--reference", "digits", "--features", "pixels", "--out", scored)
+    assert command("sample", run, "--seeds", "0-23", "--steps", 3, "--out", tmp_path / "x.npz").exit_code == 0
+    evaluate(tmp_path / "x.npz", "--reference", "digits", "--features", "pixels")
+    ours, theirs, archive = (
+        lines(p)[0] for p in (run / "scores.jsonl", scored, Path(f"{tmp_path / 'x.npz'}.scores.jsonl"))
+    )
+    assert numbers(theirs) == numbers(ours)
+    assert numbers(archive) == pytest.approx(numbers(ours), rel=0.05)  # bytes that were rounded in another batch
+    for line in (theirs, archive):
+        assert line["samples"]["checkpoint"] == ours["samples"]["checkpoint"]
+        assert line["samples"]["evaluations"] == [5, 5]
+
+
+@pytest.mark.slow
+def test_two_ranks_find_the_numbers_of_one(run, tmp_path):
+    arguments = [str(run), "--samples", "21", "--repeats", "2", *map(str, QUICK), "--batch", "4"]
+    evaluate(*arguments, "--out", tmp_path / "one.jsonl")
+    shutil.rmtree(run / "evaluated")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    command_line = [
+        "-m",
+        "stablefield",
+        "evaluate",
+        *arguments,
+        "--out",
+        str(tmp_path / "two.jsonl"),
+        "--device",
+        "cpu",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *command_line], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for one, two in zip(lines(tmp_path / "one.jsonl"), lines(tmp_path / "two.jsonl"), strict=True):
+        # other batches round a few pixels otherwise
+        assert numbers(two) == pytest.approx(numbers(one), rel=0.05, abs=1e-3)
+    # of samples that are there, nothing is rounded otherwise
+    evaluate(*arguments, "--out", tmp_path / "again.jsonl")
+    for again, two in zip(lines(tmp_path / "again.jsonl"), lines(tmp_path / "two.jsonl"), strict=True):
+        assert numbers(again) == pytest.approx(numbers(two), rel=1e-9, abs=1e-12)
+
+
+def test_statistics_stand_in_for_the_data_they_are_of(run, tmp_path):
+    data, stored = tmp_path / "digits.npz", tmp_path / "statistics.npz"
+    pool = Digits().load()
+    np.savez(data, data=pool.data[:300], labels=pool.labels[:300], levels=17)
+    assert "300 in features" in evaluate(data, "--statistics", stored)  # of a classifier, as there are labels
+    kept = Statistics.read(stored)
+    assert kept.features.startswith("classifier:")
+    assert (kept.n, kept.data) == (300, content_hash(Arrays(data).load()))
+    evaluate(run, "--samples", 20, "--steps", 3, "--reference", stored)
+    evaluate(run, "--samples", 20, "--steps", 3, "--reference", data)
+    by_statistics, by_data, _ = lines(run / "scores.jsonl")
+    assert by_statistics["scores"]["frechet"]["mean"] == pytest.approx(numbers(by_data)["frechet"], rel=1e-9)
+    assert by_statistics["reference"]["hash"] == by_data["reference"]["hash"]
+    assert by_statistics["features"]["accuracy"] > 0.5
+    refused = command("evaluate", run, "--reference", stored, "--features", "pixels")
+    assert "cannot be compared in pixels" in str(refused.exception)
+
+
+def test_real_images_are_near_and_copies_are_found_out(tmp_path):
+    pool = Digits().load()
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))  # as they come, their writers differ
+    x = ((pool.take(order) + 1) * 127.5).round().to(torch.uint8)
+    np.savez(tmp_path / "train.npz", data=x[:900])
+    np.savez(tmp_path / "copies.npz", arr_0=x[:200].movedim(1, -1).numpy())
+    np.savez(tmp_path / "fresh.npz", arr_0=x[1000:1200].movedim(1, -1).numpy())
+    np.savez(tmp_path / "unseen.npz", data=x[1200:1400])
+    found = {}
+    for name in ("copies", "fresh"):
+        arguments = (tmp_path / f"{name}.npz", "--reference", tmp_path / "train.npz")
+        evaluate(*arguments, "--held-out", tmp_path / "unseen.npz")
+        evaluate(*arguments)
+        _, unseen, _, left_out = lines(tmp_path / f"{name}.npz.scores.jsonl")
+        assert unseen["features"]["fresh"] == "held-out data"
+        found[name] = numbers(unseen)
+        assert found[name]["nearest_held_out"] == pytest.approx(numbers(left_out)["nearest_held_out"], rel=0.1)
+    assert (found["copies"]["copies"], found["copies"]["nearest_ratio"]) == (1.0, 0.0)
+    assert found["fresh"]["copies"] == 0
+    assert found["fresh"]["nearest_ratio"] == pytest.approx(1, abs=0.15)
+
+
+def test_data_without_pictures_are_scored_too(tmp_path):
+    source = np.random.default_rng(0)
+    np.savez(tmp_path / "a.npz", arr_0=source.normal(size=(50, 6)).astype(np.float32))
+    np.savez(tmp_path / "b.npz", data=source.normal(size=(60, 6)).astype(np.float32))
+    evaluate(tmp_path / "a.npz", "--reference", tmp_path / "b.npz", "--samples", 40)
+    first, _ = lines(tmp_path / "a.npz.scores.jsonl")
+    assert (first["samples"]["n"], first["features"]["name"]) == (40, "pixels")
+    assert not (tmp_path / "nearest.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--reference", "nowhere"], "no file or folder nowhere"),
+        (["RUN", "--features", "incepton"], "there is no file incepton"),
+        (["RUN", "--samples", "8", "--seeds", "0-7"], "say one of both"),
+        (["RUN", "--seeds", "7-0"], "runs backwards"),
+        (["RUN", "--set", "target.size=3"], "sampler.* and grid.* only"),
+        (["RUN", "--reference", "other.npz", "--features", "pixels"], "of shape (1, 8, 8) cannot be compared with"),
+        (["RUN", "--weights", "w.pth", "--features", "pixels"], "add --features inception"),
+        (["RUN", "--statistics", "s.npz", "--features", "pixels", "--features", "classifier"], "name one"),
+        (["RUN", "--reference", "five.npz"], "add --features"),
+        (["other.npz"], "say what to compare with"),
+        (["other.npz", "--reference", "digits", "--steps", "3"], "--steps is for runs"),
+        (["other.npz", "--reference", "digits", "--repeats", "2"], "needs fresh samples"),
+        (["other.npz", "--reference", "other.npz", "--samples", "99"], "there are 9 samples"),
+        (["other.npz", "--reference", "five.npz", "--features", "pixels"], "cannot be compared"),
+    ],
+)
+def test_a_wrong_word_is_refused(trained, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez("other.npz", data=np.zeros((9, 7), np.float32))
+    np.savez("five.npz", mu=np.zeros(5), sigma=np.eye(5))
+    result = command("evaluate", *[str(trained) if a == "RUN" else a for a in arguments])
+    assert message in str(result.exception)
+    assert not (trained / "evaluated").exists()
