@@ -5,15 +5,18 @@ Alone there is one rank, nothing is started, and everything here is the identity
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,18 @@ class Ranks:
     def gather(self, rows: Tensor) -> Tensor:
         """The rows of all ranks, in their order, on every rank. All must have equally many."""
         return gather(rows) if self.total > 1 else rows
+
+    def share(self, rows: Sequence[T]) -> Sequence[T]:
+        """What this rank does of work that can be divided."""
+        return rows[self.rank :: self.total]
+
+    def collect(self, part: T) -> list[T]:
+        """Each rank's part, whatever it is, in their order, on the first; nothing on the others."""
+        if self.total == 1:
+            return [part]
+        parts: list[Any] = [None] * self.total
+        torch.distributed.gather_object(part, parts if self.first else None)
+        return parts if self.first else []
 
     def any(self, said: bool) -> bool:
         """Whether it is so on any rank."""

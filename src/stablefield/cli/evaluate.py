@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from stablefield.cli.data import progress_bar
 from stablefield.cli.judge import Judge
-from stablefield.cli.ranks import Ranks, device_of, joined
 from stablefield.cli.sample import (
     Batch,
     Device,
@@ -31,8 +29,10 @@ from stablefield.cli.sample import (
 )
 from stablefield.cli.subjects import Reference, Subject, is_run, loaded, open_reference, open_samples, told_by
 from stablefield.config import ConfigError
+from stablefield.data import Source, split
 from stablefield.evaluate import Exported, Features, Inception, Pixels, cached_classifier, known_classifier
 from stablefield.evaluate.inception import DIMENSION
+from stablefield.ranks import Ranks, joined
 from stablefield.run import choose_device, open_run
 from stablefield.seeding import format_seeds, parse_seeds
 
@@ -89,8 +89,8 @@ def evaluate(
         raise ConfigError("say what to compare with: --reference DATA, or STATS.npz that --statistics wrote")
     if statistics and len(features or []) > 1:
         raise ConfigError("--statistics are of one kind of features: name one")
-    with joined() as ranks:
-        device = device_of(device)
+    with joined(choose_device(device)) as ranks:
+        device = str(ranks.device)
         way = None
         if run:
             guiding = opened_guide(guide, guidance, device)
@@ -100,15 +100,15 @@ def evaluate(
         base = compared or Reference(what, ready.pool if ready else None)
         if shape := way.trained.shape if way else ready and ready.shape:
             base.refuse_unlike(shape)
-        spaces = chosen(features or [], weights, base, ranks, choose_device(device))
-        unseen = open_reference(held_out).pool if held_out else None
+        spaces = chosen(features or [], weights, base, ranks)
+        unseen = open_reference(held_out).pool if held_out else base.held_out
         if way:
             ready = sampled(
                 what, way, wanted(first or range(samples or min(base.n or CUSTOM, CUSTOM)), repeats), batch, ranks
             )
         assert ready is not None
         beside = folder_of(Path(what)) / "scores.jsonl" if way else Path(f"{what.rstrip('/')}.scores.jsonl")
-        judge = Judge(ready, base, ranks, batch, choose_device(device), out or beside)
+        judge = Judge(ready, base, ranks, batch, out or beside)
         judge.introduce()
         for space in spaces:
             clouds = judge.clouds(space)
@@ -121,9 +121,11 @@ def evaluate(
 
 
 def data_of(way: Way) -> Reference:
-    """The data a run was trained on."""
-    source = way.trained.config.make("data")
-    return Reference(repr(source), loaded(source))
+    """The data a run was trained on, and those it was not."""
+    source: Source = way.trained.config.make("data")
+    pool, held_out = split(loaded(source), source.holdout)
+    without = f", without the {len(held_out):,} held out" if held_out else ""
+    return Reference(f"{source!r}{without}", pool, held_out=held_out)
 
 
 def wanted(first: Sequence[int], repeats: int) -> list[list[int]]:
@@ -143,15 +145,13 @@ def sampled(run: str, way: Way, repeats: list[list[int]], batch: int, ranks: Ran
     return Subject(repeats, album.take, way.trained.shape, about | {"seeds": [format_seeds(r) for r in repeats]})
 
 
-def chosen(
-    names: Sequence[str], weights: Path | None, base: Reference, ranks: Ranks, device: torch.device
-) -> list[Features]:
+def chosen(names: Sequence[str], weights: Path | None, base: Reference, ranks: Ranks) -> list[Features]:
     """The features that were asked for, or those that suit what is compared with.
 
     Raises:
         ConfigError: features in which it cannot be compared.
     """
-    spaces = [_features(name, weights, base, ranks, device) for name in names or [_default(base, weights)]]
+    spaces = [_features(name, weights, base, ranks) for name in names or [_default(base, weights)]]
     if weights and not any(isinstance(space, Inception) for space in spaces):
         raise ConfigError("--weights are Inception's: add --features inception")
     if base.statistics and (expected := base.statistics.features):
@@ -174,19 +174,19 @@ def _default(base: Reference, weights: Path | None) -> str:
     raise ConfigError(f"{base.name} does not say of which {len(base.statistics.mean):,} features: add --features")
 
 
-def _features(name: str, weights: Path | None, base: Reference, ranks: Ranks, device: torch.device) -> Features:
+def _features(name: str, weights: Path | None, base: Reference, ranks: Ranks) -> Features:
     if name == "pixels":
         return Pixels()
     if name == "inception":
-        return Inception(weights, device)
+        return Inception(weights, ranks.device)
     if name != "classifier":
-        return Exported(Path(name), device)
+        return Exported(Path(name), ranks.device)
     if base.pool is None:
-        return known_classifier(base.hash, device=device)
+        return known_classifier(base.hash, device=ranks.device)
     if not ranks.first:
         ranks.wait()  # until the first rank has put it in the cache
     with progress_bar("training the classifier") as progress:
-        classifier = cached_classifier(base.pool, device=device, progress=progress)
+        classifier = cached_classifier(base.pool, device=ranks.device, progress=progress)
     if ranks.first:
         ranks.wait()
     return classifier

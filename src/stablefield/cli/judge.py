@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import reduce
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-import stablefield
 from stablefield.cli.data import progress_bar
-from stablefield.cli.ranks import Ranks
 from stablefield.cli.subjects import Reference, Subject
 from stablefield.data import Progress, content_hash, silent
 from stablefield.evaluate import (
@@ -33,6 +32,7 @@ from stablefield.evaluate import (
 from stablefield.evaluate.memorisation import together
 from stablefield.evaluate.pictures import is_picture, save_grid
 from stablefield.evaluate.score import MOST_PAIRS
+from stablefield.ranks import Ranks
 from stablefield.reference import Pool, distinct
 from stablefield.seeding import generator
 
@@ -68,7 +68,6 @@ class Judge:
         reference: what it is compared with.
         ranks: who works.
         batch: how many rows are looked at together.
-        device: where distances are computed.
         place: the file that scores are added to.
     """
 
@@ -76,7 +75,6 @@ class Judge:
     reference: Reference
     ranks: Ranks
     batch: int
-    device: torch.device
     place: Path
 
     def introduce(self) -> None:
@@ -149,7 +147,7 @@ class Judge:
 
         with self._bar(title) as progress:
             part = Cloud.of(space, blocks(progress), keep=keep)
-        parts = self.ranks.gather(part)
+        parts = self.ranks.collect(part)
         return reduce(Cloud.merge, parts) if parts else None
 
     def _nearest(self, rows: Sequence[int], take: Take, itself: bool = False) -> tuple[list[int], Nearest]:
@@ -160,9 +158,11 @@ class Judge:
         with self._bar("nearest") as progress:
             for start in range(0, len(share), BLOCK):
                 part = share[start : start + BLOCK]
-                parts.append(nearest(take(part).to(self.device), pool, itself=torch.tensor(part) if itself else None))
+                parts.append(
+                    nearest(take(part).to(self.ranks.device), pool, itself=torch.tensor(part) if itself else None)
+                )
                 progress(start + len(part), len(share))
-        all_ = self.ranks.gather((share, parts)) or [(share, parts)]
+        all_ = self.ranks.collect((share, parts)) or [(share, parts)]
         return [row for some, _ in all_ for row in some], together(part for _, some in all_ for part in some)
 
     def _bar(self, title: str) -> AbstractContextManager[Progress]:
@@ -175,7 +175,7 @@ class Judge:
         samples = self.subject.about | {"n": len(self.subject.repeats[0]), "repeats": len(self.subject.repeats)}
         line = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "stablefield": stablefield.__version__,
+            "stablefield": version("stablefield"),
             "samples": samples,
             "reference": self.reference.about(),
             "features": dict(features),

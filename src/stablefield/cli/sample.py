@@ -15,10 +15,10 @@ import typer
 from rich.progress import track
 
 from stablefield.cli.album import Album
-from stablefield.cli.ranks import Ranks, device_of, joined
 from stablefield.config import ConfigError, override, resolve
 from stablefield.denoise import Denoiser, Guided
-from stablefield.run import Trained, make_sampler, open_run
+from stablefield.ranks import Ranks, joined
+from stablefield.run import Trained, choose_device, make_sampler, open_run
 from stablefield.sample import Sampler, Samples
 from stablefield.seeding import parse_seeds
 
@@ -57,8 +57,8 @@ def sample(
 ) -> None:
     """Make images from a trained run: the same seed gives the same image, whatever the batch."""
     wanted = parse_seeds(seeds)
-    with joined() as ranks:
-        device = device_of(device)
+    with joined(choose_device(device)) as ranks:
+        device = str(ranks.device)
         trained = open_run(run, device=device)
         way = Way.of(trained, sampler, steps, guidance, opened_guide(guide, guidance, device), set_ or [], class_)
         album, made = make(way, out or folder_of(run) / "samples", wanted, batch, ranks)

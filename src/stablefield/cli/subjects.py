@@ -2,7 +2,7 @@
 
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Subject:
         return Subject([rows[:samples]], self.take, self.shape, self.about, self.pool)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reference:
     """What samples are compared with: data, or only the statistics of some.
 
@@ -59,11 +59,13 @@ class Reference:
         name: where it is from.
         pool: the data.
         statistics: those in a file; with them there is no pool.
+        held_out: data that were kept apart from the pool.
     """
 
     name: str
     pool: Pool | None = None
-    statistics: Statistics | None = field(default=None, compare=False)
+    statistics: Statistics | None = None
+    held_out: Pool | None = None
 
     @cached_property
     def hash(self) -> str:
