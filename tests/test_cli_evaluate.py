@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -102,6 +103,7 @@ def test_samples_that_are_there_have_the_numbers_of_the_run(run, tmp_path):
     for line in (theirs, archive):
         assert line["samples"]["checkpoint"] == ours["samples"]["checkpoint"]
         assert line["samples"]["evaluations"] == [5, 5]
+        assert line["samples"]["seeds"] == ["0-23"]
 
 
 @pytest.mark.slow
@@ -170,6 +172,7 @@ def test_real_images_are_near_and_copies_are_found_out(tmp_path):
         assert unseen["features"]["fresh"] == "held-out data"
         found[name] = numbers(unseen)
         assert found[name]["nearest_held_out"] == pytest.approx(numbers(left_out)["nearest_held_out"], rel=0.1)
+    assert (tmp_path / "copies.npz.nearest.png").exists()
     assert (found["copies"]["copies"], found["copies"]["nearest_ratio"]) == (1.0, 0.0)
     assert found["fresh"]["copies"] == 0
     assert found["fresh"]["nearest_ratio"] == pytest.approx(1, abs=0.15)
@@ -182,7 +185,7 @@ def test_data_without_pictures_are_scored_too(tmp_path):
     evaluate(tmp_path / "a.npz", "--reference", tmp_path / "b.npz", "--samples", 40)
     first, _ = lines(tmp_path / "a.npz.scores.jsonl")
     assert (first["samples"]["n"], first["features"]["name"]) == (40, "pixels")
-    assert not (tmp_path / "nearest.png").exists()
+    assert not list(tmp_path.glob("*nearest.png"))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +200,7 @@ def test_data_without_pictures_are_scored_too(tmp_path):
         (["RUN", "--weights", "w.pth", "--features", "pixels"], "add --features inception"),
         (["RUN", "--statistics", "s.npz", "--features", "pixels", "--features", "classifier"], "name one"),
         (["RUN", "--reference", "five.npz"], "add --features"),
+        (["RUN", "--held-out", "five.npz", "--features", "pixels"], "and not with statistics"),
         (["other.npz"], "say what to compare with"),
         (["other.npz", "--reference", "digits", "--steps", "3"], "--steps is for runs"),
         (["other.npz", "--reference", "digits", "--repeats", "2"], "needs fresh samples"),
@@ -211,3 +215,21 @@ def test_a_wrong_word_is_refused(trained, tmp_path, monkeypatch, arguments, mess
     result = command("evaluate", *[str(trained) if a == "RUN" else a for a in arguments])
     assert message in str(result.exception)
     assert not (trained / "evaluated").exists()
+
+
+def test_what_the_page_shows_runs(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "runs/digits-reference")
+    assert (
+        command("sample", "runs/digits-reference", "--seeds", "0-9", "--steps", 2, "--out", "samples.npz").exit_code
+        == 0
+    )
+    page = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text()
+    blocks = re.findall(r"```console\n(.*?)```", page, re.DOTALL)
+    for line in "".join(blocks).splitlines():
+        words = re.sub(r"--samples \d+", "", line).split()
+        few = ["--samples", "16", "--steps", "2"] if "runs/digits-reference" in words else []
+        evaluate(*words[2:], *few)
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "evaluation.md", "exec"), {"__name__": "page"})
+    assert "'copies': 0.0" in capsys.readouterr().out

@@ -34,7 +34,7 @@ from stablefield.evaluate import Exported, Features, Inception, Pixels, cached_c
 from stablefield.evaluate.inception import DIMENSION
 from stablefield.ranks import Ranks, joined
 from stablefield.run import choose_device, open_run
-from stablefield.seeding import format_seeds, parse_seeds
+from stablefield.seeding import parse_seeds
 
 CUSTOM = 50_000  # samples that papers in this field score
 
@@ -79,19 +79,19 @@ def evaluate(
     """Score a run or samples: Frechet and kernel distance, precision and recall, memorisation; with Inception, FID."""
     run, first = is_run(Path(what)), parse_seeds(seeds) if seeds else None
     of_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
-    if not run and (given := [name for name, value in of_runs.items() if value is not None]):
-        raise ConfigError(f"--{given[0]} is for runs, and {what} holds samples that are made already")
-    if not run and repeats > 1:
-        raise ConfigError("--repeats needs fresh samples each time: give a run")
-    if samples is not None and seeds is not None:
-        raise ConfigError("--samples counts seeds from 0, --seeds names them: say one of both")
-    if not (run or reference or statistics):
-        raise ConfigError("say what to compare with: --reference DATA, or STATS.npz that --statistics wrote")
-    if statistics and len(features or []) > 1:
-        raise ConfigError("--statistics are of one kind of features: name one")
+    given = [name for name, value in of_runs.items() if value is not None]
+    _refuse(
+        (not run and given, f"--{''.join(given[:1])} is for runs, and {what} holds samples that are made already"),
+        (not run and repeats > 1, "--repeats needs fresh samples each time: give a run"),
+        (samples and first, "--samples counts seeds from 0, --seeds names them: say one of both"),
+        (
+            not (run or reference or statistics),
+            "say what to compare with: --reference DATA, or STATS.npz that --statistics wrote",
+        ),
+        (statistics and len(features or []) > 1, "--statistics are of one kind of features: name one"),
+    )
     with joined(choose_device(device)) as ranks:
-        device = str(ranks.device)
-        way = None
+        device, way = str(ranks.device), None
         if run:
             guiding = opened_guide(guide, guidance, device)
             way = Way.of(open_run(what, device=device), sampler, steps, guidance, guiding, set_ or [])
@@ -100,15 +100,16 @@ def evaluate(
         base = compared or Reference(what, ready.pool if ready else None)
         if shape := way.trained.shape if way else ready and ready.shape:
             base.refuse_unlike(shape)
-        spaces = chosen(features or [], weights, base, ranks)
         unseen = open_reference(held_out).pool if held_out else base.held_out
+        _refuse(
+            (held_out and not (unseen and base.pool), "--held-out compares data with data, and not with statistics")
+        )
+        spaces = chosen(features or [], weights, base, ranks)
         if way:
-            ready = sampled(
-                what, way, wanted(first or range(samples or min(base.n or CUSTOM, CUSTOM)), repeats), batch, ranks
-            )
+            count = samples or min(base.n or CUSTOM, CUSTOM)
+            ready = sampled(what, way, wanted(first or range(count), repeats), batch, ranks)
         assert ready is not None
-        beside = folder_of(Path(what)) / "scores.jsonl" if way else Path(f"{what.rstrip('/')}.scores.jsonl")
-        judge = Judge(ready, base, ranks, batch, out or beside)
+        judge = Judge(ready, base, ranks, batch, out or _beside(what, run))
         judge.introduce()
         for space in spaces:
             clouds = judge.clouds(space)
@@ -118,6 +119,19 @@ def evaluate(
                 judge.score(space, clouds)
         if compared and compared.pool:
             judge.remember(unseen)
+
+
+def _refuse(*cases: tuple[object, str]) -> None:
+    for wrong, message in cases:
+        if wrong:
+            raise ConfigError(message)
+
+
+def _beside(what: str, run: bool) -> Path:
+    """Where scores are added to: in a run's folder, or beside samples."""
+    if run:
+        return folder_of(Path(what)) / "scores.jsonl"
+    return Path(f"{what.rstrip('/')}.scores.jsonl" if Path(what).exists() else "scores.jsonl")
 
 
 def data_of(way: Way) -> Reference:
@@ -142,7 +156,7 @@ def sampled(run: str, way: Way, repeats: list[list[int]], batch: int, ranks: Ran
     if ranks.first and album.pictures:
         album.finish(seeds)
     about = {"from": run, "images": way.trained.images, **told_by(album)}
-    return Subject(repeats, album.take, way.trained.shape, about | {"seeds": [format_seeds(r) for r in repeats]})
+    return Subject(repeats, album.take, way.trained.shape, about, seeds=repeats)
 
 
 def chosen(names: Sequence[str], weights: Path | None, base: Reference, ranks: Ranks) -> list[Features]:

@@ -34,7 +34,7 @@ from stablefield.evaluate.pictures import is_picture, save_grid
 from stablefield.evaluate.score import MOST_PAIRS
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool, distinct
-from stablefield.seeding import generator
+from stablefield.seeding import format_seeds, generator
 
 SHOWN = 32  # pairs in the picture
 BLOCK = 1024  # rows whose nearest are looked for together
@@ -172,7 +172,12 @@ class Judge:
         self, title: str, features: Mapping[str, Any], found: Mapping[str, Summary], said: Sequence[str]
     ) -> None:
         """A line of the file, and a table for people."""
-        samples = self.subject.about | {"n": len(self.subject.repeats[0]), "repeats": len(self.subject.repeats)}
+        seeds = None if self.subject.seeds is None else list(map(format_seeds, self.subject.seeds))
+        samples = self.subject.about | {
+            "seeds": seeds,
+            "n": len(self.subject.repeats[0]),
+            "repeats": len(self.subject.repeats),
+        }
         line = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "stablefield": version("stablefield"),
@@ -182,6 +187,7 @@ class Judge:
             "scores": {name: asdict(summary) for name, summary in found.items()},
             "remarks": list(said),
         }
+        self.place.parent.mkdir(parents=True, exist_ok=True)
         with self.place.open("a") as file:
             file.write(json.dumps(line) + "\n")
         print("\n" + "\n".join([title, *map(_row, found, found.values()), *map(_note, said)]))
@@ -192,7 +198,7 @@ class Judge:
             worst = (near.distance[:, 0] / near.distance[:, 1].clamp(min=1e-300)).argsort()[:SHOWN]
             samples = self.subject.take([rows[i] for i in worst.tolist()])
             pairs = torch.stack([samples, pool.take(near.index[worst, 0]).to(samples)], 1).flatten(0, 1)
-            place = self.place.with_name("nearest.png")
+            place = self.place.with_name(self.place.stem.replace("scores", "nearest") + ".png")
             save_grid(place, pairs, columns=8)
             print(f"\npairs       {place}: samples, each with its nearest training image; the likeliest copies first")
         print(f"scores      {self.place}")

@@ -2,7 +2,7 @@
 
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Subject:
         shape: of one of them.
         about: where they are from.
         pool: all of them, if they are a data set.
+        seeds: of each repeat, if they are known.
     """
 
     repeats: Sequence[Sequence[int]]
@@ -38,6 +39,7 @@ class Subject:
     shape: tuple[int, ...]
     about: dict[str, Any]
     pool: Pool | None = None
+    seeds: Sequence[Sequence[int]] | None = None
 
     def shortened(self, samples: int | None) -> "Subject":
         """Only the first so many.
@@ -48,7 +50,8 @@ class Subject:
         (rows,) = self.repeats
         if samples is not None and samples > len(rows):
             raise ConfigError(f"there are {len(rows):,} samples in {self.about['from']}, not {samples:,}")
-        return Subject([rows[:samples]], self.take, self.shape, self.about, self.pool)
+        seeds = self.seeds and [self.seeds[0][:samples]]
+        return replace(self, repeats=[rows[:samples]], seeds=seeds)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +121,9 @@ def open_samples(place: str) -> Subject:
     told = path.with_suffix(".parts") / "samples.json"
     album = Album.at(path, pool.shape) if told.is_file() else None
     about = {"from": place} | ({} if album is None else told_by(album))
-    return Subject([range(len(pool))], lambda rows: pool.take(torch.tensor(rows)), pool.shape, about, pool)
+    seeds = [np.load(path)["seeds"].tolist()] if album and "seeds.npy" in _arrays(path) else None
+    rows = range(len(pool))
+    return Subject([rows], lambda rows: pool.take(torch.tensor(rows)), pool.shape, about, pool, seeds)
 
 
 def told_by(album: Album) -> dict[str, Any]:
@@ -147,7 +152,7 @@ def _of_album(folder: Path) -> Subject:
     if not seeds:
         raise ConfigError(f"{folder} holds no samples yet")
     about = {"from": str(folder)} | told_by(album)
-    return Subject([seeds], album.take, tuple(album.take(seeds[:1]).shape[1:]), about)
+    return Subject([seeds], album.take, tuple(album.take(seeds[:1]).shape[1:]), about, seeds=[seeds])
 
 
 def _arrays(path: Path) -> set[str]:
