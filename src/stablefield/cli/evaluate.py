@@ -119,6 +119,8 @@ def evaluate(
                 judge.score(space, clouds)
         if compared and compared.pool:
             judge.remember(unseen)
+        if compared:
+            judge.conclude()
 
 
 def _refuse(*cases: tuple[object, str]) -> None:

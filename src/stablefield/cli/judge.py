@@ -30,6 +30,7 @@ from stablefield.evaluate import (
     summarised,
 )
 from stablefield.evaluate.memorisation import together
+from stablefield.evaluate.pairs import exact
 from stablefield.evaluate.pictures import is_picture, save_grid
 from stablefield.evaluate.score import MOST_PAIRS
 from stablefield.ranks import Ranks
@@ -124,13 +125,19 @@ class Judge:
         source = pool if unseen is None else unseen
         some = distinct(len(source), min(len(source), MOST_PAIRS), generator(0, "held out")).tolist()
         fresh = self._nearest(some, taker(source), itself=unseen is None)
-        found = [self._nearest(rows[:MOST_PAIRS], self.subject.take) for rows in self.subject.repeats]
-        if self.ranks.first:
+        tried = [self._nearest(rows[:MOST_PAIRS], self.subject.take) for rows in self.subject.repeats]
+        found = [pair for pair in tried if pair]
+        if fresh and found:
             whose = "members of the reference, each without itself" if unseen is None else "held-out data"
             about = {"name": "data", "identity": "data", "pairs": [len(found[0][0]), len(some)], "fresh": whose}
             title = f"memorisation: Euclidean distance between data, bytes as [-1, 1]; fresh images: {whose}"
             self._write(title, about, summarised([memorised(near, fresh[1]) for _, near in found]), [])
             self._picture(*found[0], pool)
+
+    def conclude(self) -> None:
+        """Say where it is written."""
+        if self.ranks.first:
+            print(f"\nscores      {self.place}")
 
     def _whole(
         self, space: Features, rows: Sequence[int], take: Take, title: str, keep: Int[Tensor, "k"] | None = None
@@ -150,19 +157,19 @@ class Judge:
         parts = self.ranks.collect(part)
         return reduce(Cloud.merge, parts) if parts else None
 
-    def _nearest(self, rows: Sequence[int], take: Take, itself: bool = False) -> tuple[list[int], Nearest]:
-        """The nearest members of the reference, by all ranks together; on others than the first, only their share."""
+    def _nearest(self, rows: Sequence[int], take: Take, itself: bool = False) -> tuple[list[int], Nearest] | None:
+        """Rows and their nearest members of the reference, by all ranks together; None but on the first."""
         pool, share = self.reference.pool, list(self.ranks.share(rows))
         assert pool is not None
-        parts = []
+        device, parts = exact(self.ranks.device), []
         with self._bar("nearest") as progress:
             for start in range(0, len(share), BLOCK):
                 part = share[start : start + BLOCK]
-                parts.append(
-                    nearest(take(part).to(self.ranks.device), pool, itself=torch.tensor(part) if itself else None)
-                )
+                parts.append(nearest(take(part).to(device), pool, itself=torch.tensor(part) if itself else None))
                 progress(start + len(part), len(share))
-        all_ = self.ranks.collect((share, parts)) or [(share, parts)]
+        all_ = self.ranks.collect((share, parts))
+        if not all_:
+            return None
         return [row for some, _ in all_ for row in some], together(part for _, some in all_ for part in some)
 
     def _bar(self, title: str) -> AbstractContextManager[Progress]:
@@ -200,8 +207,7 @@ class Judge:
             pairs = torch.stack([samples, pool.take(near.index[worst, 0]).to(samples)], 1).flatten(0, 1)
             place = self.place.with_name(self.place.stem.replace("scores", "nearest") + ".png")
             save_grid(place, pairs, columns=8)
-            print(f"\npairs       {place}: samples, each with its nearest training image; the likeliest copies first")
-        print(f"scores      {self.place}")
+            print(f"  pairs of a sample and its nearest training image, the likeliest copies first: {place}")
 
 
 def taker(pool: Pool) -> Take:

@@ -5,7 +5,6 @@ another data set, seed or recipe is another classifier, and distances in one are
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stablefield.checkpoint import checksum, replacing
-from stablefield.data import Progress, content_hash, silent
+from stablefield.data import Progress, Shuffled, content_hash, silent
 from stablefield.data.store import cache_folder
 from stablefield.evaluate.features import Features
 from stablefield.reference import Pool
 from stablefield.seeding import derive, generator
 
-RECIPE = "stablefield classifier 2"  # counts up whenever the network or its training changes
+RECIPE = "stablefield classifier 1"  # counts up whenever the network or its training changes
 EPOCHS, MOST_IMAGES = 30, 300_000
 
 
@@ -93,7 +92,7 @@ def train_classifier(
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, "classifier weights"))
         network = Network(pool.shape, pool.classes).to(device)
-    _fit(network, pool, list(_order(seen, seed, epochs)), progress)
+    _fit(network, pool.subset(seen), seed, epochs, progress)
     return Classifier(network, _accuracy(Classifier(network, 0.0), pool, test))
 
 
@@ -145,25 +144,17 @@ def _read(place: Path, device: str | torch.device) -> Classifier:
     return Classifier(network.to(device), float(about["accuracy"]))
 
 
-def _order(seen: Tensor, seed: int, epochs: int) -> Iterator[Int[Tensor, "B"]]:
-    """Which members each step looks at."""
-    left = min(epochs * len(seen), MOST_IMAGES)
-    for epoch in range(epochs):
-        order = seen[torch.randperm(len(seen), generator=generator(seed, "classifier order", epoch))][:left]
-        yield from order.split(128) if left > 0 else ()
-        left -= len(seen)
-
-
-def _fit(network: Network, pool: Pool, steps: list[Tensor], progress: Progress) -> None:
-    assert pool.labels is not None
-    device = network.head.weight.device
+def _fit(network: Network, pool: Pool, seed: int, epochs: int, progress: Progress) -> None:
+    device, batches = network.head.weight.device, Shuffled(pool, 128, seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-    for number, index in enumerate(steps):
+    total = min(epochs * len(pool), MOST_IMAGES)
+    for images in range(0, total, batches.size):
+        batch = batches(images)
+        assert batch.label is not None
         optimizer.zero_grad()
-        label = pool.labels[index.to(pool.labels.device)].to(device)
-        nn.functional.cross_entropy(network(pool.take(index).float().to(device)), label).backward()
+        nn.functional.cross_entropy(network(batch.x.float().to(device)), batch.label.to(device)).backward()
         optimizer.step()
-        progress(number + 1, len(steps))
+        progress(min(images + batches.size, total), total)
 
 
 def _accuracy(classifier: Classifier, pool: Pool, test: Tensor) -> float:

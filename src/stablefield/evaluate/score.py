@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stablefield.evaluate.features import Features
 from stablefield.evaluate.frechet import BLOCK, Statistics, Sums, frechet_distance, merged
-from stablefield.evaluate.pairs import kernel_distance, precision_recall
+from stablefield.evaluate.pairs import exact, kernel_distance, precision_recall
 
 MOST_PAIRS = 10_000
 NEIGHBOURS = 3
@@ -96,8 +96,7 @@ def scores(
     """
     found = {features.frechet: frechet_distance(samples.statistics, reference)}
     if members is not None:
-        device = features.device if features.device.type == "cuda" else torch.device("cpu")  # others have no float64
-        pair = samples.features[:MOST_PAIRS].to(device), members[:MOST_PAIRS].to(device)
+        pair = [side[:MOST_PAIRS].to(exact(features.device)) for side in (samples.features, members)]
         unit = features.unit(reference) or 1.0
         found[features.kernel], found[f"{features.kernel}_deviation"] = kernel_distance(*(x / unit for x in pair))
         if min(map(len, pair)) > NEIGHBOURS:
