@@ -23,7 +23,14 @@ from stablefield.run import Folder
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-QUICK = ["training.images=2048", "training.ramp=0", "target.size=64", "network.channels=8", "network.blocks=1"]
+QUICK = [
+    "training.images=2048",
+    "training.log_every=1024",
+    "training.ramp=0",
+    "target.size=64",
+    "network.channels=8",
+    "network.blocks=1",
+]
 
 
 def command(*arguments: str):
@@ -45,7 +52,8 @@ def run(tmp_path_factory):
 
 
 def test_a_run_is_a_folder_with_config_checkpoint_and_metrics(run):
-    assert {"config.toml", "checkpoint.safetensors", "metrics.jsonl"} == {file.name for file in run.iterdir()}
+    names = {"config.toml", "checkpoint.safetensors", "metrics.jsonl", "tensorboard"}
+    assert {file.name for file in run.iterdir()} == names
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["Progress/kimg"] for line in lines] == [1.024, 2.048]
     assert all(line["Loss/loss"] > 0 and 1 <= line["Target/ess"] <= 64 for line in lines)
@@ -57,7 +65,9 @@ def test_load_gives_the_denoiser_back(run):
     x = denoiser(torch.randn(2, 1, 8, 8), torch.tensor([0.5, 3.0]))
     assert x.shape == (2, 1, 8, 8)
     assert not torch.equal(stablefield.load(run, weights="model")(torch.ones(1, 1, 8, 8), torch.ones(1)), x[:1])
-    with pytest.raises(ValueError, match="average"):
+    with pytest.raises(ValueError, match="but average, model"):
+        stablefield.load(run, weights="average-500")
+    with pytest.raises(ValueError, match="no best checkpoint"):
         stablefield.load(run, weights="best")
 
 
@@ -88,9 +98,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_untouched(run):
 
 def test_a_run_goes_on_for_longer_but_not_as_another(run, tmp_path):
     out = tmp_path / "copy"
-    out.mkdir()
-    for file in run.iterdir():
-        (out / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(run, out)
     refused = command("train", "--resume", out, "--set", "target.kind=single")
     assert "target.kind" in str(refused.exception)
     result = command("train", "--resume", out, "--set", "training.images=3072")

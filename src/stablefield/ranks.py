@@ -5,7 +5,7 @@ Alone there is one rank, nothing is started, and everything here is the identity
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
+from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed import DistError
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -61,7 +63,40 @@ class Ranks:
 
     def any(self, said: bool) -> bool:
         """Whether it is so on any rank."""
-        return bool(self.gather(torch.tensor([said], device=self.device)).any()) if self.total > 1 else said
+        return bool(self.each(said).any()) if self.total > 1 else said
+
+    def each(self, number: int) -> Int[Tensor, "total"]:
+        """What each rank says."""
+        return self.gather(torch.tensor([int(number)], device=self.device)).cpu()
+
+    def lead(self, act: Callable[[], object]) -> None:
+        """The first acts, the others wait, and what it fails at ends them all.
+
+        Raises:
+            Exception: on the first, what `act` raised.
+            SystemExit: on the others, of which nothing need be heard.
+        """
+        failure: Exception | None = None
+        try:
+            act() if self.first else None
+        except Exception as error:
+            failure = error
+        if self.any(failure is not None):
+            raise failure or SystemExit(1)
+
+    @contextmanager
+    def company(self) -> Iterator[None]:
+        """What is done together.
+
+        Raises:
+            ConnectionError: another rank has gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.total > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
+                raise ConnectionError(f"rank {self.rank} of {self.total} has lost the others") from error
+            raise
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """A module whose gradients are the means over all ranks. Its weights become those of the first."""

@@ -1,19 +1,23 @@
 """A run: its folder, and the parts that its configuration names.
 
 runs/digits/config.toml               everything that was configured, and everything that was not
-            checkpoint.safetensors    weights, their average, the optimiser
+            checkpoint.safetensors    weights, their averages, the optimiser: the newest of the checkpoints
+            checkpoints/              those before it, as many as `training.keep` says
+            best.safetensors          the best of them all, where they are scored
             metrics.jsonl             what was measured on the way
+            tensorboard/, grids/      the same as events; samples on the way
 """
 
 import json
-from collections.abc import Iterable
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stablefield.checkpoint import CheckpointError, read, replacing
+from stablefield.checkpoint import Checkpoint, CheckpointError, read, replacing
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import Augmentation, Batches, LabelDropout, Progress, Shuffled, Source, silent, split
 from stablefield.denoise import Denoiser, Preconditioned
@@ -41,17 +45,58 @@ class Folder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def best(self) -> Path:
+        return self.path / "best.safetensors"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def grids(self) -> Path:
+        return self.path / "grids"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    def older(self, images: int) -> Path:
+        """Where a checkpoint goes when a newer one comes."""
+        return self.path / "checkpoints" / f"{images:09d}.safetensors"
+
+    def olders(self) -> dict[int, Path]:
+        """The checkpoints before the newest, by the images they have seen."""
+        found = (self.path / "checkpoints").glob("[0-9]*.safetensors")
+        return {int(path.stem): path for path in sorted(found) if path.stem.isdigit()}
+
+    def newest(self) -> Checkpoint:
+        """The newest checkpoint.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        try:
+            return read(self.checkpoint)
+        except CheckpointError as error:
+            others = [*self.olders().values(), *([self.best] if self.best.exists() else [])]
+            hint = f"; to go on from an older one, copy {others[-1]} to {self.checkpoint}" if others else ""
+            raise CheckpointError(f"{error}{hint}") from None
 
     def occupied(self) -> bool:
         """Whether a run is here already, finished or not."""
         return self.config.exists() or self.checkpoint.exists()
 
     def log(self, line: dict[str, Any]) -> None:
-        """Add a line to the metrics."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Add a line to the metrics.
+
+        Raises:
+            OSError: the disk is full, or cannot be written.
+        """
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(f"could not write {self.metrics} ({error})") from error
 
     def claim(self, config: Config) -> None:
         """Begin a run here, unless another has.
@@ -77,16 +122,35 @@ class Folder:
             )
 
     def history(self) -> list[dict[str, Any]]:
-        """All lines of the metrics, but for one that was cut off as it was written."""
-        lines = self.metrics.read_text().split("\n")[:-1] if self.metrics.exists() else []
-        return [json.loads(line) for line in lines]
+        """All lines of the metrics, but for those that were cut off as they were written."""
+        lines = self.metrics.read_text(errors="replace").split("\n")[:-1] if self.metrics.exists() else []
+        return [found for line in lines if (found := _whole(line)) is not None]
 
     def rewind(self, images: int) -> None:
-        """Forget metrics from after so many images: that part of the run will happen again."""
-        kept: Iterable[dict[str, Any]] = (line for line in self.history() if line["Progress/kimg"] * 1000 <= images)
+        """Forget metrics and pictures from after so many images: that part of the run will happen again."""
+        kept = (line for line in self.history() if round(line["Progress/kimg"] * 1000) <= images)
         text = "".join(json.dumps(line) + "\n" for line in kept)
-        with replacing(self.metrics) as beside:
-            beside.write_text(text)
+        if self.metrics.exists():
+            with replacing(self.metrics) as beside:
+                beside.write_text(text)
+        for grid in self.grids.glob("[0-9]*.png"):
+            if int(grid.stem) > images:
+                grid.unlink()
+
+    def sweep(self) -> None:
+        """Remove what a process had begun to write here when it was killed."""
+        for place in (self.path, self.path / "checkpoints", self.grids):
+            for file in place.glob(".*"):
+                if re.fullmatch(r"\.\d+\.(config\.toml|metrics\.jsonl|\d+\.png|\w+\.safetensors)", file.name):
+                    file.unlink(missing_ok=True)
+
+
+def _whole(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and "Progress/kimg" in found else None
 
 
 def checkpoint_of(run: Path) -> Path:
@@ -122,6 +186,9 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
         ValueError: parts that do not fit the data (sizes, shapes, missing labels).
     """
     training = config.training
+    if training.deterministic:  # cuBLAS looks at it when it is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    ranks = ranks or Ranks(choose_device(training.device))
     source: Source = config.make("data")
     data = source.load(progress)
     if training.conditional and data.labels is None:
@@ -129,11 +196,10 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
     pool, held_out = _kept_apart(data if training.conditional else replace(data, labels=None), source.holdout)
     augmentation: Augmentation = config.make("augmentation")
     try:
-        pool = augmentation.of_pool(pool)
+        pool = resident(augmentation.of_pool(pool), ranks.device)
     except ValueError as error:
         raise ConfigError(f"augmentation: {error}") from None
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
-    ranks = ranks or Ranks(choose_device(training.device))
     order = Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total)
     target = _make_target(config, order)
     denoiser = make_denoiser(config, pool.shape, pool.classes).to(ranks.device)
@@ -169,6 +235,14 @@ def _make_target(config: Config, order: Shuffled) -> TargetEstimator:
         return config.make("target", **needs.get(config["target"]["kind"], {"pool": order.pool}))
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
+
+
+def resident(pool: Pool, device: torch.device, share: float = 0.1) -> Pool:
+    """The pool on a GPU, if it takes no more than this share of its memory; else where it is."""
+    if device.type != "cuda" or pool.data.nbytes > share * torch.cuda.get_device_properties(device).total_memory:
+        return pool
+    labels = None if pool.labels is None else pool.labels.to(device)
+    return replace(pool, data=pool.data.to(device), labels=labels)
 
 
 def _check_classes(pool: Pool) -> None:
@@ -259,14 +333,17 @@ class Trained:
 def open_run(run: str | Path, *, weights: str = "average", device: str = "auto") -> Trained:
     """A trained run from its folder, or a checkpoint from its file.
 
+    Args:
+        weights: as of `load`.
+
     Raises:
         CheckpointError: there is none, or it is damaged or another program's.
-        ValueError: `weights` is neither "average" nor "model".
+        ValueError: the checkpoint has no such weights.
     """
     path = Path(run)
-    found = read(checkpoint_of(path))
-    if weights not in ("average", "model"):
-        raise ValueError(f'weights are the "average" or the "model", not {weights!r}')
+    if weights == "best" and not Folder(path).best.exists():
+        raise ValueError(f"{path} keeps no best checkpoint: none were scored (data.holdout makes a run score them)")
+    found = read(Folder(path).best if weights == "best" else checkpoint_of(path))
     try:
         config = resolve(found.config["config"])
         shape, classes = tuple(found.config["shape"]), int(found.config["classes"])
@@ -274,8 +351,7 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not say what it is a checkpoint of: {error} is missing") from None
     denoiser = make_denoiser(config, shape, classes)
-    prefix = weights + "."
-    state = {name.removeprefix(prefix): t for name, t in found.tensors.items() if name.startswith(prefix)}
+    state = _weights(found, "average" if weights == "best" else weights)
     try:
         denoiser.load_state_dict(state)
     except RuntimeError as error:
@@ -284,15 +360,26 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
     return Trained(denoiser, config, shape, levels, found.images, found.checksum)
 
 
+def _weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    """One set of weights of a checkpoint."""
+    there = sorted({key.partition(".")[0] for key in checkpoint.tensors})
+    names = [each for each in there if each == "model" or each.startswith("average")]
+    if name not in names:
+        raise ValueError(f"there are no weights {name!r} here, but {', '.join(names)}; or best, where a run keeps it")
+    return {key.removeprefix(f"{name}."): t for key, t in checkpoint.tensors.items() if key.startswith(f"{name}.")}
+
+
 def load(run: str | Path, *, weights: str = "average", device: str = "auto") -> Denoiser:
     """The denoiser of a run: answers E[x | x_t], in evaluation mode, on a GPU if there is one.
 
     Args:
         run: the run's folder, or a checkpoint file.
-        weights: "average" (the EMA, for sampling) or "model" (the last ones).
+        weights: "average" (the first EMA, for sampling), "average-HALFLIFE" (another), "model" (the last ones), or
+            "best" (the average of the run's best checkpoint, where these are scored).
         device: "auto", or as torch names it.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or another program's.
+        ValueError: the checkpoint has no such weights.
     """
     return open_run(run, weights=weights, device=device).denoiser

@@ -90,6 +90,7 @@ def average_names(half_lives: Sequence[float]) -> list[str]:
     Raises:
         ValueError: none, or two of the same half-life.
     """
-    if not half_lives or len(set(half_lives)) < len(half_lives):
+    names = [f"average-{half_life:.0f}" for half_life in half_lives]
+    if not names or len(set(names)) < len(names):
         raise ValueError(f"averages need half-lives that differ, and at least one, not {list(half_lives)}")
-    return ["average", *(f"average-{half_life:.10g}" for half_life in half_lives[1:])]
+    return ["average", *names[1:]]

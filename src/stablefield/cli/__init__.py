@@ -1,5 +1,6 @@
 """The command line. Each command is a file; here they come together, and errors become one plain message."""
 
+import os
 import sys
 
 import typer
@@ -49,5 +50,6 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"stablefield: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
         raise SystemExit(1) from None

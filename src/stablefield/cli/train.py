@@ -1,28 +1,24 @@
-"""`stablefield train`: from a configuration to a run."""
+"""`stablefield train`: from a configuration to a run.
 
-import signal
-from collections.abc import Iterator
+Under `torchrun` or `accelerate launch` every rank does this; the first one speaks and writes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
-from types import FrameType
-from typing import Annotated
+from time import monotonic
+from typing import Annotated, Any
 
-import torch
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stablefield.checkpoint import read, replacing, save
 from stablefield.cli.data import progress_bar
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
-from stablefield.engine import Descent, TrainState
-from stablefield.engine import train as steps_of
-from stablefield.engine.train import StepReport
-from stablefield.run import Folder, Parts, Trained, assemble, describe, open_run
-from stablefield.schedule import EMA
-
-# what may change when a run goes on, beside how it is sampled: how far it goes and how often it saves, not what it is
-MAY_CHANGE = {"training.images", "training.save_every", "training.device"}
+from stablefield.engine.fit import Watch, fit
+from stablefield.engine.saving import refuse_another
+from stablefield.ranks import Ranks, joined
+from stablefield.run import Folder, Parts, Trained, assemble, choose_device, open_run
 
 
 def train(
@@ -55,23 +51,24 @@ def train(
         raw = overlay(base.config.sections if base else {}, read_toml(config) if config else {})
         wanted = resolve(override(raw, settings))
         folder = Folder(out or Path("runs") / f"{wanted['data']['kind']}-{wanted['target']['kind']}")
-    if not (resume or dry_run):
-        folder.refuse_if_occupied()
-    with progress_bar("decoding") as progress:
-        parts = assemble(wanted, progress)
-    if not resume and base:
-        start_from(base, parts)
-    print(summary(wanted, parts, folder))
-    if dry_run:
-        print(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")
-        return
-    if not resume:
-        folder.claim(wanted)
-    stopped = run(wanted, parts, folder)
-    if stopped:
-        print(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}")
-        raise typer.Exit(128 + stopped)
-    print(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63")
+    with joined(choose_device(wanted.training.device)) as ranks:
+        if not (resume or dry_run):
+            ranks.lead(folder.refuse_if_occupied)
+        with progress_bar("decoding") as progress:
+            parts = assemble(wanted, progress, ranks)
+        if not resume and base:
+            start_from(base, parts)
+        say: Callable[[str], None] = print if ranks.first else lambda text: None
+        say(summary(wanted, parts, folder, ranks))
+        if dry_run:
+            say(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")
+            return
+        if not resume:
+            ranks.lead(lambda: folder.claim(wanted))
+        if stopped := run(wanted, parts, folder, ranks):
+            say(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}")
+            raise typer.Exit(128 + stopped)
+        say(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63")
 
 
 def start_from(base: Trained, parts: Parts) -> None:
@@ -99,147 +96,62 @@ def continued(folder: Folder, settings: list[str]) -> Config:
         ConfigError: no run is there, or the settings would make it another run.
     """
     # without a checkpoint the run was stopped before its first one: then it begins
-    said = read(folder.checkpoint).config["config"] if folder.checkpoint.exists() else read_toml(folder.config)
+    said = folder.newest().config["config"] if folder.checkpoint.exists() else read_toml(folder.config)
     before = resolve(said)
     after = resolve(override(before.sections, settings))
     refuse_another(before, after)
     return after
 
 
-def refuse_another(before: Config, after: Config) -> None:
-    """Raises:
-    ConfigError: to go on with the one as the other would make it another run.
-    """
-    changed = [key for key in before.differences(after) if key not in MAY_CHANGE]
-    if other := [key for key in changed if key.partition(".")[0] not in ("sampler", "grid")]:
-        raise ConfigError(f"{', '.join(other)}: a run goes on as what it is; for another configuration start another")
-
-
-def summary(config: Config, parts: Parts, folder: Folder) -> str:
+def summary(config: Config, parts: Parts, folder: Folder, ranks: Ranks | None = None) -> str:
     """What is about to happen, in a few lines."""
     training = config.training
     numbers = sum(p.numel() for p in parts.denoiser.parameters())
     device = next(parts.denoiser.parameters()).device
+    shared = f", on {ranks.total} ranks" if ranks and ranks.total > 1 else ""
     return "\n".join(
         (
             f"data      {parts.data!r}",
             f"process   {parts.denoiser.process}, times {parts.objective.times}",
             f"target    {parts.objective.target}",
             f"network   {config['network']['kind']}, {numbers:,} parameters, on {device}",
-            f"training  {training.images:,} images, {training.batch_size} a step, seed {training.seed}",
+            f"training  {training.images:,} images, {training.batch_size} a step{shared}, seed {training.seed}",
             f"run       {folder.path}",
         )
     )
 
 
-def run(config: Config, parts: Parts, folder: Folder) -> int:
-    """Train, or go on training, until all images are seen or a signal asks to stop; its number, or 0.
-
-    What was trained is saved whatever ends it, an error included.
-
-    Raises:
-        ConfigError: the folder holds another run, or one that has seen more images than are asked for.
-        OSError: the folder cannot be written.
-    """
-    training = config.training
-    emas = [EMA(half_life, training.ema_ramp_up) for half_life in training.half_lives]
-    state = TrainState(parts.denoiser, emas=emas, precision=getattr(torch, training.precision))
-    if folder.checkpoint.exists():
-        saved = read(folder.checkpoint)
-        refuse_another(resolve(saved.config["config"]), config)
-        if saved.images > training.images + training.batch_size:
-            raise ConfigError(f"training.images = {training.images}, but this run has seen {saved.images} already")
-        state.restore(saved.tensors, saved.images)
-        folder.rewind(saved.images)
-    with replacing(folder.config) as beside:
-        beside.write_text(config.toml())
-    descent = Descent(training.rate, training.clip, training.micro_batch)
-    steps = steps_of(state, parts.objective, parts.batches, images=training.images, seed=training.seed, descent=descent)
-
-    def keep() -> None:
-        save(folder.checkpoint, state.tensors(), config=describe(config, parts.pool), images=state.images)
-
-    keep()  # so that there is something to go on with from the first moment
-    with _stop_signals() as stop, _progress() as progress:
-        bar = progress.add_task("", total=training.images, completed=state.images, loss="", speed="")
-        log, due = _Log(folder, state.images), state.images + training.save_every
-        try:
-            for step in steps:
-                log.add(step)
-                progress.update(bar, completed=step.images, loss=log.loss, speed=log.speed)
-                if step.images >= due:
-                    keep()
-                    due += training.save_every
-                if stop:
-                    break
-        finally:
-            log.flush()
-            keep()
-    return stop[0] if stop else 0
-
-
-class _Log:
-    """Means over about a thousand images, into the metrics and onto the progress bar."""
-
-    def __init__(self, folder: Folder, images: int) -> None:
-        self.folder, self.images, self.began = folder, images, perf_counter()
-        self.steps: list[StepReport] = []
-        self.loss = self.speed = ""
-
-    def add(self, step: StepReport) -> None:
-        """Take note of a step."""
-        self.steps.append(step)
-        if step.images - self.images >= 1000:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what has been noted."""
-        if not self.steps:
-            return
-        step = self.steps[-1]
-        images = step.images - self.images
-        seconds = perf_counter() - self.began
-        loss = float(torch.stack([s.report.loss.detach() for s in self.steps]).mean())
-        ess = float(torch.stack([s.report.ess.mean() for s in self.steps]).mean())
-        norm = float(torch.stack([s.gradient_norm for s in self.steps]).mean())
-        self.folder.log(
-            {
-                "Progress/kimg": step.images / 1000,
-                "Loss/loss": loss,
-                "Loss/gradient_norm": norm,
-                "Loss/learning_rate": step.rate,
-                "Target/ess": ess,
-                "Timing/sec_per_kimg": seconds / images * 1000,
-            }
-        )
-        self.images, self.began, self.steps = step.images, perf_counter(), []
-        self.loss, self.speed = f"loss {loss:.4f}", f"{images / seconds:,.0f} img/s"
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TextColumn("{task.fields[loss]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left"),
-    )
+def run(config: Config, parts: Parts, folder: Folder, ranks: Ranks | None = None) -> int:
+    """Train with something to look at; as `fit` otherwise."""
+    with _watching(config.training.images, ranks is None or ranks.first) as watch:
+        return fit(config, parts, folder, ranks=ranks, watch=watch)
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM, noted instead of obeyed, so that a step is finished and saved; a second one is obeyed."""
-    seen: list[int] = []
+def _watching(images: int, aloud: bool) -> Iterator[Watch]:
+    """A bar at a terminal; elsewhere a line a minute."""
+    console = Console()
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn(compact=True))
+    shown = aloud and console.is_terminal
+    with Progress(TextColumn("training"), *columns, TextColumn("left"), console=console, disable=not shown) as bar:
+        task, told = bar.add_task("", total=images, said=""), monotonic()
 
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        def watch(seen: int, line: Mapping[str, Any]) -> None:
+            nonlocal told
+            bar.update(task, completed=seen, said=glance(line))
+            if aloud and not shown and monotonic() - told > 60:
+                console.print(f"{seen:,} of {images:,} images  {glance(line)}", highlight=False, soft_wrap=True)
+                told = monotonic()
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        yield watch
+
+
+def glance(line: Mapping[str, Any]) -> str:
+    """The numbers to look at while training."""
+    if not line:
+        return ""
+    parts = [f"{1000 / line['Timing/sec_per_kimg']:,.0f} img/s"]
+    if "Loss/loss" in line:
+        changed = f"changed {line['Target/changed']:.0%}"
+        parts += [f"loss {line['Loss/loss']:.4f}", f"ESS {line['Target/ess']:.1f}", changed]
+    return "  ".join([*parts, *([f"{line['Steps/skipped']} skipped"] if line["Steps/skipped"] else [])])

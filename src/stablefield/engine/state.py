@@ -26,6 +26,7 @@ class TrainState:
         images: seen so far, by all ranks.
         skipped: steps whose gradient was not finite, and which were not taken.
         in_a_row: how many of them were the last.
+        whole: whether all of this belongs together; not so while a step is being taken.
 
     Raises:
         ValueError: no average, or two of the same half-life.
@@ -46,6 +47,7 @@ class TrainState:
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.images = self.skipped = self.in_a_row = 0
+        self.whole = True
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +67,7 @@ class TrainState:
         self.images += batch
         self.skipped += not taken
         self.in_a_row = 0 if taken else self.in_a_row + 1
+        self.whole = True
 
     def tensors(self) -> dict[str, Tensor]:
         """The state as named tensors; `images` is the one number beside them."""

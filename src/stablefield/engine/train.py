@@ -154,6 +154,7 @@ def _descend(state: TrainState, rate: float, clip: float | None) -> tuple[Tensor
     moved = [p for p in state.denoiser.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in moved if p.grad is not None])
     taken = bool(torch.isfinite(norm))
+    state.whole = False  # until it is counted
     if taken:
         if clip is not None:
             torch.nn.utils.clip_grads_with_norm_(moved, clip, norm)
