@@ -5,6 +5,7 @@ Alone there is one rank, nothing is started, and everything here is the identity
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -95,7 +96,9 @@ class Ranks:
             yield
         except RuntimeError as error:
             if self.total > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
-                raise ConnectionError(f"rank {self.rank} of {self.total} has lost the others") from error
+                raise ConnectionError(
+                    f"rank {self.rank} of {self.total} has lost the others; the run can go on from its checkpoint"
+                ) from error
             raise
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -120,7 +123,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     state = PartialState(cpu=device.type == "cpu")
     try:
-        yield Ranks(state.device, state.process_index, state.num_processes)
+        with warnings.catch_warnings():
+            for harmless in ("Grad strides do not match", ".*broadcast_buffers. is deprecated"):
+                warnings.filterwarnings("ignore", harmless)
+            yield Ranks(state.device, state.process_index, state.num_processes)
     finally:
         state.destroy_process_group()
         PartialState._reset_state()  # another may be begun in this process

@@ -320,7 +320,7 @@ def describe(config: Config, pool: Pool) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained run, ready to sample from."""
+    """A trained run, ready to sample from. Its checksum also says which weights of the checkpoint these are."""
 
     denoiser: Denoiser
     config: Config
@@ -351,13 +351,15 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not say what it is a checkpoint of: {error} is missing") from None
     denoiser = make_denoiser(config, shape, classes)
-    state = _weights(found, "average" if weights == "best" else weights)
+    name = "average" if weights == "best" else weights
+    state = _weights(found, name)
     try:
         denoiser.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f'{path} has no "{weights}" weights for its network: {error}') from None
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
-    return Trained(denoiser, config, shape, levels, found.images, found.checksum)
+    checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
+    return Trained(denoiser, config, shape, levels, found.images, checksum)
 
 
 def _weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

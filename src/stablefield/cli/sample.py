@@ -29,6 +29,7 @@ SamplerKind = Annotated[
         "else as the run was configured."
     ),
 ]
+Weights = Annotated[str, typer.Option(help="average, average-HALFLIFE, model (the last ones), or best.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Steps from noise to data; rk45 chooses its own.")]
 Guidance = Annotated[
     float | None,
@@ -46,6 +47,7 @@ def sample(
     run: Annotated[Path, typer.Argument(help="The run's folder, or a checkpoint file.")],
     seeds: Annotated[str, typer.Option(help="One image a seed: 0-63, or 0,3,8-15.")] = "0-63",
     out: Annotated[Path | None, typer.Option(help="A folder for PNG files, or a file.npz; else RUN/samples.")] = None,
+    weights: Weights = "average",
     class_: Annotated[int | None, typer.Option("--class", help="Only this class; else each seed draws one.")] = None,
     sampler: SamplerKind = None,
     steps: Steps = None,
@@ -59,7 +61,7 @@ def sample(
     wanted = parse_seeds(seeds)
     with joined(choose_device(device)) as ranks:
         device = str(ranks.device)
-        trained = open_run(run, device=device)
+        trained = open_run(run, weights=weights, device=device)
         way = Way.of(trained, sampler, steps, guidance, opened_guide(guide, guidance, device), set_ or [], class_)
         album, made = make(way, out or folder_of(run) / "samples", wanted, batch, ranks)
         if ranks.first:

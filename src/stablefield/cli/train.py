@@ -139,7 +139,7 @@ def _watching(images: int, aloud: bool) -> Iterator[Watch]:
         def watch(seen: int, line: Mapping[str, Any]) -> None:
             nonlocal told
             bar.update(task, completed=seen, said=glance(line))
-            if aloud and not shown and monotonic() - told > 60:
+            if aloud and not shown and line and monotonic() - told > 60:
                 console.print(f"{seen:,} of {images:,} images  {glance(line)}", highlight=False, soft_wrap=True)
                 told = monotonic()
 

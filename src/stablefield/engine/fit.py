@@ -76,8 +76,7 @@ def fit(
         asked = stack.enter_context(_stop_signals())
         run = _Run(config, parts, folder, ranks, score)
         stack.callback(run.close)
-        with ranks.company():
-            return run(watch, asked)
+        return run(watch, asked)
 
 
 class _Run:
@@ -110,17 +109,21 @@ class _Run:
     def __call__(self, watch: Watch, asked: "_Asked") -> int:
         """Train to the end, or until asked to stop."""
         try:
-            for step in self._steps():
-                number = int(self.ranks.each(asked.number).max()) if self.ranks.total > 1 else asked.number
-                self._note(step, stopping=number > 0)
-                watch(step.images, self.line)
-                if number:
-                    return number
+            with self.ranks.company():
+                return self._train(watch, asked)
         except Exception:
             if self.ranks.first and self.state.whole:
                 with suppress(OSError):  # of two errors the first is to be told
                     self.saver.save(self.state)
             raise
+
+    def _train(self, watch: Watch, asked: "_Asked") -> int:
+        for step in self._steps():
+            number = int(self.ranks.each(asked.number).max())  # what one rank is asked, all are
+            self._note(step, stopping=number > 0)
+            watch(step.images, self.line)
+            if number:
+                return number
         return 0
 
     def _steps(self) -> Iterator[StepReport]:
