@@ -35,8 +35,8 @@ def images(folder: Path) -> int:
     return read(Folder(folder).checkpoint).images if Folder(folder).checkpoint.exists() else -1
 
 
-def killed_again_and_again(folder: Path, kills: int) -> None:
-    settings = ("training.images=3200", "training.save_every=32", "training.keep=2", "data.holdout=40")
+def killed_again_and_again(folder: Path, kills: int, total: int) -> None:
+    settings = (f"training.images={total}", "training.save_every=32", "training.keep=2", "data.holdout=40")
     trained(folder.with_name("whole"), *settings)
     moments, before = random.Random(0), -1
     for kill in range(kills):
@@ -54,17 +54,17 @@ def killed_again_and_again(folder: Path, kills: int) -> None:
     assert before > 0
     trained(folder, *settings)
     assert not list(folder.rglob(".*"))
-    assert seen(folder) == list(range(32, 3201, 32))
+    assert seen(folder) == list(range(32, total + 1, 32))
     assert same(folder, folder.with_name("whole"))
 
 
 def test_a_run_that_is_killed_again_and_again_arrives_where_it_would_have(tmp_path):
-    killed_again_and_again(tmp_path / "run", kills=6)
+    killed_again_and_again(tmp_path / "run", kills=4, total=320)
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_many_moments_arrives_where_it_would_have(tmp_path):
-    killed_again_and_again(tmp_path / "run", kills=60)
+    killed_again_and_again(tmp_path / "run", kills=60, total=3200)
 
 
 def launched(folder: Path, *settings: str, ranks: int = 2, resume: bool = False) -> subprocess.Popen:
