@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from stablefield.cli.compare import compare
 from stablefield.cli.convert import convert
 from stablefield.cli.data import data
 from stablefield.cli.demo import demo
@@ -24,6 +25,7 @@ app = typer.Typer(
     stablefield sample runs/digits-reference --seeds 0-63
     stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
     stablefield evaluate RUN --repeats 3                 distances to the data it was trained on, and memorisation
+    stablefield compare --out runs/compare               DSM, stable and exact targets side by side, and a report
     stablefield convert network-snapshot-200000.pkl runs/edm
     stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
 
@@ -40,6 +42,7 @@ app.command()(demo)
 app.command()(train)
 app.command()(sample)
 app.command()(evaluate)
+app.command()(compare)
 app.command()(convert)
 app.add_typer(data, name="data")
 

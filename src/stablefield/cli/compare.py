@@ -1,0 +1,181 @@
+"""`stablefield compare`: targets side by side, trained on the same budget from the same seeds, and a report."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from stablefield.checkpoint import replacing
+from stablefield.cli.data import progress_bar
+from stablefield.cli.train import _stop_signals
+from stablefield.compare import Arm, Experiment, Results, run_all, write_report, yardstick
+from stablefield.compare.experiment import place
+from stablefield.config import Config, overlay, override, read_toml, resolve
+from stablefield.run import Parts, assemble, choose_device
+from stablefield.seeding import parse_seeds
+
+TARGETS, SEEDS = ("single", "reference:256", "reference:1024", "full"), (0, 1, 2)
+LOOKS, SAMPLES, ROWS = 8, 500, 256
+SAMPLER = {"kind": "dpm", "steps": 12}  # deterministic, and fast enough to look often
+
+
+def compare(
+    out: Annotated[Path, typer.Option(help="Folder of the experiment; one that is there is gone on with.")] = Path(
+        "runs/compare"
+    ),
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help=f"What to compare, by default {','.join(TARGETS)}: all with the first. Also neighbours:64.",
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help=f"One run of each target for each, by default 0-2.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images that each run sees; sets training.images.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file that says what all have in common.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
+    ] = None,
+    looks: Annotated[int | None, typer.Option(min=1, help=f"How often each run is scored, by default {LOOKS}.")] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help=f"Samples a look, by default {SAMPLES}.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help=f"x_t a noise level and look, by default {ROWS}.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Seeds at work at once, in processes of their own.")] = 1,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
+) -> None:
+    """Train with several targets on the same budget, seed by seed, and report what it changed.
+
+    Runs that share a seed start from the same weights and see the same images, times and noise. Some data are held out
+    to score with (data.holdout; a sixth, at most 5,000, if not said). Stop it whenever you like: the same command goes
+    on, and may add targets and seeds.
+    """
+    if report_only:
+        _report(out)
+        return
+    arms = tuple(map(Arm.parse, targets.split(","))) if targets else None
+    settings, wanted = settings_of(images, set_), tuple(parse_seeds(seeds)) if seeds else None
+    found = Experiment.read(out) if place(out).exists() else None
+    if found and not any((settings, config, looks, samples, rows)):
+        experiment = found.joined(replace(found, arms=arms or found.arms, seeds=wanted or found.seeds))
+    else:
+        experiment = Experiment(
+            planned(config, settings),
+            arms or tuple(map(Arm.parse, TARGETS)),
+            wanted or SEEDS,
+            looks or LOOKS,
+            samples or SAMPLES,
+            rows or ROWS,
+            shlex.join(["stablefield", *sys.argv[1:]]),
+            date.today().isoformat(),
+        )
+        experiment = found.joined(experiment) if found else experiment
+    with progress_bar("decoding") as progress:
+        parts = [assemble(arm.configured(experiment.config, 0), progress) for arm in experiment.arms]
+    print(summary(experiment, parts[0], out))
+    experiment.write(out)
+    _note(out / "yardstick.json", yardstick(out).about)
+    _note(out / "machine.json", machine(experiment.config, jobs))
+    done, stopped = run(experiment, out, jobs)
+    _report(out)
+    if not done:
+        print(f"Stopped and saved. Go on with: stablefield compare --out {out}")
+        raise typer.Exit(128 + stopped)
+
+
+def settings_of(images: int | None, set_: list[str] | None) -> list[str]:
+    """What the options say, as settings."""
+    return [*(set_ or []), *([f"training.images={images}"] if images else [])]
+
+
+def planned(config: Path | None, settings: list[str]) -> Config:
+    """What all runs have in common: as said, with a fast sampler and some data held out where nothing is said."""
+    raw = override(read_toml(config) if config else {}, settings)
+    raw = raw if "sampler" in raw else overlay(raw, {"sampler": SAMPLER})
+    wanted = resolve(raw)
+    if wanted["data"]["holdout"] == 0:
+        with progress_bar("decoding") as progress:
+            total = len(wanted.make("data").load(progress))
+        wanted = resolve(overlay(wanted.sections, {"data": {"holdout": min(max(2, total // 6), 5000)}}))
+    return wanted
+
+
+def summary(experiment: Experiment, parts: Parts, out: Path) -> str:
+    """What is about to happen, in a few lines."""
+    numbers = sum(p.numel() for p in parts.denoiser.parameters())
+    runs = len(experiment.arms) * len(experiment.seeds)
+    return "\n".join(
+        (
+            f"data      {parts.data!r}, {len(parts.held_out or ()):,} of them held out",
+            f"process   {parts.denoiser.process}, times {parts.objective.times}",
+            f"network   {experiment.config['network']['kind']}, {numbers:,} parameters, "
+            f"on {next(parts.denoiser.parameters()).device}",
+            f"targets   {'; '.join(arm.title for arm in experiment.arms)}",
+            f"runs      {runs}: seeds {', '.join(map(str, experiment.seeds))}; {experiment.images:,} images each, "
+            f"{experiment.looks} looks",
+            f"folder    {out}",
+        )
+    )
+
+
+def run(experiment: Experiment, out: Path, jobs: int) -> tuple[bool, int]:
+    """Bring it to the end, with a bar; whether that was reached, and the signal that stopped it."""
+    seen: dict[tuple[int, str], int] = {}
+    total = experiment.images * len(experiment.arms) * len(experiment.seeds)
+    with _stop_signals() as stop, _progress() as progress:
+        bar = progress.add_task("comparing", total=total, now="")
+
+        def tell(seed: int, arm: Arm, images: int) -> None:
+            seen[seed, str(arm)] = images
+            _show(progress, bar, sum(seen.values()), f"seed {seed}, {arm.title}: {images:,} images")
+
+        done = run_all(experiment, out, jobs, tell, lambda: bool(stop))
+    return done, stop[0] if stop else 0
+
+
+def machine(config: Config, jobs: int) -> dict[str, Any]:
+    """What it runs on."""
+    device = choose_device(config.training.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": f"{device.type} ({name})",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads() if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs),
+        "jobs": jobs,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }
+
+
+def _report(out: Path) -> None:
+    write_report(out)
+    found = Results.read(out)
+    print(f"report    {out / 'report.html'}" if found.last else "nothing has been scored yet, so there is no report")
+
+
+def _note(path: Path, said: dict[str, Any]) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(said, indent=2) + "\n")
+
+
+def _show(progress: Progress, bar: TaskID, completed: int, now: str) -> None:
+    progress.update(bar, completed=completed, now=now)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left; {task.fields[now]}"),
+    )

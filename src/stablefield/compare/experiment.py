@@ -1,0 +1,167 @@
+"""An experiment: arms that differ in their target and in nothing else, seeds, and when to look at them.
+
+DIR/experiment.json               what is compared
+    runs/ARM/seed-0/              a run like any other: config.toml, checkpoint.safetensors, metrics.jsonl
+                    scores.jsonl  what was measured of it, a line a look
+                    samples/      its first samples, at each look
+    report.html, summary.md, results.json, results.csv
+
+Two arms with one seed start from the same weights and see the same images, times and noise: what a step draws follows
+from the seed and the images seen (`engine.train`), and from nothing that an arm decides.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stablefield.checkpoint import replacing
+from stablefield.config import Config, ConfigError, overlay, resolve
+from stablefield.run import Folder
+
+NUMBER = {"reference": "size", "neighbours": "neighbours"}  # the one number that tells arms of a kind apart
+FREE = {"training.device"}  # what may differ when an experiment goes on
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A target to compare, as people write it: `single`, `reference:256`, `neighbours:64` or `full`.
+
+    Attributes:
+        kind: as in the section `target` of a configuration.
+        number: members of the support, where the kind needs it.
+    """
+
+    kind: str
+    number: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "Arm":
+        """Raises:
+        ConfigError: a number that is none, is missing, or means nothing to this kind.
+        """
+        kind, colon, number = text.strip().partition(":")
+        if bool(colon) != (kind in NUMBER) or (colon and not number.isdecimal()):
+            kinds = ", ".join([*(f"{kind}:NUMBER" for kind in NUMBER), "single", "full"])
+            raise ConfigError(f"a target to compare looks like one of {kinds}, not {text.strip()!r}")
+        return cls(kind, int(number) if colon else None)
+
+    def __str__(self) -> str:
+        return self.kind if self.number is None else f"{self.kind}:{self.number}"
+
+    @property
+    def title(self) -> str:
+        """As papers call it."""
+        titles = {"single": "DSM", "reference": f"STF, n = {self.number:,}" if self.number else "", "full": "exact"}
+        return titles.get(self.kind, str(self))
+
+    def configured(self, base: Config, seed: int) -> Config:
+        """The configuration of this arm's run with a seed."""
+        target = {"kind": self.kind} | ({NUMBER[self.kind]: self.number} if self.number is not None else {})
+        return resolve(overlay({**base.sections, "target": target}, {"training": {"seed": seed}}))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is compared, and how it is looked at.
+
+    Attributes:
+        config: what all arms have in common.
+        arms: the first is what the others are compared with.
+        seeds: one run of each arm for each.
+        looks: how often each run is scored, at image counts that grow by equal factors.
+        samples: how many are made at each look.
+        rows: x_t at each noise level, at each look.
+        command: how it was begun.
+        begun: on which day.
+
+    Raises:
+        ConfigError: less than two arms, an arm or seed named twice, or more looks than steps.
+    """
+
+    config: Config
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+    looks: int = 8
+    samples: int = 500
+    rows: int = 256
+    command: str = ""
+    begun: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.arms) < 2 or len(set(self.arms)) < len(self.arms):
+            raise ConfigError(f"there must be at least two different targets, not {', '.join(map(str, self.arms))}")
+        if not self.seeds or min(self.looks, self.samples - 1, self.rows) < 1:
+            raise ConfigError("there must be at least one seed, one look, two samples and one row")
+        if len(set(self.marks)) < self.looks:
+            raise ConfigError(f"{self.images:,} images are too few for {self.looks} looks: train longer, or look less")
+
+    @cached_property
+    def images(self) -> int:
+        """Of each run, in whole steps."""
+        return self._steps(self.config.training.images)
+
+    @cached_property
+    def marks(self) -> tuple[int, ...]:
+        """Image counts at which runs are scored: the last at the end, the first at a sixteenth of it."""
+        powers = [1 - look / max(1, self.looks - 1) for look in range(self.looks)]
+        return tuple(self._steps(self.images * 16.0**-power) for power in [*powers[:-1], 0.0])
+
+    @cached_property
+    def goals(self) -> tuple[int, ...]:
+        """Image counts at which another arm has its turn: about a hundred, and every mark."""
+        turn = self._steps(min(self.images / 100, 5_000))
+        return tuple(sorted({*range(turn, self.images, turn), *self.marks}))
+
+    def _steps(self, images: float) -> int:
+        size = self.config.training.batch_size
+        return max(1, -int(-images // size)) * size
+
+    def joined(self, other: "Experiment") -> "Experiment":
+        """This one, with the arms and seeds of another beside its own.
+
+        Raises:
+            ConfigError: they differ in anything else.
+        """
+        changed = [key for key in self.config.differences(other.config) if key not in FREE]
+        changed += [name for name in ("looks", "samples", "rows") if getattr(self, name) != getattr(other, name)]
+        if changed:
+            raise ConfigError(
+                f"{', '.join(changed)}: this experiment was begun otherwise, and can only be given more targets and "
+                "seeds; for another one choose another --out"
+            )
+        arms, seeds = dict.fromkeys((*self.arms, *other.arms)), dict.fromkeys((*self.seeds, *other.seeds))
+        return replace(self, config=other.config, arms=tuple(arms), seeds=tuple(sorted(seeds)))
+
+    def folder(self, out: Path, arm: Arm, seed: int) -> Folder:
+        """Where the run of an arm with a seed is."""
+        return Folder(out / "runs" / str(arm).replace(":", "-") / f"seed-{seed}")
+
+    def write(self, out: Path) -> None:
+        """Into its folder."""
+        out.mkdir(parents=True, exist_ok=True)
+        said = {**asdict(self), "config": self.config.sections, "arms": [str(arm) for arm in self.arms]}
+        with replacing(place(out)) as beside:
+            beside.write_text(json.dumps(said, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, out: Path) -> "Experiment":
+        """From its folder.
+
+        Raises:
+            ConfigError: there is none, or it is damaged.
+        """
+        if not place(out).exists():
+            raise ConfigError(f"{out} holds no experiment: there is no {place(out).name}")
+        try:
+            said: dict[str, Any] = json.loads(place(out).read_text())
+            arms, seeds = tuple(map(Arm.parse, said.pop("arms"))), tuple(said.pop("seeds"))
+            return cls(config=resolve(said.pop("config")), arms=arms, seeds=seeds, **said)
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ConfigError(f"{place(out)} is damaged: {error}") from None
+
+
+def place(out: Path) -> Path:
+    """The file that says what an experiment in this folder is."""
+    return out / "experiment.json"

@@ -1,0 +1,76 @@
+"""Seeds at work: one after the other, or several at once in processes of their own that share the cores."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from functools import lru_cache
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+
+from stablefield.compare.experiment import Arm, Experiment
+from stablefield.compare.runs import Stop, Tell, work
+from stablefield.compare.yardstick import Yardstick, make_yardstick
+from stablefield.run import assemble
+
+_shared: list[Any] = []  # of a worker process: what it tells into, and what it is stopped by
+
+
+def run_all(experiment: Experiment, out: Path, jobs: int, tell: Tell, stop: Stop) -> bool:
+    """Bring an experiment to its end; whether that was reached, or `stop` said to stop."""
+    if jobs == 1:
+        return all(work(experiment, out, seed, lambda: yardstick(out), tell, stop) for seed in experiment.seeds)
+    context = multiprocessing.get_context("spawn")
+    told, stopping = context.Queue(), context.Event()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    pool = ProcessPoolExecutor(jobs, context, _begin, (told, stopping, threads))
+    with pool:
+        futures = [pool.submit(_work, out, seed) for seed in experiment.seeds]
+        while wait(futures, 0.2).not_done:
+            _drain(told, tell)
+            if stop() or any(_failed(future) for future in futures):
+                stopping.set()
+        _drain(told, tell)
+    return all([future.result() for future in futures])
+
+
+@lru_cache(maxsize=1)
+def yardstick(out: Path) -> Yardstick:
+    """Of the experiment in a folder; made once a process."""
+    experiment = Experiment.read(out)
+    config = experiment.arms[0].configured(experiment.config, experiment.seeds[0])
+    return make_yardstick(config, assemble(config), samples=experiment.samples, rows=experiment.rows)
+
+
+def _begin(told: Any, stopping: Event, threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent says when to stop
+    torch.set_num_threads(threads)
+    _shared[:] = told, stopping
+
+
+def _work(out: Path, seed: int) -> bool:
+    told, stopping = _shared
+
+    def tell(seed: int, arm: Arm, images: int) -> None:
+        told.put((seed, arm, images))
+
+    if stopping.is_set():
+        return False
+    return work(Experiment.read(out), out, seed, lambda: yardstick(out), tell, stopping.is_set)
+
+
+def _drain(told: Any, tell: Callable[..., None]) -> None:
+    while True:
+        try:
+            tell(*told.get_nowait())
+        except Empty:
+            return
+
+
+def _failed(future: Future[bool]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is not None

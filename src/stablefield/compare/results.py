@@ -1,0 +1,224 @@
+"""What came out of an experiment: every number, and what follows from them."""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import exp, inf, isfinite
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from stablefield.checkpoint import replacing
+from stablefield.compare.experiment import Arm, Experiment
+from stablefield.compare.runs import scores
+from stablefield.compare.statistics import Estimate, images_to_reach, paired, paired_ratio, roughness
+
+# of the baseline's last Frechet distance: how good is good
+GOALS = (2.0, 1.5, 1.2, 1.0)
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that was measured so far.
+
+    Attributes:
+        scores: of each arm and seed, a line a look.
+        training: of each arm and seed, a line a turn.
+        about: what the yardstick says of itself.
+        machine: what it ran on.
+    """
+
+    experiment: Experiment
+    scores: Mapping[tuple[Arm, int], list[dict[str, Any]]]
+    training: Mapping[tuple[Arm, int], list[dict[str, Any]]]
+    about: Mapping[str, Any]
+    machine: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, out: Path) -> "Results":
+        """From an experiment's folder, however far it has come."""
+        experiment = Experiment.read(out)
+        runs = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds]
+        folders = {run: experiment.folder(out, *run) for run in runs}
+        notes = [json.loads((out / name).read_text()) for name in ("yardstick.json", "machine.json")]
+        return cls(
+            experiment,
+            {run: scores(folder) for run, folder in folders.items()},
+            {run: folder.history() for run, folder in folders.items()},
+            *notes,
+        )
+
+    @property
+    def baseline(self) -> Arm:
+        return self.experiment.arms[0]
+
+    @property
+    def others(self) -> tuple[Arm, ...]:
+        return self.experiment.arms[1:]
+
+    def at(self, arm: Arm, images: int, name: str) -> dict[int, Any]:
+        """A score of an arm after so many images, by seed."""
+        seeds = self.experiment.seeds
+        lines = ((seed, line) for seed in seeds for line in self.scores[arm, seed] if line["images"] == images)
+        return {seed: line[name] for seed, line in lines}
+
+    def over_seeds(self, arm: Arm, images: int, name: str) -> Estimate:
+        """Its mean."""
+        return Estimate.of(list(self.at(arm, images, name).values()))
+
+    def difference(self, arm: Arm, images: int, name: str) -> Estimate:
+        """Paired with the baseline."""
+        return paired(self.at(arm, images, name), self.at(self.baseline, images, name))
+
+    def ratio(self, arm: Arm, images: int, name: str) -> Estimate:
+        """Paired with the baseline, as a logarithm."""
+        return paired_ratio(self.at(arm, images, name), self.at(self.baseline, images, name))
+
+    @cached_property
+    def marks(self) -> list[int]:
+        """Where all arms have been scored with at least one common seed."""
+        return [mark for mark in self.experiment.marks if self.common(mark)]
+
+    def common(self, mark: int) -> set[int]:
+        """Seeds with which all arms have been scored after so many images."""
+        return set.intersection(*(set(self.at(arm, mark, "frechet")) for arm in self.experiment.arms))
+
+    @cached_property
+    def last(self) -> int | None:
+        """Where arms are compared: the last mark with two common seeds, or with one if there is none; None before."""
+        for enough in (2, 1):
+            if found := [mark for mark in self.marks if len(self.common(mark)) >= enough]:
+                return found[-1]
+        return None
+
+    def curve(self, arm: Arm, seed: int, name: str) -> tuple[list[int], list[float]]:
+        """A score against images."""
+        lines = self.scores[arm, seed]
+        return [line["images"] for line in lines], [line[name] for line in lines]
+
+    def needed(self, arm: Arm, quality: float) -> dict[int, float]:
+        """Images until the Frechet distance is this small, by seed, of seeds that have come to the end; or inf."""
+        return {
+            seed: images_to_reach(quality, *self.curve(arm, seed, "frechet"))
+            for seed in self.experiment.seeds
+            if self.last is not None and seed in self.common(self.last)
+        }
+
+    def roughness(self, arm: Arm) -> Estimate:
+        """Of the Frechet distance from look to look, relative."""
+        curves = [self.curve(arm, seed, "frechet") for seed in self.experiment.seeds if self.scores[arm, seed]]
+        return Estimate.of([rough for curve in curves if isfinite(rough := roughness(*curve))])
+
+    def seconds(self, arm: Arm) -> float:
+        """Per thousand images: the median over all turns; nan before any."""
+        turns = [line["Timing/sec_per_kimg"] for seed in self.experiment.seeds for line in self.training[arm, seed]]
+        return median(turns) if turns else float("nan")
+
+    def overhead(self, arm: Arm) -> float:
+        """Seconds an image, relative to the baseline: the median over turns, compared pair by pair."""
+        ratios = [
+            mine["Timing/sec_per_kimg"] / theirs[mine["Progress/kimg"]] - 1
+            for seed in self.experiment.seeds
+            for theirs in [
+                {line["Progress/kimg"]: line["Timing/sec_per_kimg"] for line in self.training[self.baseline, seed]}
+            ]
+            for mine in self.training[arm, seed]
+            if mine["Progress/kimg"] in theirs
+        ]
+        return median(ratios) if ratios else float("nan")
+
+    def statistics(self) -> dict[str, Any]:
+        """What follows from the numbers, for `results.json`."""
+        last = self.last
+        if last is None:
+            return {"images": None}
+        names = [
+            name for name, value in self.scores[self.baseline, min(self.common(last))][-1].items() if _is_number(value)
+        ]
+        quality = self.over_seeds(self.baseline, last, "frechet").mean
+        return {
+            "images": last,
+            "seeds": sorted(self.common(last)),
+            "baseline": str(self.baseline),
+            "arms": {
+                str(arm): {
+                    "scores": {name: _plain(self.over_seeds(arm, last, name)) for name in names},
+                    "differences": {name: _plain(self.difference(arm, last, name)) for name in names},
+                    "images_to_reach": {
+                        f"{goal * quality:.6g}": _known(self.needed(arm, goal * quality)) for goal in GOALS
+                    },
+                    "roughness": _plain(self.roughness(arm)),
+                    "seconds_per_kimg": self.seconds(arm),
+                    "overhead": self.overhead(arm),
+                }
+                for arm in self.experiment.arms
+            },
+        }
+
+    def write(self, out: Path) -> None:
+        """`results.json` and `results.csv`."""
+        said = {**asdict(self.experiment), "config": self.experiment.config.sections}
+        whole = {
+            "experiment": said | {"arms": [str(arm) for arm in self.experiment.arms], "marks": self.experiment.marks},
+            "machine": self.machine,
+            "yardstick": self.about,
+            "statistics": self.statistics(),
+            "scores": [run | line for run, lines in self._lines(self.scores) for line in lines],
+            "training": [run | line for run, lines in self._lines(self.training) for line in lines],
+        }
+        with replacing(out / "results.json") as beside:
+            beside.write_text(json.dumps(_finite(whole), indent=1) + "\n")
+        with replacing(out / "results.csv") as beside, beside.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["arm", "seed", "images", "name", "noise_level", "value"])
+            writer.writerows(self._rows())
+
+    def _lines(
+        self, of: Mapping[tuple[Arm, int], list[dict[str, Any]]]
+    ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        return (({"arm": str(arm), "seed": seed}, lines) for (arm, seed), lines in of.items())
+
+    def _rows(self) -> Iterator[list[Any]]:
+        """One number a row."""
+        for (arm, seed), lines in self.scores.items():
+            for line in lines:
+                for name, value in line.items():
+                    if name.endswith("_by_level"):
+                        for level, part in zip(self.about["levels"], value, strict=True):
+                            yield [arm, seed, line["images"], name.removesuffix("_by_level"), f"{level:.6g}", part]
+                    elif name != "images":
+                        yield [arm, seed, line["images"], name, "", value]
+        for (arm, seed), lines in self.training.items():
+            for line in lines:
+                for name, value in line.items():
+                    if name != "Progress/kimg":
+                        yield [arm, seed, round(1000 * line["Progress/kimg"]), name, "", value]
+
+
+def percent(logarithm: float) -> float:
+    """What a logarithm of a ratio makes, in per cent."""
+    return 100 * (exp(logarithm) - 1) if logarithm < 700 else inf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _plain(estimate: Estimate) -> dict[str, Any]:
+    return asdict(estimate)
+
+
+def _known(needed: Mapping[int, float]) -> dict[str, Any]:
+    reached = [images for images in needed.values() if isfinite(images)]
+    return {"reached": len(reached), "of": len(needed), "mean": fmean(reached) if reached else None}
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity and no nan: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,212 @@
+"""What every arm is measured with: the same x_t with their exact means, the same seeds, the same features.
+
+So differences between arms are due to the arms. Four questions are asked of a denoiser D:
+
+    quality       Frechet distance between features of samples and of the training data
+    held out      E ||D(x_t) - x||^2 per dimension, x from data that were never trained on
+    exact error   E ||D(x_t) - E[x | x_t]||^2 per dimension, the mean over the training data
+    copies        how near samples are to the training data, against how near held-out data are
+
+The third alone says little of quality: a denoiser without any error in it would only ever return training data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stablefield.config import Config
+from stablefield.data import Progress, silent, split
+from stablefield.denoise import Denoiser
+from stablefield.evaluate import Statistics, frechet_distance, train_classifier
+from stablefield.process import Perturbed
+from stablefield.reference import ALL, Pool
+from stablefield.run import Parts, make_sampler
+from stablefield.sample import Sampler
+from stablefield.seeding import generator
+from stablefield.target import FullDataset
+from stablefield.times import Times
+
+LEVELS = 9
+AT_ONCE = 250
+GRADIENT_BATCHES, GRADIENT_ROWS = 16, 32
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """Rows at one noise level.
+
+    Attributes:
+        level: sigma / alpha.
+        share: of the training noise that lies nearer to this level than to the others.
+        weight: how much the loss makes of a squared error here.
+        trained: x_t of training data.
+        exact: their E[x | x_t] over all training data.
+        held_out: x_t of data that are never trained on.
+    """
+
+    level: float
+    share: float
+    weight: float
+    trained: Perturbed
+    exact: Float[Tensor, "n *D"]
+    held_out: Perturbed
+
+
+@dataclass(frozen=True, eq=False)
+class Yardstick:
+    """Made from data and configuration alone, before anything is trained.
+
+    Attributes:
+        about: what numbers need beside them: noise levels, features, what real data score.
+    """
+
+    shape: tuple[int, ...]
+    pool: Pool
+    sampler: Sampler
+    seeds: range
+    features: Any
+    trained: Statistics
+    held_out: Statistics
+    near: float
+    levels: Sequence[Level]
+    batches: Sequence[tuple[Perturbed, Tensor]]
+    about: dict[str, Any]
+
+    def sample(self, denoiser: Denoiser) -> tuple[Float[Tensor, "n *D"], int]:
+        """One sample a seed, on the CPU, and how often the denoiser was asked for each."""
+        parts = [self.seeds[start : start + AT_ONCE] for start in range(0, len(self.seeds), AT_ONCE)]
+        made = [self.sampler(denoiser, self.shape, seeds=seeds) for seeds in parts]
+        return torch.cat([part.x.float().cpu() for part in made]), made[0].evaluations
+
+    def judge(self, x: Float[Tensor, "n *D"]) -> dict[str, float]:
+        """Scores of samples."""
+        found = Statistics.of(self.features(x))
+        distance = nearest(x, self.pool)
+        return {
+            "frechet": frechet_distance(found, self.trained),
+            "frechet_held_out": frechet_distance(found, self.held_out),
+            "nearest_ratio": float(distance[:, 0].median()) / self.near,
+            "copies": float((distance[:, 0] < distance[:, 1] / 3).double().mean()),
+        }
+
+    @torch.no_grad()
+    def question(self, denoiser: Denoiser) -> dict[str, Any]:
+        """Errors of a denoiser, at each level and as the loss weighs them."""
+        exact = [_error(denoiser, level.trained, level.exact) for level in self.levels]
+        held_out = [_error(denoiser, level.held_out, level.held_out.x) for level in self.levels]
+        factors = [level.share * level.weight for level in self.levels]
+        return {
+            "exact_error": sum(f * e for f, e in zip(factors, exact, strict=True)),
+            "held_out_loss": sum(f * e for f, e in zip(factors, held_out, strict=True)),
+            "exact_error_by_level": exact,
+            "held_out_loss_by_level": held_out,
+        }
+
+
+def make_yardstick(config: Config, parts: Parts, *, samples: int, rows: int, progress: Progress = silent) -> Yardstick:
+    """For a configuration and its parts, of which some data are held out."""
+    pool, held_out, process = parts.pool, parts.held_out, parts.denoiser.process
+    assert held_out is not None
+    space, about = _features(split(parts.data, len(held_out))[0])
+    trained, unseen = (Statistics.of(_of_all(space, part)) for part in (pool, held_out))
+    fresh = nearest(held_out.take(torch.randperm(len(held_out), generator=generator(0, "near"))[:samples]), pool)
+    t, shares = noise_levels(parts)
+    weights = parts.objective.weight(process, t).tolist()
+    levels = []
+    for number, (time, share, weight) in enumerate(zip(t, shares, weights, strict=True)):
+        rows_of = [_perturbed(parts, part, time.expand(min(rows, len(part))), number) for part in (pool, held_out)]
+        alpha, sigma = process.scales(time)
+        levels.append(Level(float(sigma / alpha), share, weight, rows_of[0], _exact(pool, rows_of[0]), rows_of[1]))
+        progress(number + 1, len(t) + GRADIENT_BATCHES)
+    batches = []
+    for number in range(GRADIENT_BATCHES):
+        times = parts.objective.times.draw(GRADIENT_ROWS, generator(0, "gradient times", number))
+        noisy = _perturbed(parts, pool, times, LEVELS + number)
+        batches.append((noisy, _exact(pool, noisy)))
+        progress(len(t) + number + 1, len(t) + GRADIENT_BATCHES)
+    about |= {
+        "levels": [level.level for level in levels],
+        "shares": shares,
+        "weights": weights,
+        "trained": len(pool),
+        "held_out": len(held_out),
+        "real": frechet_distance(unseen, trained),
+        "nearest_held_out": float(fresh[:, 0].median()),
+        "copies_held_out": float((fresh[:, 0] < fresh[:, 1] / 3).double().mean()),
+    }
+    near = about["nearest_held_out"]
+    sampler = make_sampler(config)
+    return Yardstick(pool.shape, pool, sampler, range(samples), space, trained, unseen, near, levels, batches, about)
+
+
+def noise_levels(parts: Parts) -> tuple[Float[Tensor, "L"], list[float]]:
+    """Times evenly spread in the logarithm of the noise, and the share of the training noise nearest to each."""
+    process, times = parts.denoiser.process, parts.objective.times
+    logs = _log_levels(parts, times, torch.tensor([0.005, 0.995], dtype=torch.float64))
+    spread = torch.linspace(float(logs[0]), float(logs[1]), LEVELS, dtype=torch.float64)
+    drawn = _log_levels(parts, times, (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
+    nearest_to = (drawn[:, None] - spread).abs().argmin(1)
+    shares = torch.bincount(nearest_to, minlength=LEVELS).double() / len(drawn)
+    return process.time(spread.exp()), shares.tolist()
+
+
+def _log_levels(parts: Parts, times: Times, u: Tensor) -> Tensor:
+    alpha, sigma = parts.denoiser.process.scales(times.quantile(u))
+    return (sigma / alpha).log()
+
+
+def nearest(x: Float[Tensor, "n *D"], pool: Pool) -> Float[Tensor, "n 2"]:
+    """Distances to the nearest two members of a pool, float64."""
+    rows, found = x.flatten(1).double(), torch.empty(len(x), 0, dtype=torch.float64)
+    for block in pool.blocks(ALL, 1024):
+        found = torch.cat([found, torch.cdist(rows, block.flatten(1).to(rows))], 1)
+        found = found.topk(min(2, found.shape[1]), 1, largest=False).values
+    return found
+
+
+def _features(pool: Pool) -> tuple[Any, dict[str, Any]]:
+    """Those of a classifier of the training data; the data themselves where they have no classes."""
+    if pool.labels is None or len(pool.shape) != 3:
+        return lambda x: x.flatten(1), {"features": "the data themselves", "accuracy": None}
+    classifier = train_classifier(pool)
+    return classifier.features, {"features": "a classifier of the training data", "accuracy": classifier.accuracy}
+
+
+def _of_all(space: Any, pool: Pool) -> Tensor:
+    return torch.cat([space(block) for block in pool.blocks(ALL, 1024)])
+
+
+def _perturbed(parts: Parts, pool: Pool, t: Float[Tensor, "n"], number: int) -> Perturbed:
+    """Members of a pool, at these times, on the denoiser's device."""
+    source = generator(0, "yardstick", number, len(pool))
+    index = torch.randperm(len(pool), generator=source)[: len(t)]
+    x = pool.take(index)
+    noise = torch.randn(x.shape, generator=source, dtype=x.dtype)
+    device = next(parts.denoiser.parameters()).device
+    label = pool.label(index)
+    return parts.denoiser.process.perturb(
+        x.to(device),
+        t.to(x).to(device),
+        noise.to(device),
+        label=None if label is None else label.to(device),
+        index=index,
+    )
+
+
+def _exact(pool: Pool, noisy: Perturbed) -> Tensor:
+    parts = [noisy.rows(slice(start, start + AT_ONCE)) for start in range(0, len(noisy), AT_ONCE)]
+    return torch.cat([FullDataset(pool)(part).mean for part in parts])
+
+
+def _error(denoiser: Denoiser, noisy: Perturbed, wanted: Tensor) -> float:
+    """Mean squared error, per dimension."""
+    squares = [
+        (denoiser(part.x_t, part.t, part.label) - wanted[start : start + AT_ONCE]).double().square().flatten(1).mean(1)
+        for start in range(0, len(noisy), AT_ONCE)
+        for part in [noisy.rows(slice(start, start + AT_ONCE))]
+    ]
+    return float(torch.cat(squares).mean())
