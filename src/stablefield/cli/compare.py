@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from stablefield.checkpoint import replacing
 from stablefield.cli.data import progress_bar
 from stablefield.cli.train import _stop_signals
-from stablefield.compare import Arm, Experiment, Results, run_all, write_report, yardstick
+from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick
 from stablefield.compare.experiment import place
 from stablefield.config import Config, overlay, override, read_toml, resolve
 from stablefield.run import Parts, assemble, choose_device
@@ -39,7 +39,7 @@ def compare(
             help=f"What to compare, by default {','.join(TARGETS)}: all with the first. Also neighbours:64.",
         ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help=f"One run of each target for each, by default 0-2.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="One run of each target for each, by default 0-2.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images that each run sees; sets training.images.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file that says what all have in common.")] = None,
     set_: Annotated[
@@ -50,6 +50,9 @@ def compare(
     rows: Annotated[int | None, typer.Option(min=1, help=f"x_t a noise level and look, by default {ROWS}.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds at work at once, in processes of their own.")] = 1,
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
+    summary_: Annotated[
+        Path | None, typer.Option("--summary", metavar="FILE.md", help="Where the summary goes, instead of the folder.")
+    ] = None,
 ) -> None:
     """Train with several targets on the same budget, seed by seed, and report what it changed.
 
@@ -58,7 +61,7 @@ def compare(
     on, and may add targets and seeds.
     """
     if report_only:
-        _report(out)
+        _report(out, summary_)
         return
     arms = tuple(map(Arm.parse, targets.split(","))) if targets else None
     settings, wanted = settings_of(images, set_), tuple(parse_seeds(seeds)) if seeds else None
@@ -84,7 +87,7 @@ def compare(
     _note(out / "yardstick.json", yardstick(out).about)
     _note(out / "machine.json", machine(experiment.config, jobs))
     done, stopped = run(experiment, out, jobs)
-    _report(out)
+    _report(out, summary_)
     if not done:
         print(f"Stopped and saved. Go on with: stablefield compare --out {out}")
         raise typer.Exit(128 + stopped)
@@ -155,10 +158,11 @@ def machine(config: Config, jobs: int) -> dict[str, Any]:
     }
 
 
-def _report(out: Path) -> None:
-    write_report(out)
-    found = Results.read(out)
-    print(f"report    {out / 'report.html'}" if found.last else "nothing has been scored yet, so there is no report")
+def _report(out: Path, summary_: Path | None) -> None:
+    results = write_report(out, summary_)
+    print("\n".join(findings(results)))
+    print(f"report    {out / 'report.html'}\nsummary   {summary_ or out / 'summary.md'}")
+    print(f"numbers   {out / 'results.json'}, {out / 'results.csv'}")
 
 
 def _note(path: Path, said: dict[str, Any]) -> None:

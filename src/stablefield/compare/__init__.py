@@ -1,6 +1,7 @@
 """Targets side by side: paired runs, what is measured of them, and the report."""
 
 from stablefield.compare.experiment import Arm, Experiment
+from stablefield.compare.findings import findings
 from stablefield.compare.gradients import GradientVariance, gradient_variance
 from stablefield.compare.jobs import run_all, yardstick
 from stablefield.compare.report import write_report
@@ -13,6 +14,7 @@ __all__ = [
     "GradientVariance",
     "Results",
     "Yardstick",
+    "findings",
     "gradient_variance",
     "make_yardstick",
     "run_all",

@@ -1,0 +1,191 @@
+"""The tables of a report, as rows of text: the same for HTML and Markdown."""
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+from stablefield.compare.experiment import Arm
+from stablefield.compare.findings import change, percent_of
+from stablefield.compare.results import GOALS, Results
+from stablefield.compare.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a heading, and what they mean."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tables(results: Results) -> list[Table]:
+    """All that can be said of what is there."""
+    if results.last is None:
+        return []
+    return [_scores(results), _changes(results), _needed(results), _costs(results)]
+
+
+def methods(results: Results) -> list[tuple[str, str]]:
+    """How the numbers came about, point by point."""
+    experiment, about, machine = results.experiment, results.about, results.machine
+    config, training = experiment.config, experiment.config["training"]
+    accuracy = "" if about["accuracy"] is None else f" ({about['accuracy']:.1%} right on images it has not seen)"
+    levels = f"{about['levels'][0]:.3g} to {about['levels'][-1]:.3g}"
+    return [
+        ("data", f"{_part(config, 'data')}; {about['trained']:,} trained on, {about['held_out']:,} held out"),
+        ("process", f"{_part(config, 'process')}; times {_part(config, 'times')}; weight {_part(config, 'weight')}"),
+        ("network", f"{_part(config, 'network')}; scaling {_part(config, 'scaling')}"),
+        (
+            "training",
+            f"{experiment.images:,} images a run, {training['batch_size']} a step, learning rate "
+            f"{training['learning_rate']:g} after {training['ramp']:,} images; scored is the average of the weights, "
+            f"half-life {training['ema_half_life']:,} images or {training['ema_ramp_up']:g} of those seen",
+        ),
+        (
+            "pairing",
+            "runs with one seed share initial weights, order of images, times and noise, and differ in the target",
+        ),
+        (
+            "samples",
+            f"{experiment.samples:,} a look, from the same seeds for all runs; {_part(config, 'sampler')}, "
+            f"{_evaluations(results)} network evaluations each",
+        ),
+        (
+            "quality",
+            f"Frechet distance to the training data in features of {about['features']}{accuracy}; it is not FID. "
+            f"The held-out images themselves score {about['real']:.3g}",
+        ),
+        (
+            "denoising",
+            f"{experiment.rows} x_t at each of {len(about['levels'])} noise levels from {levels}, the same for all "
+            "runs; sums over levels are weighted as training weighs them",
+        ),
+        (
+            "intervals",
+            "95 %, Student's t over seeds; differences are taken seed by seed, changes in per cent from logarithms of "
+            "ratios. Many are looked at: one in twenty leaves out zero by chance",
+        ),
+        (
+            "machine",
+            f"{machine['device']}, {machine['cores']} cores, {machine['threads']} threads a job, {machine['jobs']} at "
+            f"once; PyTorch {machine['torch']}, Python {machine['python']}; begun {experiment.begun}",
+        ),
+        ("seeds", ", ".join(map(str, experiment.seeds))),
+        ("command", experiment.command),
+    ]
+
+
+def _scores(results: Results) -> Table:
+    def row(arm: Arm) -> list[str]:
+        names = ("frechet", "frechet_held_out", "held_out_loss", "exact_error", "nearest_ratio", "copies")
+        return [arm.title, *(interval(_last(results, arm, name)) for name in names)]
+
+    return Table(
+        f"After {results.last:,} images",
+        "Mean over seeds ± half of the 95 % interval. Lower is better for the first three. Nearest: median distance "
+        "from samples to their nearest training image, over that of held-out images; copies: share of samples whose "
+        "nearest training image is less than a third as far as the second "
+        f"({results.about['copies_held_out']:.3g} of the held-out images).",
+        ["target", "Frechet", "Frechet to held-out data", "held-out loss", "error to exact", "nearest", "copies"],
+        [row(arm) for arm in results.experiment.arms],
+    )
+
+
+def _changes(results: Results) -> Table:
+    names = ("frechet", "frechet_held_out", "held_out_loss", "exact_error", "gradient_variance")
+
+    def row(arm: Arm) -> list[str]:
+        assert results.last is not None
+        return [arm.title, *(change(results.ratio(arm, results.last, name)) for name in names)]
+
+    return Table(
+        f"Against {results.baseline.title}, pair by pair",
+        "Change with its 95 % interval; one that holds zero is no finding.",
+        ["target", "Frechet", "Frechet to held-out data", "held-out loss", "error to exact", "gradient variance"],
+        [row(arm) for arm in results.others],
+    )
+
+
+def _needed(results: Results) -> Table:
+    assert results.last is not None
+    quality = _last(results, results.baseline, "frechet").mean
+    first = results.marks[0]
+
+    def cell(arm: Arm, goal: float) -> str:
+        needed = results.needed(arm, goal * quality)
+        reached = sorted(images for images in needed.values() if isfinite(images))
+        if not reached:
+            return "not reached"
+        spread = f"{reached[0]:,.0f}" + (f" to {reached[-1]:,.0f}" if len(reached) > 1 else "")
+        spread = f"at most {spread}" if reached[-1] <= first else spread
+        return spread if len(reached) == len(needed) else f"{spread}; {len(needed) - len(reached)} of {len(needed)} not"
+
+    return Table(
+        "Images needed to reach a quality",
+        f"First time that the Frechet distance is as low as {results.baseline.title}'s last mean, times a factor; "
+        "least and most over seeds, on a line in log images between two looks.",
+        ["target", *(f"{goal * quality:.3g} ({goal:g} ×)" for goal in GOALS)],
+        [[arm.title, *(cell(arm, goal) for goal in GOALS)] for arm in results.experiment.arms],
+    )
+
+
+def _costs(results: Results) -> Table:
+    def row(arm: Arm) -> list[str]:
+        total, part = (_last(results, arm, name).mean for name in ("gradient_variance", "gradient_variance_of_target"))
+        return [
+            arm.title,
+            _number(_last(results, arm, "frechet").deviation),
+            f"{100 * results.roughness(arm).mean:.1f} %",
+            _number(total),
+            f"{part / total:.1%}" if total > 0 else "",
+            f"{results.seconds(arm):.3g}",
+            "" if arm == results.baseline else percent_of(results.overhead(arm)),
+        ]
+
+    return Table(
+        "Steadiness and cost",
+        "Deviation of the Frechet distance over seeds at the end, and from look to look (relative, around a line in "
+        "log images, last half of the run); Tr Cov of a gradient, and the target's share of it; seconds per thousand "
+        "images, the median over turns, and against the baseline, pair by pair.",
+        [
+            "target",
+            "over seeds",
+            "over looks",
+            "gradient variance",
+            "the target's share",
+            "s per 1,000 images",
+            "overhead",
+        ],
+        [row(arm) for arm in results.experiment.arms],
+    )
+
+
+def interval(estimate: Estimate) -> str:
+    """A mean with half its interval.
+
+    >>> interval(Estimate(12.345, 0.678, 0.5, 3))
+    '12.3 ± 0.68'
+    """
+    return _number(estimate.mean) + (f" ± {estimate.half:.2g}" if isfinite(estimate.half) else "")
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if isfinite(value) else "–"
+
+
+def _last(results: Results, arm: Arm, name: str) -> Estimate:
+    assert results.last is not None
+    return results.over_seeds(arm, results.last, name)
+
+
+def _evaluations(results: Results) -> int:
+    return next(line["evaluations"] for lines in results.scores.values() for line in lines)
+
+
+def _part(config: Any, section: str) -> str:
+    """A section in short: its kind, and what else is said."""
+    said = {k: v for k, v in config[section].items() if k not in ("kind", "holdout") and v is not None}
+    inner = ", ".join(f"{key} {value}" for key, value in said.items())
+    return f"{config[section]['kind']}" + (f" ({inner})" if inner else "")
