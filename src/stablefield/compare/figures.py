@@ -52,7 +52,7 @@ def plots(results: Results) -> list[Plot]:
     if results.last is None:
         return []
     band = "Bands: 95 % intervals over seeds." if len(results.experiment.seeds) > 1 else "One seed."
-    exact = "mean squared error per dimension (data units²)"
+    exact = "error per dimension (data units²)"
     return [
         _against_images(
             results,
@@ -179,7 +179,7 @@ def _against_levels(
 
 
 def _gradients(results: Results, band: str) -> Plot:
-    figure, axes = _axes("images seen", "Tr Cov of a batch's gradient (loss units² per weight²)")
+    figure, axes = _axes("images seen", "Tr Cov of a gradient (loss units²)")
     for arm, look in _arms(results, False):
         total = [_bounds(results.over_seeds(arm, mark, "gradient_variance")) for mark in results.marks]
         _band(axes, results.marks, total, arm.title, look)
@@ -265,9 +265,9 @@ def _scaled(axes: Axes, log: bool, *, across: bool = True) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if log:
-        drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
-        shown = drawn[drawn > 0]
+    drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
+    shown = drawn[drawn > 0]
+    if log and shown.max() > 4 * shown.min():  # less is told better by even ticks
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -8,9 +8,16 @@ from stablefield.compare.experiment import Arm
 from stablefield.compare.results import Results, percent
 from stablefield.compare.statistics import Estimate
 
+MEASURED = {
+    "frechet": "Frechet distance of samples to the data",
+    "held_out_loss": "Loss on held-out data",
+    "exact_error": "Error against the training set's exact answer",
+    "gradient_variance": "Variance of the gradient",
+}
+
 
 def findings(results: Results) -> list[str]:
-    """A sentence or two for all, and some for every arm but the first."""
+    """What was done and found in a few sentences, then some for every arm but the first."""
     last = results.last
     if last is None:
         return ["Nothing has been scored yet."]
@@ -24,9 +31,21 @@ def findings(results: Results) -> list[str]:
             f"The experiment is not finished: it is meant to see {experiment.images:,} images with "
             f"{_counted(len(experiment.seeds), 'seed')}."
         )
-    if seeds < 2:
-        said.append("One seed cannot tell a difference from chance: what follows are observations, not findings.")
-    return said + [_of_arm(results, arm, last) for arm in results.others]
+    return [" ".join([*said, _headline(results, last)]), *(_of_arm(results, arm, last) for arm in results.others)]
+
+
+def _headline(results: Results, last: int) -> str:
+    """Whose samples are better, if anyone's."""
+    ratios = {arm: results.ratio(arm, last, "frechet") for arm in results.others}
+    base = results.baseline.title
+    if all(ratio.n < 2 for ratio in ratios.values()):
+        return "One seed cannot tell a difference from chance: what follows are observations, not findings."
+    groups = {
+        f"Samples surely better than {base}'s": [arm for arm, ratio in ratios.items() if _better(ratio)],
+        f"Samples surely worse than {base}'s": [arm for arm, ratio in ratios.items() if _worse(ratio)],
+        "No difference in samples that can be told from chance": [a for a, ratio in ratios.items() if not ratio.sure],
+    }
+    return " ".join(f"{what}: {_listed([arm.title for arm in arms])}." for what, arms in groups.items() if arms)
 
 
 def change(ratio: Estimate) -> str:
@@ -46,29 +65,23 @@ def memorises(results: Results, arm: Arm, last: int) -> bool:
 
 
 def _of_arm(results: Results, arm: Arm, last: int) -> str:
-    quality, held_out, exact = (results.ratio(arm, last, name) for name in ("frechet", "held_out_loss", "exact_error"))
-    base = results.baseline.title
-    said = [f"{arm.title} against {base}: {_verdict('the Frechet distance of its samples', quality)}"]
-    said.append(_verdict("the loss on held-out data", held_out))
-    said.append(_verdict("the error against the training set's exact answer", exact))
-    text = "; ".join(said) + "."
+    ratios = {name: results.ratio(arm, last, name) for name in MEASURED}
+    said = [f"{arm.title} against {results.baseline.title}."]
+    said += [f"{what}: {_verdict(ratios[name])}." for name, what in MEASURED.items()]
     if memorises(results, arm, last):
-        text += (
-            " It came nearer to the training set's exact answer and surely gained nothing else: that is memorisation, "
-            "not quality."
+        said.append(
+            "The only gain that can be told from chance is nearness to the training set's exact answer: alone, that is "
+            "memorisation, not quality."
         )
-    elif _better(quality) and _worse(held_out):
-        text += (
-            " Its samples are nearer to the training data while its answers on held-out data are worse: mind copies."
+    elif _better(ratios["frechet"]) and _worse(ratios["held_out_loss"]):
+        said.append("Samples came nearer to the training data while held-out data fared worse: mind memorisation.")
+    near, copies = (results.over_seeds(arm, last, name).mean for name in ("nearest_ratio", "copies"))
+    if near < 1 and _better(results.ratio(arm, last, "nearest_ratio")):
+        said.append(
+            f"Its samples lie nearer to training images than {results.baseline.title}'s do: {near:.3f} of held-out "
+            f"data's distance, {copies:.1%} copies."
         )
-    near, copies = results.difference(arm, last, "nearest_ratio"), results.difference(arm, last, "copies")
-    if (near.sure and near.mean < 0) or (copies.sure and copies.mean > 0):
-        text += (
-            f" Its samples lie nearer to training images ({results.over_seeds(arm, last, 'nearest_ratio').mean:.3f} of "
-            f"held-out data's distance, {results.over_seeds(results.baseline, last, 'nearest_ratio').mean:.3f} with "
-            f"{base})."
-        )
-    return text + f" A step took {percent_of(results.overhead(arm))} time."
+    return " ".join([*said, f"A step took {percent_of(results.overhead(arm))} time."])
 
 
 def percent_of(overhead: float) -> str:
@@ -86,12 +99,12 @@ def _signed(number: float) -> str:
     return f"{number:+.1f}" if abs(number) >= 1 else f"{number:+.2g}"
 
 
-def _verdict(what: str, ratio: Estimate) -> str:
+def _verdict(ratio: Estimate) -> str:
     if ratio.n < 2:
-        return f"{what} changed by {change(ratio)}"
+        return f"changed by {change(ratio)}"
     if not ratio.sure:
-        return f"{what} shows no difference that these seeds can tell from chance, {change(ratio)}"
-    return f"{what} is {'lower' if ratio.mean < 0 else 'higher'}, {change(ratio)}"
+        return f"no difference that these seeds can tell from chance, {change(ratio)}"
+    return f"{'lower' if ratio.mean < 0 else 'higher'}, {change(ratio)}"
 
 
 def _better(ratio: Estimate) -> bool:

@@ -126,7 +126,7 @@ def _needed(results: Results) -> Table:
         "Images needed to reach a quality",
         f"First time that the Frechet distance is as low as {results.baseline.title}'s last mean, times a factor; "
         "least and most over seeds, on a line in log images between two looks.",
-        ["target", *(f"{goal * quality:.3g} ({goal:g} ×)" for goal in GOALS)],
+        ["target", *(f"{_number(goal * quality)} ({goal:g} ×)" for goal in GOALS)],
         [[arm.title, *(cell(arm, goal) for goal in GOALS)] for arm in results.experiment.arms],
     )
 
@@ -137,7 +137,7 @@ def _costs(results: Results) -> Table:
         return [
             arm.title,
             _number(_last(results, arm, "frechet").deviation),
-            f"{100 * results.roughness(arm).mean:.1f} %",
+            _number(100 * results.roughness(arm).mean) + " %",
             _number(total),
             f"{part / total:.1%}" if total > 0 else "",
             f"{results.seconds(arm):.3g}",
@@ -168,11 +168,14 @@ def interval(estimate: Estimate) -> str:
     >>> interval(Estimate(12.345, 0.678, 0.5, 3))
     '12.3 ± 0.68'
     """
-    return _number(estimate.mean) + (f" ± {estimate.half:.2g}" if isfinite(estimate.half) else "")
+    half = f"{estimate.half:.2g}" if estimate.half < 100 else _number(estimate.half)
+    return _number(estimate.mean) + (f" ± {half}" if isfinite(estimate.half) else "")
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}" if isfinite(value) else "–"
+    if not isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _last(results: Results, arm: Arm, name: str) -> Estimate:

@@ -1,0 +1,305 @@
+"""Arms of an experiment differ in their target and in nothing else, and can be stopped anywhere."""
+
+import json
+from dataclasses import replace
+from math import exp, inf, log
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stablefield import (
+    EDM,
+    MLP,
+    VE,
+    EDMWeight,
+    FullDataset,
+    Ideal,
+    LogNormal,
+    Objective,
+    Pool,
+    Preconditioned,
+    ReferenceBatch,
+    SingleSample,
+)
+from stablefield.checkpoint import read
+from stablefield.cli import app
+from stablefield.compare import Arm, Experiment, gradient_variance, run_all, yardstick
+from stablefield.compare.runs import Run, scores
+from stablefield.compare.statistics import Estimate, images_to_reach, paired, roughness, student
+from stablefield.config import ConfigError, override, resolve
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+def images(path: Path, total: int = 90) -> Path:
+    """A few small labelled pictures: a bright spot in one of three places."""
+    source = np.random.default_rng(0)
+    data, labels = source.integers(0, 60, (total, 1, 4, 4)), np.arange(total) % 3
+    data[np.arange(total), 0, labels, labels] += 180
+    np.savez(path, data=data.astype(np.uint8), labels=labels)
+    return path
+
+
+SETTINGS = (
+    "data.kind=arrays",
+    "data.holdout=20",
+    "network.kind=mlp",
+    "network.width=16",
+    "network.layers=2",
+    "training.batch_size=8",
+    "training.images=96",
+    "training.ramp=0",
+    "training.device=cpu",
+    "sampler.kind=dpm",
+    "sampler.steps=4",
+)
+
+
+def planned(folder: Path, arms: str = "single,reference:1,reference:16,full", seeds: tuple[int, ...] = (0, 1)):
+    config = resolve(override({}, [*SETTINGS, f"data.path={images(folder / 'data.npz')}"]))
+    return Experiment(config, tuple(map(Arm.parse, arms.split(","))), seeds, looks=3, samples=12, rows=6)
+
+
+def finish(experiment: Experiment, out: Path, stop=lambda: False) -> bool:
+    experiment.write(out)
+    return run_all(experiment, out, 1, lambda *_: None, stop)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("experiment")
+    experiment = planned(out)
+    assert finish(experiment, out / "whole")
+    return experiment, out / "whole"
+
+
+def test_every_arm_is_asked_about_the_same_x_t(tmp_path):
+    experiment = planned(tmp_path)
+    asked = {}
+    for arm in experiment.arms:
+        run = Run(experiment, tmp_path, arm, 0)
+        seen = asked.setdefault(arm, [])
+        run.parts.denoiser.register_forward_pre_hook(lambda _, question, seen=seen: seen.append(question[0].clone()))
+        run.advance(40, lambda: False)
+    first, *others = asked.values()
+    assert len(first) == 5
+    for other in others:
+        assert torch.equal(torch.cat(first), torch.cat(other))
+
+
+def test_one_reference_is_dsm_bit_for_bit_scores_included(done):
+    experiment, out = done
+    single, alone, more = (Arm.parse(text) for text in ("single", "reference:1", "reference:16"))
+    for seed in experiment.seeds:
+        folders = [experiment.folder(out, arm, seed) for arm in (single, alone, more)]
+        one, same, other = (read(folder.checkpoint).tensors for folder in folders)
+        assert all(torch.equal(one[name], same[name]) for name in one)
+        assert not all(torch.equal(one[name], other[name]) for name in one)
+        assert scores(folders[0]) == scores(folders[1])
+
+
+def test_an_experiment_stopped_anywhere_goes_on_bit_for_bit(done, tmp_path):
+    experiment, whole = done
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 37 == 0
+
+    stops = 0
+    while not finish(experiment, tmp_path, stop):
+        stops += 1
+    assert stops > 2
+    for arm in experiment.arms:
+        for seed in experiment.seeds:
+            folders = [experiment.folder(out, arm, seed) for out in (whole, tmp_path)]
+            one, other = (read(folder.checkpoint).tensors for folder in folders)
+            assert all(torch.equal(one[name], other[name]) for name in one)
+            assert scores(folders[0]) == scores(folders[1])
+            seen = [line["Progress/kimg"] for line in folders[1].history()]
+            assert seen == sorted(set(seen))
+
+
+def test_what_is_done_is_not_done_again_and_seeds_can_be_added(done, tmp_path):
+    experiment, out = done
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.safetensors")}
+    more = experiment.joined(replace(experiment, seeds=(2,), arms=experiment.arms[:2]))
+    assert more.seeds == (0, 1, 2)
+    assert finish(replace(more, seeds=(0, 1)), out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint.safetensors")} == before
+
+
+def test_an_experiment_cannot_become_another(tmp_path):
+    experiment = planned(tmp_path)
+    other = replace(experiment, config=resolve(override(experiment.config.sections, ["network.width=8"])), looks=2)
+    with pytest.raises(ConfigError, match=r"network\.width, looks"):
+        experiment.joined(other)
+    experiment.write(tmp_path)
+    assert Experiment.read(tmp_path) == experiment
+
+
+def test_looks_are_at_whole_steps_that_grow_by_equal_factors(tmp_path):
+    marks = np.array(replace(planned(tmp_path), looks=3).marks)
+    assert marks[-1] == 96
+    assert not (marks % 8).any()
+    config = resolve(override({}, ["training.images=64000", "training.batch_size=10"]))
+    marks = np.array(Experiment(config, (Arm("single"), Arm("full")), (0,), looks=5).marks)
+    assert np.allclose(marks[1:] / marks[:-1], 2, rtol=1e-2)
+    with pytest.raises(ConfigError, match="too few for 30 looks"):
+        replace(planned(tmp_path), looks=30)
+
+
+@pytest.mark.parametrize("text", ["reference", "single:3", "reference:x", "stable", "full:"])
+def test_a_target_that_is_none_is_refused(text):
+    with pytest.raises(ConfigError, match="looks like one of"):
+        Arm.parse(text)
+
+
+def test_no_target_may_differ_in_anything_but_the_target(tmp_path):
+    experiment = planned(tmp_path)
+    configs = [arm.configured(experiment.config, 3) for arm in experiment.arms]
+    for config in configs:
+        assert set(config.differences(configs[0])) <= {"target.kind", "target.size"}
+        assert config.training.seed == 3
+
+
+def test_the_exact_denoiser_has_no_error_and_its_samples_are_copies(done):
+    measured = yardstick(done[1])
+    ideal = Ideal(measured.pool, VE())
+    found = measured.question(ideal)
+    assert found["exact_error"] < 1e-10 < found["held_out_loss"]
+    assert all(len(found[f"{name}_by_level"]) == len(measured.levels) for name in ("exact_error", "held_out_loss"))
+    x = measured.pool.take(torch.arange(12))
+    assert measured.judge(x)["copies"] == 1
+    assert measured.judge(x)["nearest_ratio"] < 1e-3
+    assert sum(measured.about["shares"]) == pytest.approx(1)
+
+
+def gradient_problem(rows: int, count: int):
+    pool = Pool(torch.randn(30, 5, generator=torch.Generator().manual_seed(0)))
+    torch.manual_seed(2)
+    denoiser = Preconditioned(MLP((5,), width=8, layers=2), VE(), EDM())
+    batches = []
+    for number in range(count):
+        source = torch.Generator().manual_seed(number)
+        index = torch.randint(30, (rows,), generator=source)
+        x, t = pool.take(index), LogNormal(0, 0.3).draw(rows, source).float()
+        noisy = VE().perturb(x, t, torch.randn(x.shape, generator=source), index=index)
+        batches.append((noisy, FullDataset(pool)(noisy).mean))
+    return pool, denoiser, batches
+
+
+def test_the_gradients_whose_variance_is_taken_are_those_of_the_loss():
+    _, denoiser, batches = gradient_problem(4, 1)
+    objective = Objective(LogNormal(), SingleSample(), EDMWeight())
+    found = gradient_variance(denoiser, objective, batches * 2)
+    noisy = batches[0][0]
+    objective.loss(denoiser, denoiser.process, noisy, SingleSample()(noisy)).loss.backward()
+    expected = sum(float(p.grad.double().square().sum()) for p in denoiser.parameters() if p.grad is not None)
+    assert found.total == pytest.approx(0, abs=1e-6 * expected)  # twice the same batch
+    assert found.squared_mean == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_variance_of_a_gradient_is_that_of_the_exact_one_and_the_targets_part():
+    pool, denoiser, batches = gradient_problem(4, 300)
+    exact, single, stable = (
+        gradient_variance(denoiser, Objective(LogNormal(), target, EDMWeight()), batches)
+        for target in (FullDataset(pool), SingleSample(), ReferenceBatch(pool, 8))
+    )
+    assert exact.target < 1e-10
+    assert stable.target < single.target / 2
+    for found in (single, stable):
+        assert found.total == pytest.approx(exact.total + found.target, rel=0.15)
+
+
+def test_intervals_are_students_and_cover_as_often_as_they_say():
+    assert [round(student(n), 3) for n in (1, 4, 30)] == [12.706, 2.776, 2.042]
+    assert student(10**7) == pytest.approx(1.95996, abs=1e-4)
+    source = np.random.default_rng(0)
+    covered = [Estimate.of(list(source.normal(3, 2, 4))) for _ in range(2000)]
+    assert np.mean([e.low <= 3 <= e.high for e in covered]) == pytest.approx(0.95, abs=0.015)
+    assert Estimate.of([1.0]).half == inf
+
+
+def test_what_two_arms_share_by_seed_is_no_difference():
+    luck = {seed: 100.0 * seed for seed in range(4)}
+    found = paired({seed: value - 1 for seed, value in luck.items()} | {9: 1e9}, luck)
+    assert (found.mean, found.deviation, found.n) == (-1, 0, 4)
+    assert found.sure
+
+
+def test_images_to_reach_a_quality_are_read_off_a_line_in_log_images():
+    seen = [1000, 2000, 4000, 8000]
+    curve = [50 - 5 * log(images) for images in seen]
+    for needed in (1500.0, 3999.0, 7000.0):
+        assert images_to_reach(50 - 5 * log(needed), seen, curve) == pytest.approx(needed)
+    assert images_to_reach(0.0, seen, curve) == inf
+    assert images_to_reach(1e9, seen, curve) == 1000
+    assert images_to_reach(1.0, [10, 20, 40], [2.0, 1.0, 3.0]) == 20  # the first time counts
+
+
+def test_roughness_is_nothing_for_a_power_and_the_jumps_beside_it():
+    seen = [2.0**k for k in range(1, 9)]
+    power = [7 * images**-0.4 for images in seen]
+    assert roughness(seen, power) == pytest.approx(0, abs=1e-12)
+    source = np.random.default_rng(0)
+    jumps = [roughness(seen, [v * exp(0.1 * source.normal()) for v in power]) ** 2 for _ in range(4000)]
+    assert np.mean(jumps) ** 0.5 == pytest.approx(0.1, rel=0.05)
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def test_the_command_trains_reports_and_goes_on(tmp_path):
+    out, data = tmp_path / "out", images(tmp_path / "data.npz")
+    flags = [part for s in (*SETTINGS[2:-2], "data.kind=arrays", f"data.path={data}") for part in ("--set", s)]
+    less = ["--looks", 2, "--samples", 8, "--rows", 4]
+    result = command("--out", out, "--targets", "single,reference:8", "--seeds", 0, *flags, *less)
+    assert result.exit_code == 0, result.output
+    assert "One seed cannot tell" in result.output.replace("\n", " ")
+    said = json.loads((out / "experiment.json").read_text())
+    assert said["config"]["data"]["holdout"] == 15  # a sixth
+    assert said["config"]["sampler"]["kind"] == "dpm"
+    assert {"report.html", "summary.md", "summary.svg", "results.json", "results.csv"} <= {
+        f.name for f in out.iterdir()
+    }
+
+    refused = command("--out", out, "--set", "network.width=12")
+    assert "this experiment was begun otherwise" in str(refused.exception)
+    result = command("--out", out, "--seeds", "0-1", "--targets", "full")
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in (out / "runs").iterdir()} == {"single", "reference-8", "full"}
+    assert len(list(out.rglob("scores.jsonl"))) == 6
+    page = tmp_path / "docs" / "tiny.md"
+    result = command("--out", out, "--report-only", "--summary", page)
+    assert result.exit_code == 0
+    assert "](tiny.svg)" in page.read_text()
+    assert page.with_suffix(".svg").exists()
+
+
+def test_a_target_that_the_data_cannot_serve_is_refused_before_any_work(tmp_path):
+    out, data = tmp_path / "out", images(tmp_path / "data.npz")
+    flags = [part for s in (*SETTINGS, f"data.path={data}") for part in ("--set", s)]
+    result = command("--out", out, "--targets", "single,reference:500", *flags)
+    assert "between 1 and the pool's 70 members, not 500" in str(result.exception)
+    assert not out.exists()
+    assert "holds no experiment" in str(command("--out", out, "--report-only").exception)
+
+
+@pytest.mark.slow
+def test_several_jobs_make_what_one_makes(done, tmp_path):
+    experiment, whole = done
+    experiment.write(tmp_path)
+    told = []
+    assert run_all(experiment, tmp_path, 2, lambda *event: told.append(event), lambda: False)
+    assert {seed for seed, _, _ in told} == {0, 1}
+    for arm in experiment.arms:
+        folders = [experiment.folder(out, arm, 1) for out in (whole, tmp_path)]
+        one, other = (read(folder.checkpoint).tensors for folder in folders)
+        for name in one:
+            torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
