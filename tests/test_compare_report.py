@@ -1,0 +1,235 @@
+"""The report stands alone, says no more than the numbers do, and can be looked at on a screen and on a phone."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from base64 import b64decode
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stablefield.checkpoint import replacing
+from stablefield.compare import Arm, Experiment, Results, findings, write_report
+from stablefield.config import override, resolve
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+LEVELS = [0.02, 0.2, 2.0]
+
+
+def line(images: int, **changed: float) -> dict:
+    """What a look finds, in round numbers."""
+    told = {"frechet": 5e4 / images, "held_out_loss": 0.5, "exact_error": 0.2, "nearest_ratio": 1.0, "copies": 0.0}
+    told |= {"frechet_held_out": 6e4 / images, "gradient_variance": 0.3, "gradient_variance_of_target": 0.1}
+    told |= {"gradient_squared_mean": 0.2, "evaluations": 12, "images": images} | changed
+    return told | {
+        f"{name}_by_level": [told[name] * (1 + k) for k in range(3)] for name in ("exact_error", "held_out_loss")
+    }
+
+
+def made(out: Path, gains: dict[str, float], seeds: int = 4) -> Path:
+    """An experiment whose second arm is so many times the first, up to a little luck; no training needed."""
+    source = np.random.default_rng(0)
+    config = resolve(override({}, ["training.images=16000", "training.batch_size=10", "data.holdout=100"]))
+    arms = (Arm("single"), Arm("reference", 64))
+    experiment = Experiment(
+        config, arms, tuple(range(seeds)), looks=5, samples=50, rows=8, command="stablefield <compare>"
+    )
+    experiment.write(out)
+    real = {"real": 2.0, "nearest_held_out": 1.0, "copies_held_out": 0.0, "trained": 1697, "held_out": 100}
+    said = {
+        "levels": LEVELS,
+        "shares": [0.2, 0.5, 0.3],
+        "weights": [1.0, 1.0, 1.0],
+        "features": "pixels",
+        "accuracy": 0.9,
+    }
+    (out / "yardstick.json").write_text(json.dumps(said | real))
+    machine = {"device": "cpu", "cores": 2, "threads": 1, "jobs": 1, "torch": "2", "python": "3"}
+    (out / "machine.json").write_text(json.dumps(machine))
+    for arm in arms:
+        for seed in range(seeds):
+            folder = experiment.folder(out, arm, seed)
+            (folder.path / "samples").mkdir(parents=True)
+            for mark in experiment.marks:
+                luck = 1 + 0.02 * source.normal()
+                changed = {name: line(mark)[name] * gain * luck for name, gain in gains.items() if arm.number}
+                with (folder.path / "scores.jsonl").open("a") as file:
+                    file.write(json.dumps(line(mark, **changed)) + "\n")
+                Image.fromarray(source.integers(0, 255, (80, 80), dtype=np.uint8)).save(
+                    folder.path / "samples" / f"{mark:09d}.png"
+                )
+                folder.log(
+                    {"Progress/kimg": mark / 1000, "Loss/loss": 0.5, "Target/ess": 3.0}
+                    | {"Timing/sec_per_kimg": 2.1 if arm.number else 2.0}
+                )
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    out = made(tmp_path_factory.mktemp("made"), {"frechet": 0.8})
+    write_report(out)
+    return out
+
+
+class Page(HTMLParser):
+    """What a page refers to, and whether what it opens is closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.images, self.links, self.tags, self.cells = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        values = dict(attributes)
+        self.images += [values] if tag == "img" else []
+        self.links += [value for name, value in attributes if name in ("href", "src", "srcset", "action", "data")]
+        self.open += [tag] if tag not in ("img", "meta", "br") else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_else_and_is_well_formed(report):
+    text = (report / "report.html").read_text()
+    page = Page(text)
+    assert not page.open
+    assert all(link.startswith("data:image/") for link in page.links)
+    assert not re.search(r"https?:|//cdn|@import|url\(|<script|<link", text)
+    assert {"h1", "table", "dl", "figure", "figcaption"} <= set(page.tags)
+    assert all(image["alt"] for image in page.images)
+    kinds = [image["src"].split(";")[0] for image in page.images]
+    assert kinds.count("data:image/svg+xml") == 9
+    assert kinds.count("data:image/png") == 4  # two arms, early and at the end
+    assert "stablefield &lt;compare&gt;" in text
+
+
+def test_every_plot_says_what_its_axes_are(report):
+    page = Page((report / "report.html").read_text())
+    for image in page.images:
+        if "svg" in image["src"][:20]:
+            drawing = ElementTree.fromstring(b64decode(image["src"].partition(",")[2]))
+            words = " ".join(drawing.itertext())
+            assert re.search(r"images seen|noise level sigma / alpha \(data units\)", words)
+            assert re.search(r"units|%|weighted, per dimension|effective number", words)
+            assert "STF, n = 64" in words
+
+
+def test_every_number_is_in_the_json_and_the_csv(report):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    whole = json.loads((report / "results.json").read_text(), parse_constant=refuse)
+    with (report / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    # a score is 10 numbers and two at three levels, a turn three numbers
+    assert len(rows) == len(whole["scores"]) * 16 + len(whole["training"]) * 3 == 40 * 19
+    last = [r for r in rows if (r["arm"], r["images"], r["name"]) == ("reference:64", "16000", "frechet")]
+    found = whole["statistics"]["arms"]["reference:64"]["scores"]["frechet"]
+    assert np.mean([float(r["value"]) for r in last]) == pytest.approx(found["mean"])
+    assert found["n"] == 4
+    assert whole["statistics"]["arms"]["single"]["overhead"] == 0
+    assert whole["statistics"]["arms"]["reference:64"]["overhead"] == pytest.approx(0.05)
+    assert {r["noise_level"] for r in rows} == {"", *(f"{level:g}" for level in LEVELS)}
+
+
+def test_the_summary_has_the_tables_of_the_page(report):
+    page, summary = ((report / name).read_text() for name in ("report.html", "summary.md"))
+    cells = re.findall(r"<td>([^<]*)</td>", page)
+    assert len(cells) > 20
+    assert all(cell in summary for cell in cells)
+    assert "](summary.svg)" in summary
+    assert "`stablefield <compare>`" in summary
+
+
+def said(folder: Path, **gains: float) -> str:
+    return " ".join(findings(Results.read(made(folder, gains))))
+
+
+def test_a_gain_is_claimed_where_the_seeds_show_it(tmp_path):
+    text = said(tmp_path, frechet=0.8)
+    assert "Samples surely better than DSM's: STF, n = 64." in text
+    assert re.search(r"samples to the data: lower, -(19|20|21)\.\d %", text)
+    assert "A step took 5 % more time." in text
+    assert "memorisation" not in text
+
+
+def test_no_gain_is_said_plainly(tmp_path):
+    text = said(tmp_path, frechet=1.0, held_out_loss=1.0)
+    assert "No difference in samples that can be told from chance: STF, n = 64." in text
+
+
+def test_a_loss_is_said_too(tmp_path):
+    assert "Samples surely worse than DSM's: STF, n = 64." in said(tmp_path, frechet=1.3)
+
+
+def test_a_gain_in_the_exact_error_alone_is_called_memorisation(tmp_path):
+    assert "alone, that is memorisation, not quality" in said(tmp_path / "alone", exact_error=0.7)
+    assert "memorisation" not in said(tmp_path / "both", exact_error=0.7, held_out_loss=0.8)
+    assert "mind memorisation" in said(tmp_path / "worse", exact_error=0.7, frechet=0.7, held_out_loss=1.2)
+
+
+def test_one_seed_claims_nothing(tmp_path):
+    text = " ".join(findings(Results.read(made(tmp_path, {"frechet": 0.5}, seeds=1))))
+    assert "One seed cannot tell a difference from chance" in text
+    assert "surely" not in text
+
+
+def test_half_an_experiment_is_compared_at_equal_images_over_common_seeds(tmp_path):
+    out = made(tmp_path, {"frechet": 0.8})
+    experiment = Experiment.read(out)
+    for seed, kept in ((0, 5), (1, 4), (2, 4), (3, 0)):
+        place = experiment.folder(out, experiment.arms[1], seed).path / "scores.jsonl"
+        lines = place.read_text().splitlines(keepends=True)
+        with replacing(place) as beside:
+            beside.write_text("".join(lines[:kept]))
+    results = Results.read(out)
+    assert results.last == experiment.marks[3]
+    assert results.common(results.last) == {0, 1, 2}
+    write_report(out)
+    text = (out / "report.html").read_text()
+    assert f"After {experiment.marks[3]:,} images" in text
+    assert "The experiment is not finished" in text
+
+
+def test_an_experiment_without_any_score_has_a_report_that_says_so(tmp_path):
+    out = made(tmp_path, {})
+    for place in out.rglob("scores.jsonl"):
+        place.unlink()
+    write_report(out)
+    assert "Nothing has been scored yet" in (out / "report.html").read_text()
+
+
+def chromium(*arguments: object) -> str:
+    assert CHROMIUM is not None
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
+    found = subprocess.run([CHROMIUM, *flags, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_it_on_a_screen_and_on_a_phone(report, tmp_path, width):
+    shot, profile = tmp_path / "shot.png", f"--user-data-dir={tmp_path / 'profile'}"
+    chromium(profile, f"--window-size={width},5000", f"--screenshot={shot}", (report / "report.html").as_uri())
+    grey = np.asarray(Image.open(shot).convert("L"))
+    assert grey.shape == (5000, width)
+    assert 0.02 < (grey < 128).mean() < 0.5
+    measured = tmp_path / "measured.html"
+    script = "<script>document.body.dataset.width = document.documentElement.scrollWidth;\
+document.body.dataset.shown = [...document.images].filter(i => i.naturalWidth > 0).length</script></body>"
+    measured.write_text((report / "report.html").read_text().replace("</body>", script))
+    page = chromium(profile, f"--window-size={width},5000", "--dump-dom", measured.as_uri())
+    found = dict(re.findall(r'data-(width|shown)="(\d+)"', page))
+    assert int(found["width"]) <= width  # nothing sticks out
+    assert int(found["shown"]) == 13
