@@ -1,5 +1,6 @@
 """Arms of an experiment differ in their target and in nothing else, and can be stopped anywhere."""
 
+import itertools
 import json
 from dataclasses import replace
 from math import exp, inf, log
@@ -63,6 +64,13 @@ def planned(folder: Path, arms: str = "single,reference:1,reference:16,full", se
     return Experiment(config, tuple(map(Arm.parse, arms.split(","))), seeds, looks=3, samples=12, rows=6)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_gradients():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stablefield.compare.yardstick.GRADIENT_BATCHES", 2)
+        yield
+
+
 def finish(experiment: Experiment, out: Path, stop=lambda: False) -> bool:
     experiment.write(out)
     return run_all(experiment, out, 1, lambda *_: None, stop)
@@ -103,17 +111,10 @@ def test_one_reference_is_dsm_bit_for_bit_scores_included(done):
 
 def test_an_experiment_stopped_anywhere_goes_on_bit_for_bit(done, tmp_path):
     experiment, whole = done
-    asked = 0
-
-    def stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked % 37 == 0
-
-    stops = 0
-    while not finish(experiment, tmp_path, stop):
-        stops += 1
-    assert stops > 2
+    for patience in (1, 30, 47, 61):  # steps, of 96
+        steps = itertools.count()
+        assert not finish(experiment, tmp_path, lambda steps=steps, most=patience: next(steps) >= most)
+    assert finish(experiment, tmp_path)
     for arm in experiment.arms:
         for seed in experiment.seeds:
             folders = [experiment.folder(out, arm, seed) for out in (whole, tmp_path)]
@@ -205,7 +206,7 @@ def test_the_gradients_whose_variance_is_taken_are_those_of_the_loss():
 
 
 def test_the_variance_of_a_gradient_is_that_of_the_exact_one_and_the_targets_part():
-    pool, denoiser, batches = gradient_problem(4, 300)
+    pool, denoiser, batches = gradient_problem(4, 150)
     exact, single, stable = (
         gradient_variance(denoiser, Objective(LogNormal(), target, EDMWeight()), batches)
         for target in (FullDataset(pool), SingleSample(), ReferenceBatch(pool, 8))
@@ -213,7 +214,7 @@ def test_the_variance_of_a_gradient_is_that_of_the_exact_one_and_the_targets_par
     assert exact.target < 1e-10
     assert stable.target < single.target / 2
     for found in (single, stable):
-        assert found.total == pytest.approx(exact.total + found.target, rel=0.15)
+        assert found.total == pytest.approx(exact.total + found.target, rel=0.2)
 
 
 def test_intervals_are_students_and_cover_as_often_as_they_say():
@@ -239,7 +240,7 @@ def test_images_to_reach_a_quality_are_read_off_a_line_in_log_images():
         assert images_to_reach(50 - 5 * log(needed), seen, curve) == pytest.approx(needed)
     assert images_to_reach(0.0, seen, curve) == inf
     assert images_to_reach(1e9, seen, curve) == 1000
-    assert images_to_reach(1.0, [10, 20, 40], [2.0, 1.0, 3.0]) == 20  # the first time counts
+    assert images_to_reach(1.0, [10, 20, 40], [2.0, 1.0, 3.0]) == pytest.approx(20)  # the first time counts
 
 
 def test_roughness_is_nothing_for_a_power_and_the_jumps_beside_it():

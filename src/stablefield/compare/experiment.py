@@ -20,7 +20,8 @@ from stablefield.checkpoint import replacing
 from stablefield.config import Config, ConfigError, overlay, resolve
 from stablefield.run import Folder
 
-NUMBER = {"reference": "size", "neighbours": "neighbours"}  # the one number that tells arms of a kind apart
+# the targets that can be compared, and the one number that tells those of a kind apart
+NUMBER = {"single": "", "reference": "size", "neighbours": "neighbours", "full": ""}
 FREE = {"training.device"}  # what may differ when an experiment goes on
 
 
@@ -42,8 +43,8 @@ class Arm:
         ConfigError: a number that is none, is missing, or means nothing to this kind.
         """
         kind, colon, number = text.strip().partition(":")
-        if bool(colon) != (kind in NUMBER) or (colon and not number.isdecimal()):
-            kinds = ", ".join([*(f"{kind}:NUMBER" for kind in NUMBER), "single", "full"])
+        if kind not in NUMBER or bool(colon) != bool(NUMBER[kind]) or (colon and not number.isdecimal()):
+            kinds = ", ".join(f"{kind}:NUMBER" if key else kind for kind, key in NUMBER.items())
             raise ConfigError(f"a target to compare looks like one of {kinds}, not {text.strip()!r}")
         return cls(kind, int(number) if colon else None)
 
