@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 from stablefield import checkpoint
 from stablefield.checkpoint import CheckpointError, read
+from stablefield.cli import app
 from stablefield.config import Config, ConfigError, override, resolve
 from stablefield.data import content_hash
 from stablefield.engine.fit import fit
@@ -298,6 +301,17 @@ def test_other_data_are_refused_and_the_same_elsewhere_are_not(tmp_path, arrays)
     assert trained(run, *arrays) == 0
 
 
+def test_an_image_that_is_damaged_is_named_before_any_work(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b"):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)).save(photos / f"{name}.png")
+    os.truncate(photos / "b.png", 80)
+    with pytest.raises(ValueError, match=r"b\.png"):
+        trained(tmp_path / "run", "data.kind=images", f"data.path={photos}", "target.size=2")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_checkpoint_is_refused_and_an_older_one_named(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     folder = Folder(tmp_path / "run")
@@ -362,6 +376,29 @@ def test_grids_of_what_is_no_picture_are_refused(tmp_path):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32))
     with pytest.raises(ConfigError, match="no pictures"):
         trained(tmp_path / "run", "data.kind=arrays", f"data.path={tmp_path / 'data.npy'}", "training.sample_every=5")
+
+
+def test_each_set_of_weights_is_sampled_from_by_its_name(tmp_path):
+    run = tmp_path / "run"
+    averages = ("training.ema_half_life=[100, 1000]", "training.ema_ramp_up=9", "training.ramp=0")
+    trained(run, *averages, "training.learning_rate=0.01", "sampler.steps=2", *HELD_OUT)
+
+    def sampled(weights: str, out: str) -> np.ndarray:
+        arguments = ["sample", run, "--seeds", "0-1", "--weights", weights, "--out", tmp_path / out]
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        if result.exception:
+            raise result.exception
+        return np.load(tmp_path / out)["arr_0"].astype(int)
+
+    made = [sampled(weights, f"{weights}.npz") for weights in ("average", "average-1000", "model")]
+    assert all(np.abs(made[i] - made[j]).max() > 0 for i, j in ((0, 1), (0, 2), (1, 2)))
+    best = read(Folder(run).best).images
+    assert best == 320 or np.abs(sampled("best", "best.npz") - made[0]).max() > 0
+    assert np.array_equal(sampled("best", "best.npz"), sampled("best", "best.npz"))
+    with pytest.raises(ConfigError, match="samples of another run"):
+        sampled("model", "average.npz")
+    with pytest.raises(ValueError, match="but average, average-1000, model; or best"):
+        sampled("average-7", "none.npz")
 
 
 def test_tensorboard_shows_the_metrics_and_no_step_twice(tmp_path):
