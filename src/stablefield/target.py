@@ -227,7 +227,7 @@ def _compare(x: Tensor, member: Tensor, index: int) -> None:
     Data that were changed on the way (flipped, cropped, made lighter) and are compared with plain references would
     give biased targets, silently. Rows of a batch come in random order, so within some batches it is noticed.
     """
-    difference, most = float((x - member).abs().max()), float(member.abs().max())
+    difference, most = torch.stack([(x - member).abs().max(), member.abs().max()]).tolist()
     if difference > 0.01 * most:  # more than half precision rounds
         raise ValueError(
             f"a row is not the member {index} of the pool that it is said to be: they differ by {difference:.3g} (its "
