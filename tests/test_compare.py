@@ -27,7 +27,7 @@ from stablefield import (
 )
 from stablefield.checkpoint import read
 from stablefield.cli import app
-from stablefield.compare import Arm, Experiment, gradient_variance, run_all, yardstick
+from stablefield.compare import Arm, Experiment, gradient_variance, run_all, yardstick_of
 from stablefield.compare.runs import Run, scores
 from stablefield.compare.statistics import Estimate, images_to_reach, paired, roughness, student
 from stablefield.config import ConfigError, override, resolve
@@ -169,7 +169,7 @@ def test_no_target_may_differ_in_anything_but_the_target(tmp_path):
 
 
 def test_the_exact_denoiser_has_no_error_and_its_samples_are_copies(done):
-    measured = yardstick(done[1])
+    measured = yardstick_of(done[1])
     ideal = Ideal(measured.pool, VE())
     found = measured.question(ideal)
     assert found["exact_error"] < 1e-10 < found["held_out_loss"]

@@ -16,11 +16,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from stablefield.checkpoint import replacing
 from stablefield.cli.data import progress_bar
-from stablefield.cli.train import _stop_signals
-from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick
+from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick_of
 from stablefield.compare.experiment import place
 from stablefield.config import Config, overlay, override, read_toml, resolve
-from stablefield.run import Parts, assemble, choose_device
+from stablefield.engine.fit import stop_signals
+from stablefield.engine.saving import alone
+from stablefield.run import Folder, Parts, assemble, choose_device
 from stablefield.seeding import parse_seeds
 
 TARGETS, SEEDS = ("single", "reference:256", "reference:1024", "full"), (0, 1, 2)
@@ -83,10 +84,11 @@ def compare(
     with progress_bar("decoding") as progress:
         parts = [assemble(arm.configured(experiment.config, 0), progress) for arm in experiment.arms]
     print(summary(experiment, parts[0], out))
-    experiment.write(out)
-    _note(out / "yardstick.json", yardstick(out).about)
-    _note(out / "machine.json", machine(experiment.config, jobs))
-    done, stopped = run(experiment, out, jobs)
+    with alone(Folder(out)):
+        experiment.write(out)
+        _note(out / "yardstick.json", yardstick_of(out).about)
+        _note(out / "machine.json", machine(experiment.config, jobs))
+        done, stopped = run(experiment, out, jobs)
     _report(out, summary_)
     if not done:
         print(f"Stopped and saved. Go on with: stablefield compare --out {out}")
@@ -132,15 +134,15 @@ def run(experiment: Experiment, out: Path, jobs: int) -> tuple[bool, int]:
     """Bring it to the end, with a bar; whether that was reached, and the signal that stopped it."""
     seen: dict[tuple[int, str], int] = {}
     total = experiment.images * len(experiment.arms) * len(experiment.seeds)
-    with _stop_signals() as stop, _progress() as progress:
+    with stop_signals() as asked, _progress() as progress:
         bar = progress.add_task("comparing", total=total, now="")
 
         def tell(seed: int, arm: Arm, images: int) -> None:
             seen[seed, str(arm)] = images
             _show(progress, bar, sum(seen.values()), f"seed {seed}, {arm.title}: {images:,} images")
 
-        done = run_all(experiment, out, jobs, tell, lambda: bool(stop))
-    return done, stop[0] if stop else 0
+        done = run_all(experiment, out, jobs, tell, lambda: asked.number > 0)
+    return done, asked.number
 
 
 def machine(config: Config, jobs: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.findings import findings
 from stablefield.compare.gradients import GradientVariance, gradient_variance
-from stablefield.compare.jobs import run_all, yardstick
+from stablefield.compare.jobs import run_all, yardstick_of
 from stablefield.compare.report import write_report
 from stablefield.compare.results import Results
 from stablefield.compare.yardstick import Yardstick, make_yardstick
@@ -19,5 +19,5 @@ __all__ = [
     "make_yardstick",
     "run_all",
     "write_report",
-    "yardstick",
+    "yardstick_of",
 ]

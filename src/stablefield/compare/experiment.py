@@ -18,11 +18,12 @@ from typing import Any
 
 from stablefield.checkpoint import replacing
 from stablefield.config import Config, ConfigError, overlay, resolve
+from stablefield.engine.saving import MAY_CHANGE
 from stablefield.run import Folder
 
 # the targets that can be compared, and the one number that tells those of a kind apart
 NUMBER = {"single": "", "reference": "size", "neighbours": "neighbours", "full": ""}
-FREE = {"training.device"}  # what may differ when an experiment goes on
+FREE = MAY_CHANGE - {"training.images"}  # which says where runs are looked at
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import Stop, Tell, work
 from stablefield.compare.yardstick import Yardstick, make_yardstick
+from stablefield.engine.fit import exactly
 from stablefield.run import assemble
 
 _shared: list[Any] = []  # of a worker process: what it tells into, and what it is stopped by
@@ -24,7 +25,7 @@ _shared: list[Any] = []  # of a worker process: what it tells into, and what it 
 def run_all(experiment: Experiment, out: Path, jobs: int, tell: Tell, stop: Stop) -> bool:
     """Bring an experiment to its end; whether that was reached, or `stop` said to stop."""
     if jobs == 1:
-        return all(work(experiment, out, seed, lambda: yardstick(out), tell, stop) for seed in experiment.seeds)
+        return all(_seed(experiment, out, seed, tell, stop) for seed in experiment.seeds)
     context = multiprocessing.get_context("spawn")
     told, stopping = context.Queue(), context.Event()
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -40,7 +41,7 @@ def run_all(experiment: Experiment, out: Path, jobs: int, tell: Tell, stop: Stop
 
 
 @lru_cache(maxsize=1)
-def yardstick(out: Path) -> Yardstick:
+def yardstick_of(out: Path) -> Yardstick:
     """Of the experiment in a folder; made once a process."""
     experiment = Experiment.read(out)
     config = experiment.arms[0].configured(experiment.config, experiment.seeds[0])
@@ -61,7 +62,12 @@ def _work(out: Path, seed: int) -> bool:
 
     if stopping.is_set():
         return False
-    return work(Experiment.read(out), out, seed, lambda: yardstick(out), tell, stopping.is_set)
+    return _seed(Experiment.read(out), out, seed, tell, stopping.is_set)
+
+
+def _seed(experiment: Experiment, out: Path, seed: int, tell: Tell, stop: Stop) -> bool:
+    with exactly(experiment.config.training.deterministic):
+        return work(experiment, out, seed, lambda: yardstick_of(out), tell, stop)
 
 
 def _drain(told: Any, tell: Callable[..., None]) -> None:

@@ -12,13 +12,16 @@ from typing import Any
 
 import torch
 
-from stablefield.checkpoint import read, replacing, save
+from stablefield.checkpoint import replacing
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.gradients import gradient_variance
 from stablefield.compare.yardstick import Yardstick
 from stablefield.engine import Descent, StepReport, TrainState, train
+from stablefield.engine.fit import compile_network
+from stablefield.engine.saving import Saver
 from stablefield.evaluate.pictures import is_picture, save_grid
-from stablefield.run import Folder, assemble, describe
+from stablefield.ranks import Ranks
+from stablefield.run import Folder, assemble
 from stablefield.schedule import EMA
 
 SAVE_AFTER = 60.0  # seconds of work that may be lost
@@ -47,14 +50,15 @@ class Run:
         emas = [EMA(half_life, training.ema_ramp_up) for half_life in training.half_lives]
         self.state = TrainState(self.parts.denoiser, emas=emas, precision=getattr(torch, training.precision))
         self.descent = Descent(training.rate, training.clip, training.micro_batch)
-        if self.folder.checkpoint.exists():
-            saved = read(self.folder.checkpoint)
-            self.state.restore(saved.tensors, saved.images)
-            self.folder.rewind(saved.images)
         self.folder.path.mkdir(parents=True, exist_ok=True)
+        self.folder.sweep()
+        self.saver = Saver(self.folder, self.config, self.parts)
+        self.saver.restore(self.state, Ranks(self.state.device))
+        self.folder.rewind(self.images)
+        compile_network(self.config, self.parts)
         with replacing(self.folder.config) as beside:
             beside.write_text(self.config.toml())
-        self.saved, self.when = self.state.images if self.folder.checkpoint.exists() else -1, perf_counter()
+        self.when = perf_counter()
 
     @property
     def images(self) -> int:
@@ -84,10 +88,9 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, unless it is there."""
-        if self.saved < self.images:
-            config = describe(self.config, self.parts.pool)
-            save(self.folder.checkpoint, self.state.tensors(), config=config, images=self.images)
-        self.saved, self.when = self.images, perf_counter()
+        if self.saver.newest < self.images and self.state.whole:
+            self.saver.save(self.state)
+        self.when = perf_counter()
 
     def look(self, yardstick: Yardstick) -> None:
         """Score the average as it is now, unless that was done."""

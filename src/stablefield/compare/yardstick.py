@@ -12,6 +12,7 @@ The third alone says little of quality: a denoiser without any error in it would
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import torch
@@ -21,7 +22,18 @@ from torch import Tensor
 from stablefield.config import Config
 from stablefield.data import Progress, silent, split
 from stablefield.denoise import Denoiser
-from stablefield.evaluate import Statistics, frechet_distance, train_classifier
+from stablefield.evaluate import (
+    Features,
+    Nearest,
+    Pixels,
+    Statistics,
+    Sums,
+    cached_classifier,
+    frechet_distance,
+    memorised,
+    nearest,
+)
+from stablefield.evaluate.frechet import merged
 from stablefield.process import Perturbed
 from stablefield.reference import ALL, Pool
 from stablefield.run import Parts, make_sampler
@@ -68,10 +80,10 @@ class Yardstick:
     pool: Pool
     sampler: Sampler
     seeds: range
-    features: Any
+    features: Features
     trained: Statistics
     held_out: Statistics
-    near: float
+    fresh: Nearest
     levels: Sequence[Level]
     batches: Sequence[tuple[Perturbed, Tensor]]
     about: dict[str, Any]
@@ -85,12 +97,12 @@ class Yardstick:
     def judge(self, x: Float[Tensor, "n *D"]) -> dict[str, float]:
         """Scores of samples."""
         found = Statistics.of(self.features(x))
-        distance = nearest(x, self.pool)
+        near = memorised(nearest(x, self.pool), self.fresh)
         return {
             "frechet": frechet_distance(found, self.trained),
             "frechet_held_out": frechet_distance(found, self.held_out),
-            "nearest_ratio": float(distance[:, 0].median()) / self.near,
-            "copies": float((distance[:, 0] < distance[:, 1] / 3).double().mean()),
+            "nearest_ratio": near.get("nearest_ratio", nan),
+            "copies": near["copies"],
         }
 
     @torch.no_grad()
@@ -111,8 +123,8 @@ def make_yardstick(config: Config, parts: Parts, *, samples: int, rows: int, pro
     """For a configuration and its parts, of which some data are held out."""
     pool, held_out, process = parts.pool, parts.held_out, parts.denoiser.process
     assert held_out is not None
-    space, about = _features(split(parts.data, len(held_out))[0])
-    trained, unseen = (Statistics.of(_of_all(space, part)) for part in (pool, held_out))
+    space, about = _features(split(parts.data, len(held_out))[0], next(parts.denoiser.parameters()).device)
+    trained, unseen = (_statistics(space, part) for part in (pool, held_out))
     fresh = nearest(held_out.take(torch.randperm(len(held_out), generator=generator(0, "near"))[:samples]), pool)
     t, shares = noise_levels(parts)
     weights = parts.objective.weight(process, t).tolist()
@@ -135,12 +147,11 @@ def make_yardstick(config: Config, parts: Parts, *, samples: int, rows: int, pro
         "trained": len(pool),
         "held_out": len(held_out),
         "real": frechet_distance(unseen, trained),
-        "nearest_held_out": float(fresh[:, 0].median()),
-        "copies_held_out": float((fresh[:, 0] < fresh[:, 1] / 3).double().mean()),
+        "nearest_held_out": float(fresh.distance[:, 0].median()),
+        "copies_held_out": float(fresh.copies().double().mean()),
     }
-    near = about["nearest_held_out"]
     sampler = make_sampler(config)
-    return Yardstick(pool.shape, pool, sampler, range(samples), space, trained, unseen, near, levels, batches, about)
+    return Yardstick(pool.shape, pool, sampler, range(samples), space, trained, unseen, fresh, levels, batches, about)
 
 
 def noise_levels(parts: Parts) -> tuple[Float[Tensor, "L"], list[float]]:
@@ -159,25 +170,16 @@ def _log_levels(parts: Parts, times: Times, u: Tensor) -> Tensor:
     return (sigma / alpha).log()
 
 
-def nearest(x: Float[Tensor, "n *D"], pool: Pool) -> Float[Tensor, "n 2"]:
-    """Distances to the nearest two members of a pool, float64."""
-    rows, found = x.flatten(1).double(), torch.empty(len(x), 0, dtype=torch.float64)
-    for block in pool.blocks(ALL, 1024):
-        found = torch.cat([found, torch.cdist(rows, block.flatten(1).to(rows))], 1)
-        found = found.topk(min(2, found.shape[1]), 1, largest=False).values
-    return found
-
-
-def _features(pool: Pool) -> tuple[Any, dict[str, Any]]:
+def _features(pool: Pool, device: torch.device) -> tuple[Features, dict[str, Any]]:
     """Those of a classifier of the training data; the data themselves where they have no classes."""
     if pool.labels is None or len(pool.shape) != 3:
-        return lambda x: x.flatten(1), {"features": "the data themselves", "accuracy": None}
-    classifier = train_classifier(pool)
-    return classifier.features, {"features": "a classifier of the training data", "accuracy": classifier.accuracy}
+        return Pixels(), {"features": "the data themselves", "accuracy": None}
+    classifier = cached_classifier(pool, device=device)
+    return classifier, {"features": "a classifier of the training data", "accuracy": classifier.accuracy}
 
 
-def _of_all(space: Any, pool: Pool) -> Tensor:
-    return torch.cat([space(block) for block in pool.blocks(ALL, 1024)])
+def _statistics(space: Features, pool: Pool) -> Statistics:
+    return merged(Sums.of(space(block)) for block in pool.blocks(ALL, 1024)).statistics()
 
 
 def _perturbed(parts: Parts, pool: Pool, t: Float[Tensor, "n"], number: int) -> Perturbed:

@@ -72,8 +72,8 @@ def fit(
         raise ConfigError(f"training.sample_every: data {parts.pool.shape} are no pictures to make grids of; say 0")
     with ExitStack() as stack:
         ranks.lead(lambda: stack.enter_context(alone(folder)))
-        stack.enter_context(_exactly(config.training.deterministic))
-        asked = stack.enter_context(_stop_signals())
+        stack.enter_context(exactly(config.training.deterministic))
+        asked = stack.enter_context(stop_signals())
         run = _Run(config, parts, folder, ranks, score)
         stack.callback(run.close)
         return run(watch, asked)
@@ -106,7 +106,7 @@ class _Run:
         self.folder.rewind(self.state.images)
         self.saver.save(self.state)
 
-    def __call__(self, watch: Watch, asked: "_Asked") -> int:
+    def __call__(self, watch: Watch, asked: "Asked") -> int:
         """Train to the end, or until asked to stop."""
         try:
             with self.ranks.company():
@@ -117,7 +117,7 @@ class _Run:
                     self.saver.save(self.state)
             raise
 
-    def _train(self, watch: Watch, asked: "_Asked") -> int:
+    def _train(self, watch: Watch, asked: "Asked") -> int:
         for step in self._steps():
             number = int(self.ranks.each(asked.number).max())  # what one rank is asked, all are
             self._note(step, stopping=number > 0)
@@ -128,9 +128,7 @@ class _Run:
 
     def _steps(self) -> Iterator[StepReport]:
         training, parts = self.config.training, self.parts
-        if training.compile:
-            for network in parts.denoiser.children():
-                network.compile()  # in place: the names of its weights stay as they are
+        compile_network(self.config, parts)
         descent = Descent(training.rate, training.clip, training.micro_batch)
         return train(
             self.state,
@@ -183,7 +181,14 @@ class _Run:
             self.board.close()
 
 
-class _Asked:
+def compile_network(config: Config, parts: Parts) -> None:
+    """Let torch compile the network, if that is wanted."""
+    if config.training.compile:
+        for network in parts.denoiser.children():
+            network.compile()  # in place: the names of its weights stay as they are
+
+
+class Asked:
     """Whether somebody asked to stop: the number of the signal, or 0."""
 
     number = 0
@@ -198,9 +203,9 @@ class _Asked:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[_Asked]:
+def stop_signals() -> Iterator[Asked]:
     """Ctrl-C and SIGTERM, noted instead of obeyed, so that a step is finished and saved; a second one is obeyed."""
-    asked = _Asked()
+    asked = Asked()
     if threading.current_thread() is not threading.main_thread():  # no others hear signals
         yield asked
         return
@@ -213,7 +218,7 @@ def _stop_signals() -> Iterator[_Asked]:
 
 
 @contextmanager
-def _exactly(wanted: bool) -> Iterator[None]:
+def exactly(wanted: bool) -> Iterator[None]:
     """Only operations that give the same bits again, if wanted."""
     if not wanted or torch.are_deterministic_algorithms_enabled():
         yield
