@@ -15,7 +15,7 @@ HOUSE = Path(stablefield.__file__).parent
 FLOORS = (
     {"process", "times", "networks", "seeding", "schedule"},
     {"posterior", "parametrize", "reference", "augmentation"},
-    {"target", "denoise"},
+    {"target", "denoise", "pruned"},
     {"objective", "sample", "likelihood"},
     {"config", "checkpoint", "data", "ranks", "run"},
     {"interop"},

@@ -36,6 +36,7 @@ from stablefield.objective import (
 from stablefield.parametrize import convert, stable_target
 from stablefield.posterior import Posterior, posterior
 from stablefield.process import VE, VP, Cosine, Flow, Perturbed, Process, SubVP
+from stablefield.pruned import PrunedDataset
 from stablefield.reference import Pool
 from stablefield.sample import (
     RK45,
@@ -104,6 +105,7 @@ __all__ = [
     "PredictorCorrector",
     "Predicts",
     "Process",
+    "PrunedDataset",
     "ReferenceBatch",
     "ReverseDiffusion",
     "Sampler",

@@ -12,7 +12,8 @@ joins a shared batch, and shards of a data set are one operation.
 
 Precision. Products and sums are float64. Near-duplicates at small sigma are why: at sigma = 0.002 and D = 3072 one
 float32 rounding of ||x||^2 is worth 40 nats. Float64 products have no reduced mode, so neither TF32 nor autocast can
-reach the weights, and on a CPU with its memory reused they cost about twice the float32 ones.
+reach the weights, and on a CPU with its memory reused they cost about twice the float32 ones. A caller who knows that
+float32 suffices for its rows, because their sigma is large, may ask for products in that; the sums stay float64.
 """
 
 import math
@@ -134,13 +135,23 @@ class Sums:
 
     Energies carry the rounding of ||x_t||^2: what differs by less is equal. So a sigma below 2^-22 ||x_t||, zero too,
     counts as that much, or the order of a sum would choose between two copies of one image.
+
+    Args:
+        products: the type that the two matrix products are computed in.
     """
 
-    def __init__(self, x_t: Float[Tensor, "B *D"], sigma: float | Tensor, alpha: float | Tensor = 1.0) -> None:
+    def __init__(
+        self,
+        x_t: Float[Tensor, "B *D"],
+        sigma: float | Tensor,
+        alpha: float | Tensor = 1.0,
+        products: torch.dtype = torch.float64,
+    ) -> None:
         # MPS has no float64: there the work is done on the CPU
         home = "cpu" if x_t.device.type == "mps" else x_t.device
         self.like = x_t
         self.query = x_t.detach().to(home, torch.float64).flatten(1)
+        self.factor = self.query.to(products)
         self.sigma = _one_a_row("sigma", sigma, self.query)
         self.alpha = _one_a_row("alpha", alpha, self.query)
         rounding = 2.0**-44 * self.query.square().sum(1)
@@ -148,13 +159,16 @@ class Sums:
         self.lowest = torch.full_like(self.sigma, torch.inf)
         self.total, self.squares, self.moment = self.query.new_zeros(3, len(x_t))
         self.weighted = torch.zeros_like(self.query)
-        self.buffer = self.query.new_empty(0)
+        self.buffer = self.factor.new_empty(0)
 
-    def add(self, members: Tensor, mask: Tensor | None = None) -> None:
-        """Let a block pass: members (n, *D) or (B, n, *D), with a mask (B, n) or None."""
+    def add(self, members: Tensor, mask: Tensor | None = None, square: Float[Tensor, "n"] | None = None) -> None:
+        """Let a block pass: members (n, *D) or (B, n, *D), with a mask (B, n) or None.
+
+        Who knows the members' squared norms already may say them.
+        """
         if 0 in members.shape:
             return
-        y, norm, energy = self.compare(members)
+        y, norm, energy = self.compare(members, square)
         if mask is not None:
             energy.masked_fill_(~mask.to(energy.device), torch.inf)
         kept = self._lower(torch.minimum(self.lowest, energy.amin(1)))
@@ -163,18 +177,21 @@ class Sums:
         self.squares = self.squares * kept**2 + weight.square().sum(1)
         self.moment = self.moment * kept + (weight * norm).sum(1)
         self.weighted.mul_(kept[:, None])
-        if y.ndim == 2:
+        if weight.dtype != y.dtype:
+            # without those that count for nothing: numbers too small to be normal make products many times slower
+            weight = torch.nn.functional.threshold(weight, 1e-30, 0.0).to(y.dtype)
+        if y.ndim == 2 and y.dtype == self.weighted.dtype:
             self.weighted.addmm_(weight, y)
         else:
-            self.weighted.add_((weight.unsqueeze(1) @ y).squeeze(1))
+            self.weighted.add_(weight @ y if y.ndim == 2 else (weight.unsqueeze(1) @ y).squeeze(1))
 
-    def compare(self, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The members in float64, flattened, their squared norms, and their energies, (B, n), for each row."""
+    def compare(self, members: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The members as they are multiplied, flattened, their squared norms, and each row's energies, (B, n)."""
         if members.shape[members.ndim - self.like.ndim + 1 :] != self.like.shape[1:]:
             raise ValueError(f"x_t is {tuple(self.like.shape)}, which members {tuple(members.shape)} do not fit")
         y = self._widen(members.flatten(members.ndim - self.like.ndim + 1))
-        norm = torch.linalg.vector_norm(y, dim=-1).square()
-        product = self.query @ y.T if y.ndim == 2 else (y @ self.query.unsqueeze(2)).squeeze(2)
+        norm = torch.linalg.vector_norm(y, dim=-1).to(self.query.dtype).square() if square is None else square
+        product = self.factor @ y.T if y.ndim == 2 else (y @ self.factor.unsqueeze(2)).squeeze(2)
         return y, norm, self.alpha[:, None] * (self.alpha[:, None] * norm - 2 * product)
 
     def merge(self, other: "Sums") -> "Sums":
@@ -197,10 +214,10 @@ class Sums:
 
     def _widen(self, members: Tensor) -> Tensor:
         # into memory that is used again: fresh pages would cost more than the product
-        if members.dtype == torch.float64 and members.device == self.query.device:
+        if members.dtype == self.factor.dtype and members.device == self.factor.device:
             return members.detach()
         if self.buffer.numel() < members.numel():
-            self.buffer = self.query.new_empty(members.numel())
+            self.buffer = self.factor.new_empty(members.numel())
         return self.buffer[: members.numel()].view(members.shape).copy_(members)
 
     def _lower(self, lowest: Tensor) -> Tensor:

@@ -1,0 +1,142 @@
+"""How far each member of a data set is from its nearest others, and the noise below which that settles everything.
+
+For a source s and x_t = alpha x_s + sigma noise, the weight of another member j at distance d is
+
+    log (w_j / w_s) ~ Normal(-a^2 / 2, a^2),      a = alpha d / sigma
+
+so E min(1, w_j / w_s) = 2 Phi(-a / 2), and the posterior mass outside the source is at most sum_j 2 Phi(-a_j / 2) on
+average over the noise. This depends on the data and on sigma / alpha alone: it is known before anything is drawn.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stablefield.reference import ALL, Pool
+
+Progress = Callable[[int, int], None]  # (done, of how many)
+
+
+def nearest(
+    pool: Pool,
+    label: int = ALL,
+    *,
+    k: int = 16,
+    block: int = 4096,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda done, total: None,
+) -> Float[Tensor, "m k"]:
+    """Distances from each member of a class to its k nearest others, ascending, in float64.
+
+    All pairs, a square of blocks at a time, each pair once: half of 2 m^2 D operations in float32. They choose the
+    candidates; the distances of those are then measured exactly, by float64 differences. What float32 may have passed
+    over is bounded: the last column is lowered by the rounding of the products, and no other member is nearer than it.
+
+    Args:
+        pool: the data; they are decoded block by block, so that they may be larger than memory.
+        label: the class whose members count, each of them a row, in the order of `pool.members`; -1: all.
+        k: neighbours to measure; fewer where the class has fewer, none in a class of one.
+        block: members a block.
+        device: where to compute.
+        progress: told (pairs of blocks done, of how many).
+    """
+    members = pool.members(label)
+    k = min(k, len(members) - 1)
+    parts = members.split(block)
+    centre = _mean(pool, parts, device)
+    best = torch.full((len(members), k), math.inf, device=device)
+    where = torch.zeros(len(members), k, dtype=torch.int64, device=device)
+    largest, done = torch.zeros((), device=device), 0
+    for i, rows in enumerate(parts):
+        x = _flat(pool, rows, device) - centre
+        norm = x.square().sum(1)
+        largest = torch.maximum(largest, norm.max())
+        for j, columns in enumerate(parts[: i + 1]):
+            y = x if i == j else _flat(pool, columns, device) - centre
+            square = torch.addmm(norm[:, None] + y.square().sum(1), x, y.T, alpha=-2)
+            if i == j:
+                square.fill_diagonal_(math.inf)
+            else:
+                _keep_nearest(best, where, j * block, square.T.contiguous(), i * block)
+            _keep_nearest(best, where, i * block, square, j * block)
+            progress(done := done + 1, len(parts) * (len(parts) + 1) // 2)
+    # |fl(<x, y>) - <x, y>| <= D 2^-24 |x| |y|, and the norms and the sum round no worse
+    rounding = 4 * math.prod(pool.shape) * 2.0**-24 * float(largest)
+    exact = torch.cat([_measured(pool, members, part, near, device) for part, near in _rows(where)])
+    if 0 < k < len(members) - 1:
+        passed_over = (best[:, -1].double() - rounding).clamp(min=0).sqrt()
+        exact[:, -1] = torch.minimum(exact[:, -1], passed_over)
+    return exact.cpu()
+
+
+def isolation(distances: Float[Tensor, "m k"], others: int, lost: float, steps: int = 50) -> Float[Tensor, "m"]:
+    """The level sigma / alpha up to which each member is isolated: a source there is all but certain to be recognised.
+
+    Below it, sum_j 2 Phi(-a_j / 2) <= lost: with x_t made from this member, all others together have no more than
+    that of the posterior, on average over the noise. The members beyond the k nearest count as if they were at the
+    k-th's distance. 0 for a member that has a duplicate; infinite for one that has no others.
+
+    Args:
+        distances: to the k nearest others; no further one is nearer than the last says.
+        others: how many others there are, m - 1.
+        lost: the share of the posterior that may be overlooked.
+    """
+    if distances.shape[1] == 0:
+        return torch.full((len(distances),), math.inf, dtype=torch.float64)
+    count = torch.ones(distances.shape[1], dtype=torch.float64)
+    count[-1] += others - len(count)
+    # in units of the nearest distance, where a member of many equally near others has the lowest level there is
+    least = distances.double().amin(1)
+    unit = distances / least[:, None].clamp(min=1e-300)
+    low = torch.full((len(unit),), 0.5 / _quantile(lost / (2 * others)), dtype=torch.float64)
+    high = torch.full_like(low, 0.5 / _quantile(lost / 2))
+    for _ in range(steps):
+        middle = (low + high) / 2
+        mass = (torch.erfc(unit / (8**0.5 * middle[:, None])) * count).sum(1)  # 2 Phi(-z) = erfc(z / sqrt 2)
+        low, high = torch.where(mass <= lost, middle, low), torch.where(mass <= lost, high, middle)
+    return low * least
+
+
+def _quantile(p: float) -> float:
+    """The z that a standard normal exceeds with probability p."""
+    low, high = 0.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.erfc(middle / 2**0.5) / 2 > p else (low, middle)
+    return high
+
+
+def _flat(pool: Pool, index: Int[Tensor, "n"], device: torch.device | str) -> Float[Tensor, "n D"]:
+    return pool.take(index).flatten(1).to(device, torch.float32)
+
+
+def _mean(pool: Pool, parts: tuple[Tensor, ...], device: torch.device | str) -> Float[Tensor, "D"]:
+    # distances do not change, but the rounding of the products does
+    sums = [_flat(pool, part, device).sum(0, dtype=torch.float64) for part in parts]
+    return (torch.stack(sums).sum(0) / sum(map(len, parts))).float()
+
+
+def _keep_nearest(best: Tensor, where: Tensor, row: int, square: Float[Tensor, "a b"], column: int) -> None:
+    """Let a square of distances pass: members row .. row + a against members column .. column + b."""
+    found, at = square.topk(min(best.shape[1], square.shape[1]), largest=False)
+    mine = slice(row, row + len(square))
+    found, at = torch.cat([best[mine], found], 1), torch.cat([where[mine], at + column], 1)
+    best[mine], kept = found.topk(best.shape[1], largest=False)
+    where[mine] = at.gather(1, kept)
+
+
+def _rows(where: Int[Tensor, "m k"], size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(torch.arange(len(where)).split(size), where.split(size), strict=True)
+
+
+def _measured(pool: Pool, members: Tensor, rows: Tensor, near: Tensor, device: torch.device | str) -> Tensor:
+    """Distances to the candidates by differences in float64, ascending."""
+    x = pool.take(members[rows]).flatten(1).to(device, torch.float64)
+    found = []
+    for column in near.unbind(1):
+        y = pool.take(members[column.cpu()]).flatten(1).to(device, torch.float64)
+        found.append(torch.linalg.vector_norm(y.sub_(x), dim=1))
+    return torch.stack(found, 1).sort(1).values if found else x.new_zeros(len(x), 0)

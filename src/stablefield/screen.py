@@ -1,0 +1,168 @@
+"""Which members could matter to a row, found in a few coordinates.
+
+Let P project onto a few orthonormal directions. Seen through P, the source is distributed as the posterior over the
+projected members, because the noise of P x_t is normal and independent of the rest:
+
+    P(source = j | P x_t) = q_j,      log q_j = -||P x_t - alpha P x_j||^2 / (2 sigma^2)   (then softmax over j)
+
+Let S be any set that is chosen by P x_t alone. By the tower property, what the posterior has outside S is on average
+
+    E[ sum_{j not in S} w_j | P x_t ] = P(source not in S | P x_t) = sum_{j not in S} q_j
+
+whatever P is. So S = {j : q_j >= max q * lost / m} loses no more than `lost` of the posterior, on average, and is
+found with m k operations instead of m D. A projection onto directions in which the data vary most leaves few members
+in S; how few is all that its quality decides.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from stablefield.reference import Pool
+from stablefield.seeding import generator
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Orthonormal directions in which data vary, around a centre.
+
+    Attributes:
+        centre: taken from the data first, so that products are small and round little.
+        basis: the directions, a column each.
+    """
+
+    centre: Float[Tensor, "D"]
+    basis: Float[Tensor, "D k"]
+
+    def __call__(self, x: Float[Tensor, "n *D"], alpha: Float[Tensor, "n"] | float = 1.0) -> Float[Tensor, "n k"]:
+        """Coordinates of x around alpha times the centre."""
+        return self.around(x, alpha) @ self.basis
+
+    def around(self, x: Float[Tensor, "n *D"], alpha: Float[Tensor, "n"] | float = 1.0) -> Float[Tensor, "n D"]:
+        """x, flattened, without alpha times the centre."""
+        share = torch.as_tensor(alpha, dtype=torch.float32, device=x.device).reshape(-1, 1)
+        return torch.addcmul(x.flatten(1).float(), share, self.centre, value=-1)
+
+    def square(self, x: Float[Tensor, "n *D"]) -> Float[Tensor, "n"]:
+        """Squared distances from the centre, in float64."""
+        return (x.flatten(1).double() - self.centre).square().sum(1)
+
+    def to(self, device: torch.device) -> "Projection":
+        """The same on another device."""
+        return Projection(self.centre.to(device), self.basis.to(device))
+
+
+def principal(pool: Pool, dims: int, *, members: int = 4096, rounds: int = 3) -> Projection:
+    """About the directions of largest variance: some rounds of subspace iteration over a part of the data.
+
+    Args:
+        dims: how many; data of no more dimensions than that are only turned.
+        members: how many to look at, evenly spread over the data.
+        rounds: of iteration; three are enough for all but the last directions.
+    """
+    chosen = torch.linspace(0, len(pool) - 1, min(members, len(pool)), dtype=torch.float64).round().long()
+    x = pool.take(chosen).flatten(1).float()
+    centre = x.mean(0)
+    x -= centre
+    basis = torch.randn(x.shape[1], min(dims, x.shape[1]), generator=generator(0, "projection")).to(x.device)
+    for _ in range(rounds):
+        basis = torch.linalg.qr((x.T @ (x @ basis)).double()).Q.float()
+    return Projection(centre, basis)
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """The members of a class as a projection sees them, those that are isolated last of all first.
+
+    Attributes:
+        projection: what they are seen through.
+        members: the class, as `pool.members` gives it, in ascending order.
+        order: positions in `members`, by ascending level of isolation.
+        place: of each member in that order.
+        level: sigma / alpha up to which each is isolated, in that order.
+        coordinates: of each, in that order.
+        energy: squared norm of each, in that order.
+        square: squared distance of each member from the centre, in all dimensions, in the order of the pool.
+    """
+
+    projection: Projection
+    members: Int[Tensor, "m"]
+    order: Int[Tensor, "m"]
+    place: Int[Tensor, "m"]
+    level: Float[Tensor, "m"]
+    coordinates: Float[Tensor, "m k"]
+    energy: Float[Tensor, "m"]
+    square: Float[Tensor, "m"]
+
+    @classmethod
+    def of(
+        cls, pool: Pool, label: int, projection: Projection, level: Float[Tensor, "m"], device: torch.device
+    ) -> "Screen":
+        """See all members of a class once."""
+        members = pool.members(label)
+        assert (members.diff() > 0).all()
+        level, order = level.sort(stable=True)
+        parts = [(projection(block).cpu(), projection.square(block).cpu()) for block in pool.blocks(label, 1024)]
+        coordinates, square = (torch.cat(part) for part in zip(*parts, strict=True))
+        coordinates = coordinates[order].to(device)
+        return cls(
+            projection.to(device),
+            members,
+            order,
+            order.argsort(),
+            level.to(device),
+            coordinates,
+            coordinates.square().sum(1),
+            square.to(device),
+        )
+
+    @property
+    def batch(self) -> int:
+        """Rows to look at together, such that their energies take at most 128 MB."""
+        return max(1, 2**25 // len(self.members))
+
+    def as_stored(self, mask: Bool[Tensor, "B n"]) -> Bool[Tensor, "B m"]:
+        """A mask over the first members in order, as one over all in the order in which the pool has them."""
+        rest = mask.new_zeros(len(mask), len(self.members) - mask.shape[1])
+        return torch.cat([mask, rest], 1)[:, self.place.to(mask.device)]
+
+    def active(self, ratio: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
+        """How many members, the first in order, are not isolated at sigma / alpha."""
+        return torch.searchsorted(self.level, ratio.double(), right=True)
+
+    def position(self, index: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+        """Where in the order members of the pool stand.
+
+        Raises:
+            ValueError: one is no member of the class.
+        """
+        rank = torch.searchsorted(self.members, index).clamp(max=len(self.members) - 1)
+        if (strange := self.members[rank] != index).any():
+            raise ValueError(f"member {int(index[strange][0])} of the pool does not carry the label that its row tells")
+        return self.place[rank]
+
+    def survivors(
+        self,
+        x_t: Float[Tensor, "B *D"],
+        sigma: Float[Tensor, "B"],
+        alpha: Float[Tensor, "B"],
+        active: Int[Tensor, "B"],
+        lost: float,
+    ) -> Bool[Tensor, "B n"]:
+        """Which of the first n members in order, n the largest of `active`, could matter to each row.
+
+        What is lost of the posterior over its active members is at most `lost` on average: sum q_j over those left
+        out is at most m max q lost / m, and max q at most 1. The rounding of the float32 products is allowed for.
+        """
+        most = int(active.max())
+        z, square, seen = self.coordinates[:most], self.energy[:most], self.projection(x_t, alpha)
+        alpha, sigma = alpha.float()[:, None], sigma.float()[:, None]
+        energy = torch.addmm(alpha**2 * square, seen * alpha, z.T, alpha=-2)
+        energy.masked_fill_(torch.arange(len(z), device=z.device) >= active[:, None], math.inf)
+        widest = square.max().sqrt()
+        rounding = 2.0**-22 * z.shape[1] * alpha * widest * (seen.norm(dim=1, keepdim=True) + alpha * widest)
+        margin = 2 * sigma**2 * math.log(len(self.members) / lost) + rounding
+        return energy <= energy.amin(1, keepdim=True) + margin.clamp(max=1e30)

@@ -1,0 +1,332 @@
+"""Laws of the pruned data set: its cells are legal, what they leave out is as little as it says, and it is the exact
+target to rounding wherever it claims to be.
+"""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stablefield import VE, VP, Flow, FullDataset, Perturbed, Pool, Process, PrunedDataset
+from stablefield.neighbours import isolation, nearest
+from stablefield.reference import ALL
+
+SIX = torch.tensor([[0.0, 0.0], [0.3, 0.1], [1.0, 0.2], [1.1, 1.0], [-0.8, 0.5], [0.1, -0.9]], dtype=torch.float64)
+QUERIES = torch.tensor([[0.2, 0.1], [0.7, 0.4], [-0.3, -0.2], [2.0, 2.0]], dtype=torch.float64)
+CPU = torch.device("cpu")
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pruned(pool: Pool, **how: float) -> PrunedDataset:
+    """With the distances of the data themselves."""
+    return PrunedDataset(pool, lambda label: nearest(pool, label, block=64), **how)
+
+
+def rows(x_t: Tensor, data: Tensor, index: Tensor, sigma: float, label: Tensor | None = None) -> Perturbed:
+    """The record of a batch that came to lie at x_t, whatever its sources."""
+    level = torch.full((len(x_t),), sigma, dtype=x_t.dtype)
+    x = data[index]
+    return Perturbed(x, (x_t - x) / sigma, level, torch.ones_like(level), level, x_t, label, index)
+
+
+def batch(pool: Pool, t: Tensor, process: Process | None = None, seed: int = 0, told: bool = False) -> Perturbed:
+    """Members of a pool on their way."""
+    g = seeded(seed)
+    index = torch.randint(len(pool), (len(t),), generator=g)
+    x = pool.take(index)
+    noise = torch.randn(x.shape, generator=g, dtype=x.dtype)
+    label = pool.label(index) if told else None
+    return (process or VE()).perturb(x, t.to(x), noise, index=index, label=label)
+
+
+def by_differences(noisy: Perturbed, data: Tensor, labels: Tensor | None = None) -> Tensor:
+    """E[x | x_t] in float64, from all differences at once."""
+    x_t, members = noisy.x_t.double().flatten(1), data.double().flatten(1)
+    alpha, sigma = noisy.alpha.double()[:, None], noisy.sigma.double()[:, None]
+    energy = torch.stack([(row - a * members).square().sum(1) for row, a in zip(x_t, alpha, strict=True)])
+    if labels is not None and noisy.label is not None:
+        energy[(noisy.label[:, None] != labels) & (noisy.label >= 0)[:, None]] = math.inf
+    return (torch.softmax(-energy / (2 * sigma**2), 1) @ members).reshape(noisy.x_t.shape)
+
+
+def images(n: int = 300, seed: int = 0, side: int = 8, classes: int = 3) -> Pool:
+    """Bytes that vary along a few directions, with labels."""
+    g = seeded(seed)
+    waves = torch.randn(5, side * side, generator=g)
+    x = (128 + 30 * torch.randn(n, 5, generator=g) @ waves / 2 + 4 * torch.randn(n, side * side, generator=g)).round()
+    labels = torch.randint(classes, (n,), generator=g)
+    return Pool(x.clamp(0, 255).to(torch.uint8).view(n, 1, side, side), labels)
+
+
+# ---- the cells are legal, counted out
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.4, 0.7, 3.0])
+@pytest.mark.parametrize("lost", [0.9, 0.5, 0.1, 1e-8])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_the_target_is_exactly_unbiased_however_much_is_pruned(sigma: float, lost: float, dims: int) -> None:
+    energy = (QUERIES[:, None] - SIX).square().sum(2) / (2 * sigma**2)
+    w = torch.softmax(-energy, 1)
+    exact = w @ SIX
+    target = pruned(Pool(SIX), lost=lost, dims=dims)
+    found = torch.stack([target(rows(QUERIES, SIX, torch.full((4,), k), sigma)).mean for k in range(6)], 1)
+    torch.testing.assert_close((w[:, :, None] * found).sum(1), exact, rtol=0, atol=1e-10)
+    spread = (w * (found - exact[:, None]).square().sum(2)).sum(1)
+    single = (w * (SIX - exact[:, None]).square().sum(2)).sum(1)
+    assert (spread <= single * (1 + 1e-9) + 1e-15).all()
+
+
+def test_much_is_pruned_in_those_cases() -> None:
+    # so that the test above does not only count out the full data set
+    screen, one = pruned(Pool(SIX), lost=0.5, dims=1).screen(ALL, CPU), torch.ones(4, dtype=torch.float64)
+    assert [int(screen.active(sigma * one)[0]) for sigma in (0.1, 0.2, 0.4)] == [0, 2, 6]
+    inside = screen.survivors(QUERIES, 0.4 * one, one, screen.active(0.4 * one), 0.5 / 3)
+    assert inside.sum(1).tolist() == [5, 4, 4, 1]
+
+
+# ---- what the cells leave out
+
+
+def test_up_to_its_level_of_isolation_a_source_loses_no_more_than_that_of_the_posterior() -> None:
+    g, lost = seeded(0), 0.05
+    data = torch.randn(60, 3, generator=g, dtype=torch.float64)
+    level = isolation(nearest(Pool(data)), 59, lost)
+    for source in range(0, 60, 6):
+        for share, holds in ((1.0, True), (4.0, False)):
+            sigma = share * float(level[source])
+            x_t = data[source] + sigma * torch.randn(4000, 3, generator=g, dtype=torch.float64)
+            w = torch.softmax(-torch.cdist(x_t, data).square() / (2 * sigma**2), 1)
+            outside = 1 - w[:, source]
+            error = 4 * float(outside.std()) / 4000**0.5
+            assert (float(outside.mean()) <= lost + error) == holds
+
+
+def test_isolation_sums_the_acceptance_probabilities_of_all_others() -> None:
+    distances = torch.tensor([[1.0, 2.0, 2.5], [0.0, 1.0, 1.0], [3.0, 3.0, 3.0]], dtype=torch.float64)
+    level = isolation(distances, 10, 1e-4)
+    assert level[1] == 0  # a duplicate is never told apart
+    for row in (0, 2):
+        mass = torch.erfc(distances[row] / (8**0.5 * level[row]))
+        assert float((mass * torch.tensor([1, 1, 8])).sum()) == pytest.approx(1e-4, rel=1e-6)
+    assert torch.isinf(isolation(torch.zeros(1, 0, dtype=torch.float64), 0, 1e-4)).all()
+
+
+@pytest.mark.parametrize("dims", [1, 3, 8])
+def test_seen_through_a_projection_the_posterior_left_out_is_on_average_what_it_seems(dims: int) -> None:
+    # the tower property: E[sum of w outside S | P x_t] = sum of q outside S, for any S that P x_t decides
+    g, lost, sigma = seeded(1), 0.3, 1.0
+    data = torch.randn(200, 8, generator=g, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 1, 1, 0.5, 0.5, 0.5])
+    screen = PrunedDataset(Pool(data), dims=dims).screen(ALL, CPU)
+    source = torch.randint(200, (4000,), generator=g)
+    x_t = data[source] + sigma * torch.randn(4000, 8, generator=g, dtype=torch.float64)
+    one = torch.ones(4000, dtype=torch.float64)
+    inside = screen.as_stored(screen.survivors(x_t, sigma * one, one, torch.full((4000,), 200), lost))
+    w = torch.softmax(-torch.cdist(x_t, data).square() / (2 * sigma**2), 1)
+    q = torch.softmax(-torch.cdist(screen.projection(x_t), screen.projection(data)).square() / (2 * sigma**2), 1)
+    actual, seeming = ((weight * ~inside).sum(1).double() for weight in (w, q))
+    difference = actual - seeming
+    assert abs(float(difference.mean())) < 4 * float(difference.std()) / 4000**0.5 + 1e-6
+    assert float(seeming.max()) <= lost
+    assert 1 < float(inside.sum(1).double().mean()) < 150
+    missed = (~inside.gather(1, source[:, None])).double()
+    assert float(missed.mean()) <= lost
+
+
+def test_the_rows_that_miss_more_than_p_of_the_mass_are_at_most_a_share_of_lost_over_p() -> None:
+    pool, lost = images(), 1e-3
+    data = pool.take(torch.arange(len(pool))).double().flatten(1)
+    for sigma in (0.1, 0.3, 1.0, 3.0):
+        noisy = batch(pool, torch.full((400,), sigma), seed=3)
+        found = pruned(pool, lost=lost, dims=4)(noisy).mean.double()
+        error = (found - by_differences(noisy, data.view(-1, 1, 8, 8))).flatten(1).norm(dim=1)
+        diameter = float(torch.cdist(data, data).max())
+        for p in (0.01, 0.1):
+            assert float((error > p * diameter).double().mean()) <= lost / p
+
+
+# ---- it is the exact target
+
+
+@pytest.mark.parametrize("process", [VE(), VP(), Flow()], ids=repr)
+@pytest.mark.parametrize("told", [False, True])
+def test_it_is_the_exact_target_at_every_noise_level(process: Process, told: bool) -> None:
+    pool = images()
+    data = pool.take(torch.arange(len(pool)))
+    level = torch.logspace(-3, 2, 60, dtype=torch.float64)
+    noisy = batch(pool, process.time(level), process, told=told)
+    found, exact = pruned(pool)(noisy), FullDataset(pool)(noisy)
+    rms = float(data.square().flatten(1).sum(1).mean().sqrt())
+    error = (found.mean.double() - by_differences(noisy, data, pool.labels)).flatten(1).norm(dim=1)
+    assert float(error.max()) < 1e-5 * rms
+    torch.testing.assert_close(found.ess, exact.ess, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.variance, exact.variance, rtol=1e-3, atol=1e-4 * rms**2)
+
+
+@pytest.mark.parametrize("dims", [2, 64])
+def test_mirror_images_are_members_and_neighbours(dims: int) -> None:
+    pool = images(150)
+    both = pool.mirrored()
+    copied = Pool(torch.cat([pool.data, pool.data.flip(-1)]), pool.labels.repeat(2))
+    torch.testing.assert_close(nearest(both, block=70), nearest(copied, block=70), rtol=0, atol=1e-4)
+    noisy = batch(both, torch.logspace(-2, 1.5, 40), told=True)
+    found, exact = pruned(both, dims=dims)(noisy), FullDataset(copied)(noisy)
+    torch.testing.assert_close(found.mean, exact.mean, rtol=0, atol=1e-5)
+
+
+def test_without_distances_the_answers_are_the_same() -> None:
+    pool = images()
+    noisy = batch(pool, torch.logspace(-2, 1.5, 64))
+    torch.testing.assert_close(PrunedDataset(pool)(noisy).mean, pruned(pool)(noisy).mean, rtol=0, atol=1e-5)
+
+
+def test_what_a_row_is_taught_depends_on_no_other_row() -> None:
+    pool, target = images(), pruned(images())
+    noisy = batch(pool, torch.logspace(-2, 1.5, 48))
+    whole = target(noisy)
+    for part in (slice(0, 1), slice(20, 48), slice(47, 48)):
+        torch.testing.assert_close(target(noisy.rows(part)).mean, whole.mean[part], rtol=0, atol=1e-5)
+
+
+def test_float32_products_serve_where_sigma_is_large_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = images(400, side=16)
+    data = pool.take(torch.arange(400))
+    used: list[torch.dtype] = []
+    sums = __import__("stablefield.pruned", fromlist=["Sums"]).Sums
+
+    def watched(query: Tensor, sigma: Tensor, alpha: Tensor, products: torch.dtype) -> object:
+        used.append(products)
+        return sums(query, sigma, alpha, products)
+
+    monkeypatch.setattr("stablefield.pruned.Sums", watched)
+    for sigma, wanted in ((0.5, torch.float64), (30.0, torch.float32)):
+        used.clear()
+        noisy = batch(pool, torch.full((16,), sigma))
+        found = PrunedDataset(pool)(noisy)
+        assert set(used) == {wanted}
+        torch.testing.assert_close(found.mean.double(), by_differences(noisy, data), rtol=0, atol=1e-5)
+
+
+# ---- data of all kinds
+
+
+@st.composite
+def data_sets(draw: st.DrawFn) -> Tensor:
+    """Clusters, outliers, duplicates, lines, constants: (N, D) in float64."""
+    n, d, seed = draw(st.integers(1, 40)), draw(st.integers(1, 12)), draw(st.integers(0, 10**6))
+    g = seeded(seed)
+    kind = draw(st.sampled_from(["cloud", "clusters", "outlier", "duplicates", "near-duplicates", "constant", "line"]))
+    x = torch.randn(n, d, generator=g, dtype=torch.float64)
+    match kind:
+        case "clusters":
+            x = 0.01 * x + 5 * torch.randn(3, d, generator=g, dtype=torch.float64)[torch.randint(3, (n,), generator=g)]
+        case "outlier":
+            x[0] += 1000
+        case "duplicates":
+            x = x[torch.randint(max(1, n // 3), (n,), generator=g)]
+        case "near-duplicates":
+            x = x[:1] + 1e-3 * x
+        case "constant":
+            x = torch.zeros_like(x)
+        case "line":
+            x = x[:, :1] * torch.ones(d, dtype=torch.float64)
+    return x
+
+
+@given(data_sets(), st.floats(1e-3, 1e3), st.integers(1, 4), st.integers(0, 100))
+@settings(max_examples=150, deadline=None)
+def test_any_data_have_their_exact_target(data: Tensor, sigma: float, dims: int, seed: int) -> None:
+    pool = Pool(data)
+    noisy = batch(pool, torch.full((7,), sigma), seed=seed)
+    found = pruned(pool, lost=1e-12, dims=dims)(noisy)
+    scale = float(data.norm(dim=1).max()) + 1e-9
+    assert float((found.mean - by_differences(noisy, data)).norm(dim=1).max()) < 1e-5 * scale
+    assert torch.isfinite(found.mean).all()
+    assert ((found.ess >= 1 - 1e-9) & (found.ess <= len(data) + 1e-9)).all()
+
+
+@given(data_sets(), st.floats(1e-3, 30), st.floats(1e-6, 0.9), st.integers(0, 100))
+@settings(max_examples=60, deadline=None)
+def test_any_data_labels_and_losses_make_legal_cells(data: Tensor, sigma: float, lost: float, seed: int) -> None:
+    g = seeded(seed)
+    labels = torch.randint(int(torch.randint(1, 5, (), generator=g)), (len(data),), generator=g)
+    target = pruned(Pool(data, labels), lost=lost, dims=1)
+    label = int(labels[0])
+    members = (labels == label).nonzero().flatten()
+    x_t = data[members[:1]] + sigma * torch.randn(1, data.shape[1], generator=g, dtype=torch.float64)
+    energy = (x_t - data[members]).square().sum(1) / (2 * sigma**2)
+    w = torch.softmax(-energy, 0)
+    told = torch.full((len(members),), label)
+    found = target(rows(x_t.expand(len(members), -1), data, members, sigma, told)).mean
+    scale = float(data.norm(dim=1).max()) + 1e-9
+    torch.testing.assert_close(w @ found, w @ data[members], rtol=0, atol=1e-7 * scale)
+
+
+# ---- distances
+
+
+@pytest.mark.parametrize("block", [16, 64, 4096])
+@pytest.mark.parametrize("k", [1, 5, 99, 500])
+def test_the_nearest_are_those_of_all_differences(block: int, k: int) -> None:
+    data = torch.randn(100, 6, generator=seeded(0), dtype=torch.float64)
+    data[7], data[8] = data[3], data[3] + 1e-7
+    wanted = (
+        torch.cdist(data, data, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf).sort(1).values
+    )
+    found = nearest(Pool(data), k=k, block=block)
+    k = min(k, 99)
+    assert found.shape == (100, k)
+    exact = k if k == 99 else k - 1  # the last is a bound
+    # of three that are all but equally far float32 may have taken any, but what it took is measured exactly
+    torch.testing.assert_close(found[:, :exact], wanted[:, :exact], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[[3, 7, 8], :exact][:, :1], wanted[[3, 7, 8], :exact][:, :1], rtol=1e-6, atol=0)
+    assert (found[:, -1] <= wanted[:, k - 1] + 1e-12).all()
+    assert (found[:, -1] >= wanted[:, k - 1] - 1e-3).all()
+
+
+def test_distances_of_a_class_are_within_it_and_watched() -> None:
+    pool, seen = images(90), []
+    of_class = pool.members(1)
+    found = nearest(pool, 1, k=3, block=10, progress=lambda done, total: seen.append((done, total)))
+    torch.testing.assert_close(found, nearest(Pool(pool.data[of_class]), k=3), rtol=0, atol=1e-4)
+    assert seen[-1][0] == seen[-1][1] == len(seen)
+    alone = Pool(torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert nearest(alone, 1).shape == (1, 0)
+
+
+# ---- what a user is told
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda pool: PrunedDataset(pool, lost=0.0), "between 0 and 1, and not 0.0"),
+        (lambda pool: PrunedDataset(pool, lost=1.5), "not 1.5"),
+        (lambda pool: PrunedDataset(pool, dims=0), "at least 1, not 0"),
+        (lambda pool: PrunedDataset(pool, lambda label: torch.zeros(3, 2)), r"300 members.*\(3, 2\)"),
+    ],
+)
+def test_what_makes_no_target_is_said(make: Callable[[Pool], PrunedDataset], told: str) -> None:
+    pool = images()
+    with pytest.raises(ValueError, match=told):
+        make(pool)(batch(pool, torch.ones(2)))
+
+
+def test_rows_that_cannot_be_answered_are_refused() -> None:
+    pool = images()
+    noisy = batch(pool, torch.ones(3), told=True)
+    told_wrong = Perturbed(**(vars(noisy) | {"label": (noisy.label + 1) % 3}))
+    with pytest.raises(ValueError, match="does not carry the label"):
+        pruned(pool)(told_wrong)
+    with pytest.raises(ValueError, match="give it an index"):
+        pruned(pool)(Perturbed(**(vars(noisy) | {"index": None})))
+    broken = noisy.x_t.clone()
+    broken[1] = math.nan
+    with pytest.raises(ValueError, match="x_t is not finite in row 1"):
+        pruned(pool)(Perturbed(**(vars(noisy) | {"x_t": broken, "label": None})))
