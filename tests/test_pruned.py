@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import stablefield.pruned
 from stablefield import VE, VP, Flow, FullDataset, Perturbed, Pool, Process, PrunedDataset
 from stablefield.neighbours import isolation, nearest
+from stablefield.pruned import _heaviest, rounding
 from stablefield.reference import ALL
 
 SIX = torch.tensor([[0.0, 0.0], [0.3, 0.1], [1.0, 0.2], [1.1, 1.0], [-0.8, 0.5], [0.1, -0.9]], dtype=torch.float64)
@@ -88,7 +90,7 @@ def test_much_is_pruned_in_those_cases() -> None:
     screen, one = pruned(Pool(SIX), lost=0.5, dims=1).screen(ALL, CPU), torch.ones(4, dtype=torch.float64)
     assert [int(screen.active(sigma * one)[0]) for sigma in (0.1, 0.2, 0.4)] == [0, 2, 6]
     inside = screen.survivors(QUERIES, 0.4 * one, one, screen.active(0.4 * one), 0.5 / 3)
-    assert inside.sum(1).tolist() == [5, 4, 4, 1]
+    assert (inside < math.inf).sum(1).tolist() == [5, 4, 4, 1]
 
 
 # ---- what the cells leave out
@@ -127,7 +129,7 @@ def test_seen_through_a_projection_the_posterior_left_out_is_on_average_what_it_
     source = torch.randint(200, (4000,), generator=g)
     x_t = data[source] + sigma * torch.randn(4000, 8, generator=g, dtype=torch.float64)
     one = torch.ones(4000, dtype=torch.float64)
-    inside = screen.as_stored(screen.survivors(x_t, sigma * one, one, torch.full((4000,), 200), lost))
+    inside = screen.as_stored(screen.survivors(x_t, sigma * one, one, torch.full((4000,), 200), lost) < math.inf)
     w = torch.softmax(-torch.cdist(x_t, data).square() / (2 * sigma**2), 1)
     q = torch.softmax(-torch.cdist(screen.projection(x_t), screen.projection(data)).square() / (2 * sigma**2), 1)
     actual, seeming = ((weight * ~inside).sum(1).double() for weight in (w, q))
@@ -194,23 +196,26 @@ def test_what_a_row_is_taught_depends_on_no_other_row() -> None:
         torch.testing.assert_close(target(noisy.rows(part)).mean, whole.mean[part], rtol=0, atol=1e-5)
 
 
-def test_float32_products_serve_where_sigma_is_large_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("heaviest", [0, 40, 512])
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 2.0, 30.0])
+def test_the_precision_is_chosen_such_that_it_does_not_matter(
+    sigma: float, heaviest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stablefield.pruned, "HEAVIEST", heaviest)
     pool = images(400, side=16)
-    data = pool.take(torch.arange(400))
-    used: list[torch.dtype] = []
-    sums = __import__("stablefield.pruned", fromlist=["Sums"]).Sums
+    noisy = batch(pool, torch.full((16,), sigma))
+    exact = by_differences(noisy, pool.take(torch.arange(400)))
+    torch.testing.assert_close(PrunedDataset(pool)(noisy).mean.double(), exact, rtol=0, atol=1e-5)
 
-    def watched(query: Tensor, sigma: Tensor, alpha: Tensor, products: torch.dtype) -> object:
-        used.append(products)
-        return sums(query, sigma, alpha, products)
 
-    monkeypatch.setattr("stablefield.pruned.Sums", watched)
-    for sigma, wanted in ((0.5, torch.float64), (30.0, torch.float32)):
-        used.clear()
-        noisy = batch(pool, torch.full((16,), sigma))
-        found = PrunedDataset(pool)(noisy)
-        assert set(used) == {wanted}
-        torch.testing.assert_close(found.mean.double(), by_differences(noisy, data), rtol=0, atol=1e-5)
+def test_where_sigma_is_large_float32_serves_and_where_it_is_small_float64_is_needed() -> None:
+    energy = torch.tensor([[3.0, 1.0, math.inf, 2.0]])
+    inside = energy < math.inf
+    assert torch.equal(_heaviest(energy, 1e-7), torch.zeros_like(inside))
+    assert torch.equal(_heaviest(energy, 1e-4), inside)
+    query, radius, one = torch.randn(2, 3072, generator=seeded(0), dtype=torch.float64), 50.0, torch.ones(2).double()
+    assert (rounding(query, 0.01 * one, one, radius) > 1e-5).all()
+    assert (rounding(30 * query, 30 * one, one, radius) < 1e-6).all()
 
 
 # ---- data of all kinds

@@ -137,7 +137,8 @@ class Sums:
     counts as that much, or the order of a sum would choose between two copies of one image.
 
     Args:
-        products: the type that the two matrix products are computed in.
+        products: the types that the two matrix products are computed in, that of energies and that of weighted sums
+            over a block. float32 rounds the latter to 1e-7 of the members, whatever sigma; blocks add up in float64.
     """
 
     def __init__(
@@ -145,13 +146,13 @@ class Sums:
         x_t: Float[Tensor, "B *D"],
         sigma: float | Tensor,
         alpha: float | Tensor = 1.0,
-        products: torch.dtype = torch.float64,
+        products: tuple[torch.dtype, torch.dtype] = (torch.float64, torch.float64),
     ) -> None:
         # MPS has no float64: there the work is done on the CPU
         home = "cpu" if x_t.device.type == "mps" else x_t.device
         self.like = x_t
         self.query = x_t.detach().to(home, torch.float64).flatten(1)
-        self.factor = self.query.to(products)
+        self.factor, self.narrow = self.query.to(products[0]), products[1]
         self.sigma = _one_a_row("sigma", sigma, self.query)
         self.alpha = _one_a_row("alpha", alpha, self.query)
         rounding = 2.0**-44 * self.query.square().sum(1)
@@ -159,7 +160,7 @@ class Sums:
         self.lowest = torch.full_like(self.sigma, torch.inf)
         self.total, self.squares, self.moment = self.query.new_zeros(3, len(x_t))
         self.weighted = torch.zeros_like(self.query)
-        self.buffer = self.factor.new_empty(0)
+        self.buffers = {dtype: self.query.new_empty(0, dtype=dtype) for dtype in products}
 
     def add(self, members: Tensor, mask: Tensor | None = None, square: Float[Tensor, "n"] | None = None) -> None:
         """Let a block pass: members (n, *D) or (B, n, *D), with a mask (B, n) or None.
@@ -177,9 +178,10 @@ class Sums:
         self.squares = self.squares * kept**2 + weight.square().sum(1)
         self.moment = self.moment * kept + (weight * norm).sum(1)
         self.weighted.mul_(kept[:, None])
-        if weight.dtype != y.dtype:
+        if self.narrow != weight.dtype:
             # without those that count for nothing: numbers too small to be normal make products many times slower
-            weight = torch.nn.functional.threshold(weight, 1e-30, 0.0).to(y.dtype)
+            weight = torch.nn.functional.threshold(weight, 1e-30, 0.0).to(self.narrow)
+            y = self._widen(members.flatten(members.ndim - self.like.ndim + 1), self.narrow)
         if y.ndim == 2 and y.dtype == self.weighted.dtype:
             self.weighted.addmm_(weight, y)
         else:
@@ -189,7 +191,7 @@ class Sums:
         """The members as they are multiplied, flattened, their squared norms, and each row's energies, (B, n)."""
         if members.shape[members.ndim - self.like.ndim + 1 :] != self.like.shape[1:]:
             raise ValueError(f"x_t is {tuple(self.like.shape)}, which members {tuple(members.shape)} do not fit")
-        y = self._widen(members.flatten(members.ndim - self.like.ndim + 1))
+        y = self._widen(members.flatten(members.ndim - self.like.ndim + 1), self.factor.dtype)
         norm = torch.linalg.vector_norm(y, dim=-1).to(self.query.dtype).square() if square is None else square
         product = self.factor @ y.T if y.ndim == 2 else (y @ self.factor.unsqueeze(2)).squeeze(2)
         return y, norm, self.alpha[:, None] * (self.alpha[:, None] * norm - 2 * product)
@@ -212,13 +214,13 @@ class Sums:
         home, dtype = self.like.device, torch.promote_types(self.like.dtype, torch.float32)
         return Posterior(mean.reshape(self.like.shape).to(home, dtype), ess.to(home, dtype), variance.to(home, dtype))
 
-    def _widen(self, members: Tensor) -> Tensor:
+    def _widen(self, members: Tensor, dtype: torch.dtype) -> Tensor:
         # into memory that is used again: fresh pages would cost more than the product
-        if members.dtype == self.factor.dtype and members.device == self.factor.device:
+        if members.dtype == dtype and members.device == self.query.device:
             return members.detach()
-        if self.buffer.numel() < members.numel():
-            self.buffer = self.factor.new_empty(members.numel())
-        return self.buffer[: members.numel()].view(members.shape).copy_(members)
+        if self.buffers[dtype].numel() < members.numel():
+            self.buffers[dtype] = self.query.new_empty(members.numel(), dtype=dtype)
+        return self.buffers[dtype][: members.numel()].view(members.shape).copy_(members)
 
     def _lower(self, lowest: Tensor) -> Tensor:
         """Move the reference energy; returns the factor that the sums so far shrink by."""

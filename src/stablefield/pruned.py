@@ -14,6 +14,7 @@ posterior) a third for the isolated others of a source that is not; a third for 
 inequality more than p of the mass is missing in at most a share lost / p of the rows.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ from stablefield.screen import Projection, Screen, principal
 from stablefield.target import SingleSample, TargetEstimator, index_of
 
 MANY = 1 / 4  # of the members: a row that needs more takes them as they are stored, not picked out
+HEAVIEST = 512  # members of a row whose weights are computed in float64, if not all are
 
 Distances = Callable[[int], Float[Tensor, "m k"]]  # label -> distances to the nearest others of that class
 
@@ -68,10 +70,10 @@ class PrunedDataset(TargetEstimator):
         for start in range(0, len(uncertain), screen.batch):
             rows = uncertain[start : start + screen.batch]
             part = noisy.rows(rows)
-            mask = screen.survivors(part.x_t, part.sigma, part.alpha, active[rows], self.lost / 3)
-            shared = mask.gather(1, place[rows, None]).flatten() & (mask.sum(1) > 1)
-            for few in _together(mask, shared, len(screen.members)):
-                _put(found, rows[few], self._over(part.rows(few), mask[few], screen, label))
+            energy = screen.survivors(part.x_t, part.sigma, part.alpha, active[rows], self.lost / 3)
+            has_source = energy.gather(1, place[rows, None]).flatten() < math.inf
+            for few in _together(energy < math.inf, has_source, len(screen.members)):
+                _put(found, rows[few], self._over(part.rows(few), energy[few], screen, label))
         return found
 
     def screen(self, label: int, device: torch.device) -> Screen:
@@ -88,8 +90,8 @@ class PrunedDataset(TargetEstimator):
         made = next(iter(self._screens.values()), None)
         return made.projection if made else principal(self.pool, self.dims)
 
-    def _over(self, noisy: Perturbed, mask: Bool[Tensor, "b n"], screen: Screen, label: int) -> Posterior:
-        """The posterior over what the mask allows of the members in their order of isolation.
+    def _over(self, noisy: Perturbed, energy: Float[Tensor, "b n"], screen: Screen, label: int) -> Posterior:
+        """The posterior over the members that were not ruled out, of those in their order of isolation.
 
         The kernel sees stored values b, with x = scale b + shift, and x_t around alpha times the centre c, in units of
         the scale: energies then differ by what is the same for all members of a row. So bytes are multiplied as they
@@ -100,11 +102,14 @@ class PrunedDataset(TargetEstimator):
         query = (noisy.x_t.flatten(1).double() - noisy.alpha.double()[:, None] * centre) / scale
         sigma, alpha = noisy.sigma.double() / scale, noisy.alpha.double()
         radius = (screen.square.max().sqrt() + (centre - shift).norm()) / scale
-        narrow = noisy.x_t.dtype != torch.float64 and bool(float32_suffices(query, sigma, alpha, radius).all())
-        sums = Sums(query, sigma, alpha, torch.float32 if narrow else torch.float64)
-        for block, allowed, square in self._blocks(mask, screen, label, chunk_size(query)):
-            sums.add(block.flatten(1), allowed, square / scale**2)
-        return _around(sums, noisy, scale, shift, centre)
+        inside = energy < math.inf
+        wide, narrow = torch.float64, torch.promote_types(noisy.x_t.dtype, torch.float32)
+        exactly = inside if narrow == wide else _heaviest(energy, float(rounding(query, sigma, alpha, radius).max()))
+        sums = Sums(query, sigma, alpha, (wide, narrow)), Sums(query, sigma, alpha, (narrow, narrow))
+        for part, mask in zip(sums, (exactly, inside & ~exactly), strict=True):
+            for block, allowed, square in self._blocks(mask, screen, label, chunk_size(query)):
+                part.add(block.flatten(1), allowed, square / scale**2)
+        return _around(sums[0].merge(sums[1]), noisy, scale, shift, centre)
 
     def _blocks(
         self, mask: Bool[Tensor, "b n"], screen: Screen, label: int, size: int
@@ -121,10 +126,10 @@ class PrunedDataset(TargetEstimator):
         yield from zip(blocks, allowed.split(size, 1), square.split(size), strict=True)
 
 
-def float32_suffices(
+def rounding(
     query: Float[Tensor, "B D"], sigma: Float[Tensor, "B"], alpha: Float[Tensor, "B"], radius: float | Tensor
-) -> Bool[Tensor, "B"]:
-    """Where products in float32 leave the weights as they are, to a few 1e-6.
+) -> Float[Tensor, "B"]:
+    """About what products in float32 change log weights by, as a part of what they change in practice (a tenth).
 
     An entry of the product with a member b is rounded by about 2^-24 of ||query|| ||b|| / sqrt D, because the terms of
     the sum have both signs; log w has it times alpha / sigma^2.
@@ -132,15 +137,32 @@ def float32_suffices(
     Args:
         radius: the largest norm of a member, in the units of the query and of sigma.
     """
-    typical = query.norm(dim=1) * radius / query.shape[1] ** 0.5
-    return alpha * typical * 2.0**-24 < 1e-6 * sigma**2
+    return 2.0**-24 * query.norm(dim=1) * radius / query.shape[1] ** 0.5 * alpha / sigma**2
 
 
-def _together(mask: Bool[Tensor, "B n"], wanted: Bool[Tensor, "B"], members: int) -> Iterator[Int[Tensor, "b"]]:
-    """Rows worth answering together: those with many of the members. The others share too few."""
-    many = wanted & (mask.sum(1) > MANY * members)
-    if many.any():
-        yield many.nonzero().flatten()
+def _heaviest(energy: Float[Tensor, "b n"], rounded: float) -> Bool[Tensor, "b n"]:
+    """Which of the members that are not ruled out need float64.
+
+    None where float32 leaves the weights as they are. Otherwise those that seem to weigh most: what the rest is off by
+    counts for its own small share only. And all of them where float32 would lose too much.
+    """
+    inside = energy < math.inf
+    if rounded < 1e-6:
+        return torch.zeros_like(inside)
+    if rounded > 1e-5 or energy.shape[1] <= HEAVIEST:
+        return inside
+    return torch.zeros_like(inside).scatter_(1, energy.topk(HEAVIEST, largest=False).indices, True) & inside
+
+
+def _together(inside: Bool[Tensor, "B n"], has_source: Bool[Tensor, "B"], members: int) -> Iterator[Int[Tensor, "b"]]:
+    """Rows worth answering together: those with many of the members. The others share too few.
+
+    No rows whose cell is the source alone.
+    """
+    count = inside.sum(1)
+    wanted, many = has_source & (count > 1), count > MANY * members
+    if (wanted & many).any():
+        yield (wanted & many).nonzero().flatten()
     yield from (wanted & ~many).nonzero()
 
 

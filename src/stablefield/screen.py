@@ -151,8 +151,8 @@ class Screen:
         alpha: Float[Tensor, "B"],
         active: Int[Tensor, "B"],
         lost: float,
-    ) -> Bool[Tensor, "B n"]:
-        """Which of the first n members in order, n the largest of `active`, could matter to each row.
+    ) -> Float[Tensor, "B n"]:
+        """Projected energies of the first n members in order, n the largest of `active`; infinite where ruled out.
 
         What is lost of the posterior over its active members is at most `lost` on average: sum q_j over those left
         out is at most m max q lost / m, and max q at most 1. The rounding of the float32 products is allowed for.
@@ -165,4 +165,4 @@ class Screen:
         widest = square.max().sqrt()
         rounding = 2.0**-22 * z.shape[1] * alpha * widest * (seen.norm(dim=1, keepdim=True) + alpha * widest)
         margin = 2 * sigma**2 * math.log(len(self.members) / lost) + rounding
-        return energy <= energy.amin(1, keepdim=True) + margin.clamp(max=1e30)
+        return energy.masked_fill_(energy > energy.amin(1, keepdim=True) + margin.clamp(max=1e30), math.inf)
