@@ -61,6 +61,7 @@ from stablefield.sample import (
     VPGrid,
 )
 from stablefield.schedule import Decay, LearningRate, average_names
+from stablefield.pruned import PrunedDataset
 from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample
 from stablefield.times import LogitNormal, LogNormal, LogUniform, Uniform, VPLevels
 
@@ -171,6 +172,7 @@ PARTS: dict[str, dict[str, type]] = {
         "reference": ReferenceBatch,
         "single": SingleSample,
         "full": FullDataset,
+        "pruned": PrunedDataset,
         "neighbours": NearestNeighbours,
         "rolling": Rolling,
     },
@@ -218,7 +220,7 @@ SUITS: dict[str, dict[str, Any]] = {
     "ncsnpp": NCSNPP,
 }
 
-RUNTIME = {"self", "pool", "order", "shape", "label_dim", "grid"}
+RUNTIME = {"self", "pool", "distances", "order", "shape", "label_dim", "grid"}
 
 
 class ConfigError(ValueError):

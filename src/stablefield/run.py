@@ -19,7 +19,17 @@ import torch
 
 from stablefield.checkpoint import Checkpoint, CheckpointError, read, replacing
 from stablefield.config import Config, ConfigError, resolve
-from stablefield.data import Augmentation, Batches, LabelDropout, Progress, Shuffled, Source, silent, split
+from stablefield.data import (
+    Augmentation,
+    Batches,
+    LabelDropout,
+    NeighbourDistances,
+    Progress,
+    Shuffled,
+    Source,
+    silent,
+    split,
+)
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
 from stablefield.ranks import Ranks
@@ -201,7 +211,7 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
         raise ConfigError(f"augmentation: {error}") from None
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
     order = Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total)
-    target = _make_target(config, order)
+    target = _make_target(config, order, progress)
     denoiser = make_denoiser(config, pool.shape, pool.classes).to(ranks.device)
     _try_out(denoiser, pool, augmentation.dim)
     batches = augmentation.of_batches(order, training.seed, ranks.device)
@@ -229,10 +239,14 @@ def _kept_apart(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
     return pool, held_out
 
 
-def _make_target(config: Config, order: Shuffled) -> TargetEstimator:
+def _make_target(config: Config, order: Shuffled, progress: Progress) -> TargetEstimator:
+    kind = config["target"]["kind"]
     needs: dict[str, dict[str, Any]] = {"single": {}, "rolling": {"order": order}}
+    if kind == "pruned":
+        distances = NeighbourDistances(order.pool, progress=progress)
+        needs[kind] = {"pool": order.pool, "distances": distances.prepare(untold=config.training.label_dropout > 0)}
     try:
-        return config.make("target", **needs.get(config["target"]["kind"], {"pool": order.pool}))
+        return config.make("target", **needs.get(kind, {"pool": order.pool}))
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
 

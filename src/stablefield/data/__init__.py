@@ -4,6 +4,7 @@ from stablefield.data.augment import Augmentation, Augmented, EDMAugmentation, L
 from stablefield.data.batches import Batch, Batches, Shuffled
 from stablefield.data.cifar import CIFAR
 from stablefield.data.contents import Contents, Progress, content_hash, silent
+from stablefield.data.distances import NeighbourDistances
 from stablefield.data.forms import write_npz, write_zip
 from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
@@ -30,6 +31,7 @@ __all__ = [
     "Images",
     "LabelDropout",
     "Mirror",
+    "NeighbourDistances",
     "Pictures",
     "Plain",
     "Progress",

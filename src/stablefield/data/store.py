@@ -153,7 +153,7 @@ def cached(recipe: str, contents: Callable[[], Contents], *, source: str, progre
     folder = cache_folder()
     if not (folder / key).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder / f"{key}.lock"):
+        with alone(folder / f"{key}.lock"):
             _decode_into(folder / key, contents, source, progress)
     try:
         return Store(folder / key).load()
@@ -177,7 +177,7 @@ def _decode_into(place: Path, contents: Callable[[], Contents], source: str, pro
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
     """One process at a time, so that ranks do not all decode; where files cannot be locked, renaming alone decides."""
     with lock.open("a") as file:
         if sys.platform != "win32":
