@@ -235,7 +235,7 @@ def test_ranks_that_start_together_decode_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", ["before the first block", "before the last rename"])
 def test_without_locks_the_first_to_finish_wins_and_nobody_fails(when, cache, monkeypatch):
     pool = pool_of(5, 2)
-    monkeypatch.setattr(stores, "_alone", lambda lock: nullcontext())
+    monkeypatch.setattr(stores, "alone", lambda lock: nullcontext())
 
     def other_rank():
         stores.cached("recipe", lambda: Contents.of(pool), source="a test")

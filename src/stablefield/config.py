@@ -45,6 +45,7 @@ from stablefield.networks import ADM, MLP, SongUNet, UNet
 from stablefield.networks.song import NCSNPP
 from stablefield.objective import EDMWeight, HeadWeight, LikelihoodWeight, MinSNR, NoiseWeight, VelocityWeight
 from stablefield.process import VE, VP, Cosine, Flow, SubVP
+from stablefield.pruned import PrunedDataset
 from stablefield.sample import (
     RK45,
     Ancestral,
@@ -61,7 +62,6 @@ from stablefield.sample import (
     VPGrid,
 )
 from stablefield.schedule import Decay, LearningRate, average_names
-from stablefield.pruned import PrunedDataset
 from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample
 from stablefield.times import LogitNormal, LogNormal, LogUniform, Uniform, VPLevels
 

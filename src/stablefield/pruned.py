@@ -27,7 +27,7 @@ from stablefield.posterior import Posterior, Sums, chunk_size
 from stablefield.process import Perturbed
 from stablefield.reference import Pool
 from stablefield.screen import Projection, Screen, principal
-from stablefield.target import SingleSample, TargetEstimator, _index
+from stablefield.target import SingleSample, TargetEstimator, index_of
 
 MANY = 1 / 4  # of the members: a row that needs more takes them as they are stored, not picked out
 HEAVIEST = 512  # members of a row whose weights are computed in float64, if not all are
@@ -63,7 +63,7 @@ class PrunedDataset(TargetEstimator):
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         _refuse_what_is_not_finite(noisy)
         screen = self.screen(label, noisy.x_t.device)
-        place = screen.position(_index(noisy, self.pool)).to(noisy.x_t.device)
+        place = screen.position(index_of(noisy, self.pool)).to(noisy.x_t.device)
         active = screen.active(noisy.sigma.double() / noisy.alpha.double())
         found = _alone(noisy)
         uncertain = (place < active).nonzero().flatten()

@@ -112,7 +112,7 @@ def from_references(
     """
     shared = drawn[:-1]
     # the one member that a row does not share with all others: r_n where the source is shared, else the source
-    is_shared, own = torch.isin(_index(noisy, pool), shared), noisy.x
+    is_shared, own = torch.isin(index_of(noisy, pool), shared), noisy.x
     if is_shared.any():
         own = torch.where(per_row(is_shared.to(own.device), own), take(drawn[-1:]).to(own), own)
     blocks = ((take(part), None) for part in shared.split(chunk_size(noisy.x_t)))
@@ -127,7 +127,7 @@ class FullDataset(TargetEstimator):
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         if noisy.index is not None:
-            _index(noisy, self.pool)
+            index_of(noisy, self.pool)
         blocks = ((block, None) for block in self.pool.blocks(label, chunk_size(noisy.x_t)))
         return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha)
 
@@ -154,7 +154,7 @@ class NearestNeighbours(TargetEstimator):
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         nearest = self.pool.members(label)[self._nearest(noisy, label).cpu()]
-        inside = (nearest == _index(noisy, self.pool)[:, None]).any(1).to(noisy.x.device)
+        inside = (nearest == index_of(noisy, self.pool)[:, None]).any(1).to(noisy.x.device)
         support = self.pool.take(nearest.flatten()).to(noisy.x).unflatten(0, nearest.shape)
         found = posterior(noisy.x_t, support, sigma=noisy.sigma, alpha=noisy.alpha)
         alone = SingleSample()(noisy)
@@ -208,7 +208,7 @@ def _joined(answers: Sequence[tuple[Int[Tensor, "_"], Posterior]]) -> Posterior:
     return Posterior(*map(torch.cat, fields)).rows(torch.cat([rows for rows, _ in answers]).argsort())
 
 
-def _index(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:
+def index_of(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:
     """Which members the rows are, after a look whether they can be members at all."""
     if tuple(noisy.x.shape[1:]) != pool.shape:
         raise ValueError(f"rows are {tuple(noisy.x.shape[1:])}, but members of the pool {pool.shape}")

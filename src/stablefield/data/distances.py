@@ -52,7 +52,7 @@ class NeighbourDistances:
         return found
 
     def prepare(self, *, untold: bool = False) -> "NeighbourDistances":
-        """Measure what training will ask for: within each class if the pool has any, and among all if not, or `untold`."""
+        """Measure what training will ask for: within each class if there are any; among all if not, or if `untold`."""
         labels = [*range(self.pool.classes)] if self.pool.labels is not None else [ALL]
         for label in (*labels, ALL) if untold else labels:
             self(label)
