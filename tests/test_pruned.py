@@ -3,7 +3,10 @@ target to rounding wherever it claims to be.
 """
 
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +17,9 @@ from torch import Tensor
 import stablefield.pruned
 from stablefield import VE, VP, Flow, FullDataset, Perturbed, Pool, Process, PrunedDataset
 from stablefield.neighbours import isolation, nearest
-from stablefield.pruned import _heaviest, rounding
+from stablefield.pruned import Query, _heaviest
 from stablefield.reference import ALL
+from stablefield.shards import Shards
 
 SIX = torch.tensor([[0.0, 0.0], [0.3, 0.1], [1.0, 0.2], [1.1, 1.0], [-0.8, 0.5], [0.1, -0.9]], dtype=torch.float64)
 QUERIES = torch.tensor([[0.2, 0.1], [0.7, 0.4], [-0.3, -0.2], [2.0, 2.0]], dtype=torch.float64)
@@ -87,10 +91,10 @@ def test_the_target_is_exactly_unbiased_however_much_is_pruned(sigma: float, los
 
 def test_much_is_pruned_in_those_cases() -> None:
     # so that the test above does not only count out the full data set
-    screen, one = pruned(Pool(SIX), lost=0.5, dims=1).screen(ALL, CPU), torch.ones(4, dtype=torch.float64)
-    assert [int(screen.active(sigma * one)[0]) for sigma in (0.1, 0.2, 0.4)] == [0, 2, 6]
-    inside = screen.survivors(QUERIES, 0.4 * one, one, screen.active(0.4 * one), 0.5 / 3)
-    assert (inside < math.inf).sum(1).tolist() == [5, 4, 4, 1]
+    known = pruned(Pool(SIX), lost=0.5, dims=1).known(ALL, CPU)
+    assert [int((known.level <= sigma).sum()) for sigma in (0.1, 0.2, 0.4)] == [0, 2, 6]
+    inside = known.survivors(rows(QUERIES, SIX, torch.arange(4), 0.4), Shards(), 0.5 / 18) < math.inf
+    assert inside.sum(1).tolist() == [5, 4, 4, 1]
 
 
 # ---- what the cells leave out
@@ -125,11 +129,11 @@ def test_seen_through_a_projection_the_posterior_left_out_is_on_average_what_it_
     # the tower property: E[sum of w outside S | P x_t] = sum of q outside S, for any S that P x_t decides
     g, lost, sigma = seeded(1), 0.3, 1.0
     data = torch.randn(200, 8, generator=g, dtype=torch.float64) * torch.tensor([3.0, 2, 1, 1, 1, 0.5, 0.5, 0.5])
-    screen = PrunedDataset(Pool(data), dims=dims).screen(ALL, CPU)
+    known = PrunedDataset(Pool(data), dims=dims).known(ALL, CPU)
+    screen = known.screen
     source = torch.randint(200, (4000,), generator=g)
     x_t = data[source] + sigma * torch.randn(4000, 8, generator=g, dtype=torch.float64)
-    one = torch.ones(4000, dtype=torch.float64)
-    inside = screen.as_stored(screen.survivors(x_t, sigma * one, one, torch.full((4000,), 200), lost) < math.inf)
+    inside = screen.as_stored(known.survivors(rows(x_t, data, source, sigma), Shards(), lost / 200) < math.inf)
     w = torch.softmax(-torch.cdist(x_t, data).square() / (2 * sigma**2), 1)
     q = torch.softmax(-torch.cdist(screen.projection(x_t), screen.projection(data)).square() / (2 * sigma**2), 1)
     actual, seeming = ((weight * ~inside).sum(1).double() for weight in (w, q))
@@ -213,9 +217,63 @@ def test_where_sigma_is_large_float32_serves_and_where_it_is_small_float64_is_ne
     inside = energy < math.inf
     assert torch.equal(_heaviest(energy, 1e-7), torch.zeros_like(inside))
     assert torch.equal(_heaviest(energy, 1e-4), inside)
-    query, radius, one = torch.randn(2, 3072, generator=seeded(0), dtype=torch.float64), 50.0, torch.ones(2).double()
-    assert (rounding(query, 0.01 * one, one, radius) > 1e-5).all()
-    assert (rounding(30 * query, 30 * one, one, radius) < 1e-6).all()
+    data = torch.randn(50, 3072, generator=seeded(0))
+    pool, square = Pool(data), data.double().square().sum(1)
+    for sigma, low, high in ((0.01, 1e-5, math.inf), (30.0, 0.0, 1e-6)):
+        query = Query.of(batch(pool, torch.full((4,), sigma)), pool, torch.zeros(3072))
+        assert low < query.rounding(square) < high
+
+
+# ---- shared out among ranks
+
+
+def in_turn(total: int, ask: Callable[[Shards], object]) -> list[object]:
+    """What `total` ranks answer, each in a thread of its own, when they gather what all of them say."""
+    barrier, said = threading.Barrier(total), [torch.empty(0)] * total
+
+    def gather(rank: int, value: Tensor) -> Tensor:
+        barrier.wait(60)
+        said[rank] = value
+        barrier.wait(60)
+        found = torch.cat(list(said))
+        barrier.wait(60)
+        return found
+
+    with ThreadPoolExecutor(total) as pool:
+        return list(pool.map(lambda rank: ask(Shards(rank, total, partial(gather, rank))), range(total)))
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("total", [2, 3, 5])
+def test_shared_out_among_ranks_the_answers_are_the_same(total: int, told: bool) -> None:
+    pool = images(301)
+    pool.labels[0] = 3  # a class of one: most ranks hold nothing of it
+    noisy = batch(pool, torch.logspace(-2, 1.5, 30), told=told)
+    noisy.index[0], noisy.x[0] = 0, pool.take(torch.zeros(1, dtype=torch.int64))[0]
+    if told:
+        noisy.label[0] = 3
+    alone = pruned(pool)(noisy)
+
+    def ask(shards: Shards) -> tuple[PrunedDataset, Tensor]:
+        target = PrunedDataset(pool, lambda label: nearest(pool, label), shards=shards)
+        return target, target(noisy.rows(shards.mine(30))).mean
+
+    answers = in_turn(total, ask)
+    torch.testing.assert_close(torch.cat([mean for _, mean in answers]), alone.mean, rtol=0, atol=1e-6)
+    for target, _ in answers:  # each holds its part
+        assert len(target.known(ALL, CPU).own) <= 301 // total + 1
+
+
+def test_each_member_is_held_by_one_rank() -> None:
+    pool = images(31)
+    parts = [Shards(rank, 4).own(pool) for rank in range(4)]
+    assert sum(map(len, parts)) == 31
+    for rank, part in enumerate(parts):
+        place = Shards(rank, 4).place(torch.arange(31))
+        held = place >= 0
+        assert torch.equal(part.take(place[held]), pool.take(torch.arange(31)[held]))
+    with pytest.raises(ValueError, match="rank 4 is none of 4"):
+        Shards(4, 4)
 
 
 # ---- data of all kinds

@@ -220,7 +220,7 @@ SUITS: dict[str, dict[str, Any]] = {
     "ncsnpp": NCSNPP,
 }
 
-RUNTIME = {"self", "pool", "distances", "order", "shape", "label_dim", "grid"}
+RUNTIME = {"self", "pool", "distances", "shards", "order", "shape", "label_dim", "grid"}
 
 
 class ConfigError(ValueError):

@@ -18,6 +18,7 @@ float32 suffices for its rows, because their sigma is large, may ask for product
 
 import math
 from collections.abc import Iterable, Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -205,6 +206,22 @@ class Sums:
         self.moment = self.moment * kept + other.moment * theirs
         self.weighted.mul_(kept[:, None]).add_(other.weighted * theirs[:, None])
         return self
+
+    def put(self, rows: Int[Tensor, "b"], other: "Sums") -> None:
+        """Take for some rows what has passed for them elsewhere."""
+        for name in ("lowest", "total", "squares", "moment", "weighted"):
+            getattr(self, name)[rows] = getattr(other, name)
+
+    def state(self) -> Float[Tensor, "B S"]:
+        """All that has passed, a row each: what another process needs to know of it."""
+        return torch.cat([torch.stack([self.lowest, self.total, self.squares, self.moment], 1), self.weighted], 1)
+
+    def at(self, state: Float[Tensor, "B S"]) -> "Sums":
+        """Sums for the same rows, over what a state says has passed."""
+        found = copy(self)
+        found.lowest, found.total, found.squares, found.moment = state[:, :4].unbind(1)
+        found.weighted = state[:, 4:].clone()
+        return found
 
     def finish(self) -> Posterior:
         """The posterior over everything that has passed (not a number in rows where nothing has)."""

@@ -16,7 +16,7 @@ inequality more than p of the mass is missing in at most a share lost / p of the
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,7 @@ from stablefield.posterior import Posterior, Sums, chunk_size
 from stablefield.process import Perturbed
 from stablefield.reference import Pool
 from stablefield.screen import Projection, Screen, principal
+from stablefield.shards import ALONE, Shards
 from stablefield.target import SingleSample, TargetEstimator, index_of
 
 MANY = 1 / 4  # of the members: a row that needs more takes them as they are stored, not picked out
@@ -44,13 +45,15 @@ class PrunedDataset(TargetEstimator):
             row is spared the screening, and all else is the same.
         lost: the share of the posterior that may be missing, on average over the rows.
         dims: coordinates to screen by.
+        shards: among whom the members are shared out. All must ask at once, for equally many rows each.
     """
 
     pool: Pool
     distances: Distances | None = None
     lost: float = 1e-8
     dims: int = 64
-    _screens: dict[tuple[int, torch.device], Screen] = field(
+    shards: Shards = ALONE
+    _known: dict[tuple[int, torch.device], "_Known"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -60,84 +63,187 @@ class PrunedDataset(TargetEstimator):
         if self.dims < 1:
             raise ValueError(f"dims must be at least 1, not {self.dims}")
 
+    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
+        if self.shards.total == 1:
+            return super().__call__(noisy, generator=generator)
+        everyone = self.shards.everyone(noisy)
+        return super().__call__(everyone, generator=generator).rows(self.shards.mine(len(everyone)))
+
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         _refuse_what_is_not_finite(noisy)
-        screen = self.screen(label, noisy.x_t.device)
-        place = screen.position(index_of(noisy, self.pool)).to(noisy.x_t.device)
-        active = screen.active(noisy.sigma.double() / noisy.alpha.double())
-        found = _alone(noisy)
-        uncertain = (place < active).nonzero().flatten()
-        for start in range(0, len(uncertain), screen.batch):
-            rows = uncertain[start : start + screen.batch]
-            part = noisy.rows(rows)
-            energy = screen.survivors(part.x_t, part.sigma, part.alpha, active[rows], self.lost / 3)
-            has_source = energy.gather(1, place[rows, None]).flatten() < math.inf
-            for few in _together(energy < math.inf, has_source, len(screen.members)):
-                _put(found, rows[few], self._over(part.rows(few), energy[few], screen, label))
+        known, found = self.known(label, noisy.x_t.device), _alone(noisy)
+        isolated = known.level_of(index_of(noisy, self.pool)).to(noisy.sigma.device)
+        uncertain = (isolated <= noisy.sigma.double() / noisy.alpha.double()).nonzero().flatten()
+        # so many rows together that their energies take at most 128 MB
+        size = max(1, 2**25 // len(known.members))
+        for start in range(0, len(uncertain), size):
+            rows = uncertain[start : start + size]
+            shared, answers = self._answer(noisy.rows(rows), known)
+            _put(found, rows[shared], answers.rows(shared))
         return found
 
-    def screen(self, label: int, device: torch.device) -> Screen:
-        """What is known of a class before anything is drawn; made when first asked for."""
-        if (label, device) not in self._screens:
-            members = len(self.pool.members(label))
-            level = torch.zeros(members, dtype=torch.float64)
+    def known(self, label: int, device: torch.device) -> "_Known":
+        """What is known of a class before anything is drawn; found out when first asked for."""
+        if (label, device) not in self._known:
+            members = self.pool.members(label)
+            level = torch.zeros(len(members), dtype=torch.float64)
             if self.distances is not None:
-                level = isolation(_checked(self.distances(label), members), members - 1, self.lost / 3)
-            self._screens[label, device] = Screen.of(self.pool, label, self._projection(), level, device)
-        return self._screens[label, device]
+                level = isolation(_checked(self.distances(label), len(members)), len(members) - 1, self.lost / 3)
+            place, own = self.shards.place(members), self.shards.own(self.pool)
+            held = place >= 0
+            screen = Screen.of(own, place[held], self._projection(device), level[held]) if held.any() else None
+            self._known[label, device] = _Known(label, own, members, level, screen)
+        return self._known[label, device]
 
-    def _projection(self) -> Projection:
-        made = next(iter(self._screens.values()), None)
-        return made.projection if made else principal(self.pool, self.dims)
+    def _projection(self, device: torch.device) -> Projection:
+        made = (known.screen.projection for known in self._known.values() if known.screen)
+        return (next(made, None) or principal(self.pool, self.dims)).to(device)
 
-    def _over(self, noisy: Perturbed, energy: Float[Tensor, "b n"], screen: Screen, label: int) -> Posterior:
-        """The posterior over the members that were not ruled out, of those in their order of isolation.
-
-        The kernel sees stored values b, with x = scale b + shift, and x_t around alpha times the centre c, in units of
-        the scale: energies then differ by what is the same for all members of a row. So bytes are multiplied as they
-        are, and what float32 rounds is the noise times a member, not the brightness of all images.
-        """
-        scale, shift = self.pool.affine
-        centre = screen.projection.centre.double()
-        query = (noisy.x_t.flatten(1).double() - noisy.alpha.double()[:, None] * centre) / scale
-        sigma, alpha = noisy.sigma.double() / scale, noisy.alpha.double()
-        radius = (screen.square.max().sqrt() + (centre - shift).norm()) / scale
+    def _answer(self, noisy: Perturbed, known: "_Known") -> tuple[Int[Tensor, "s"], Posterior]:
+        """Rows that are not isolated: which of them share their cell with others, and the means over the cells."""
+        place = self.shards.place(index_of(noisy, self.pool))
+        energy = known.survivors(noisy, self.shards, self.lost / (3 * len(known.members)))
         inside = energy < math.inf
-        wide, narrow = torch.float64, torch.promote_types(noisy.x_t.dtype, torch.float32)
-        exactly = inside if narrow == wide else _heaviest(energy, float(rounding(query, sigma, alpha, radius).max()))
-        sums = Sums(query, sigma, alpha, (wide, narrow)), Sums(query, sigma, alpha, (narrow, narrow))
-        for part, mask in zip(sums, (exactly, inside & ~exactly), strict=True):
-            for block, allowed, square in self._blocks(mask, screen, label, chunk_size(query)):
-                part.add(block.flatten(1), allowed, square / scale**2)
-        return _around(sums[0].merge(sums[1]), noisy, scale, shift, centre)
+        here = torch.stack([known.among(inside, place).long(), inside.sum(1)])
+        has_source, count = self.shards.sum(here).unbind(0)
+        shared = (has_source > 0) & (count > 1)
+        query = Query.of(noisy, self.pool, self._projection(noisy.x_t.device).centre)
+        sums = query.sums()
+        for rows in _together(inside, shared, len(known.own)):
+            sums.put(rows, _over(query.rows(rows), energy[rows], known))
+        return shared.nonzero().flatten(), query.posterior(self.shards.merge(sums))
 
-    def _blocks(
-        self, mask: Bool[Tensor, "b n"], screen: Screen, label: int, size: int
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What is known of a class before anything is drawn.
+
+    Attributes:
+        label: its label.
+        own: the members that this rank holds, of all classes.
+        members: all of the class, whoever holds them.
+        level: sigma / alpha up to which each of these is isolated.
+        screen: the own ones of the class, through a projection; None if there are none.
+    """
+
+    label: int
+    own: Pool
+    members: Int[Tensor, "m"]
+    level: Float[Tensor, "m"]
+    screen: Screen | None
+
+    def level_of(self, index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """The levels of isolation of some members.
+
+        Raises:
+            ValueError: one is no member of the class.
+        """
+        rank = torch.searchsorted(self.members, index).clamp(max=len(self.members) - 1)
+        if (strange := self.members[rank] != index).any():
+            raise ValueError(f"member {int(index[strange][0])} of the pool does not carry the label that its row tells")
+        return self.level[rank]
+
+    def survivors(self, noisy: Perturbed, shards: Shards, share: float) -> Float[Tensor, "B n"]:
+        """Projected energies of the own members in their order of isolation, infinite where they do not matter."""
+        nobody = torch.full((len(noisy), 1), math.inf, device=noisy.x_t.device)
+        x_t, sigma, alpha = noisy.x_t, noisy.sigma, noisy.alpha
+        energy = self.screen.energies(x_t, sigma, alpha) if self.screen else nobody[:, :0]
+        least = shards.least(torch.cat([energy, nobody], 1).amin(1))
+        return self.screen.rule_out(energy, least, x_t, sigma, alpha, share) if self.screen else energy
+
+    def among(self, inside: Bool[Tensor, "B n"], place: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
+        """Whether own members, at their places in the order of the pool (-1: not own), are among those inside."""
+        found = torch.zeros(len(inside), dtype=torch.bool, device=inside.device)
+        if self.screen is not None:
+            rows = (place >= 0).nonzero().flatten()
+            position = self.screen.place[torch.searchsorted(self.screen.members, place[rows])]
+            found[rows] = inside[rows, position.to(inside.device)]
+        return found
+
+    def blocks(self, mask: Bool[Tensor, "b n"], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Stored members, who may use them, and their norms: few are picked out, many pass in the order stored."""
+        assert self.screen is not None
         blocks: Iterable[Tensor]
         wanted = mask.any(0).nonzero().flatten()
-        if len(wanted) < MANY * len(screen.members):
-            position = screen.order[wanted.cpu()]
-            blocks = (self.pool.stored(part) for part in screen.members[position].split(size))
-            allowed, square = mask[:, wanted], screen.square[position.to(mask.device)]
+        if len(wanted) < MANY * len(self.screen):
+            position = self.screen.order[wanted.cpu()]
+            blocks = (self.own.stored(part) for part in self.screen.members[position].split(size))
+            allowed, square = mask[:, wanted], self.screen.square[position.to(mask.device)]
         else:
-            blocks, allowed, square = self.pool.stored_blocks(label, size), screen.as_stored(mask), screen.square
+            blocks = self.own.stored_blocks(self.label, size)
+            allowed, square = self.screen.as_stored(mask), self.screen.square
         yield from zip(blocks, allowed.split(size, 1), square.split(size), strict=True)
 
 
-def rounding(
-    query: Float[Tensor, "B D"], sigma: Float[Tensor, "B"], alpha: Float[Tensor, "B"], radius: float | Tensor
-) -> Float[Tensor, "B"]:
-    """About what products in float32 change log weights by, as a part of what they change in practice (a tenth).
+@dataclass(frozen=True, eq=False)
+class Query:
+    """Rows as the kernel sees them: x_t around alpha times a centre c, in units of stored values.
 
-    An entry of the product with a member b is rounded by about 2^-24 of ||query|| ||b|| / sqrt D, because the terms of
-    the sum have both signs; log w has it times alpha / sigma^2.
-
-    Args:
-        radius: the largest norm of a member, in the units of the query and of sigma.
+    A stored value b stands for x = scale b + shift. With the norms ||x - c||^2 / scale^2, known before, energies differ
+    from those of x_t and x by what is the same for all members of a row. So bytes are multiplied as they are, and what
+    float32 rounds is the noise times a member, not the brightness of all images.
     """
-    return 2.0**-24 * query.norm(dim=1) * radius / query.shape[1] ** 0.5 * alpha / sigma**2
+
+    x_t: Float[Tensor, "B D"]
+    sigma: Float[Tensor, "B"]
+    alpha: Float[Tensor, "B"]
+    like: Float[Tensor, "B *D"]
+    centre: Float[Tensor, "D"]
+    scale: float
+    shift: float
+
+    @classmethod
+    def of(cls, noisy: Perturbed, pool: Pool, centre: Float[Tensor, "D"]) -> "Query":
+        """The rows of a batch, for members that the pool stores."""
+        (scale, shift), centre, alpha = pool.affine, centre.double(), noisy.alpha.double()
+        x_t = (noisy.x_t.flatten(1).double() - alpha[:, None] * centre) / scale
+        return cls(x_t, noisy.sigma.double() / scale, alpha, noisy.x_t, centre, scale, shift)
+
+    def rows(self, rows: Int[Tensor, "b"]) -> "Query":
+        """Some of the rows."""
+        some = {name: getattr(self, name)[rows] for name in ("x_t", "sigma", "alpha", "like")}
+        return replace(self, **some)
+
+    @property
+    def narrow(self) -> torch.dtype:
+        """The least type that anything is computed in: float32, or x_t's own where that is wider."""
+        return torch.promote_types(self.like.dtype, torch.float32)
+
+    def sums(self, energies: torch.dtype = torch.float64) -> Sums:
+        """Sums over members, of which nothing has passed yet."""
+        return Sums(self.x_t, self.sigma, self.alpha, (energies, self.narrow))
+
+    def posterior(self, sums: Sums) -> Posterior:
+        """What sums over stored values, with norms around the centre, say of x."""
+        mean = self.scale * (sums.weighted / sums.total[:, None]) + self.shift
+        spread = self.scale**2 * sums.moment / sums.total - (mean - self.centre).square().sum(1)
+        return Posterior(mean.reshape(self.like.shape), sums.total.square() / sums.squares, spread.clamp(min=0))
+
+    def rounding(self, square: Float[Tensor, "m"]) -> float:
+        """About what products in float32 change log weights by, at most: in practice a tenfold of it.
+
+        An entry of the product with a member b is rounded by about 2^-24 of ||x_t|| ||b|| / sqrt D, because the terms
+        of the sum have both signs; log w has it times alpha / sigma^2.
+
+        Args:
+            square: squared distances of the members from the centre.
+        """
+        radius = (square.max().sqrt() + (self.centre - self.shift).norm()) / self.scale
+        entry = 2.0**-24 * self.x_t.norm(dim=1) * radius / len(self.centre) ** 0.5
+        return float((entry * self.alpha / self.sigma**2).max())
+
+
+def _over(query: Query, energy: Float[Tensor, "b n"], known: _Known) -> Sums:
+    """Sums over the members that were not ruled out, of those in their order of isolation."""
+    assert known.screen is not None
+    inside, wide = energy < math.inf, torch.float64
+    rounded = math.inf if query.narrow == wide else query.rounding(known.screen.square)
+    exactly = _heaviest(energy, rounded)
+    sums = query.sums(wide), query.sums(query.narrow)
+    for part, mask in zip(sums, (exactly, inside & ~exactly), strict=True):
+        for block, allowed, square in known.blocks(mask, chunk_size(query.x_t)):
+            part.add(block.flatten(1), allowed, square / query.scale**2)
+    return sums[0].merge(sums[1])
 
 
 def _heaviest(energy: Float[Tensor, "b n"], rounded: float) -> Bool[Tensor, "b n"]:
@@ -154,13 +260,10 @@ def _heaviest(energy: Float[Tensor, "b n"], rounded: float) -> Bool[Tensor, "b n
     return torch.zeros_like(inside).scatter_(1, energy.topk(HEAVIEST, largest=False).indices, True) & inside
 
 
-def _together(inside: Bool[Tensor, "B n"], has_source: Bool[Tensor, "B"], members: int) -> Iterator[Int[Tensor, "b"]]:
-    """Rows worth answering together: those with many of the members. The others share too few.
-
-    No rows whose cell is the source alone.
-    """
+def _together(inside: Bool[Tensor, "B n"], wanted: Bool[Tensor, "B"], members: int) -> Iterator[Int[Tensor, "b"]]:
+    """Rows worth answering together: those with many of the members. The others share too few."""
     count = inside.sum(1)
-    wanted, many = has_source & (count > 1), count > MANY * members
+    wanted, many = wanted & (count > 0), count > MANY * members
     if (wanted & many).any():
         yield (wanted & many).nonzero().flatten()
     yield from (wanted & ~many).nonzero()
@@ -170,14 +273,6 @@ def _checked(distances: Tensor, members: int) -> Tensor:
     if distances.ndim != 2 or len(distances) != members:
         raise ValueError(f"{members} members need a row of distances each, not {tuple(distances.shape)}")
     return distances
-
-
-def _around(sums: Sums, like: Perturbed, scale: float, shift: float, centre: Float[Tensor, "D"]) -> Posterior:
-    """What sums over stored values, with norms around the centre, say of x."""
-    mean = scale * (sums.weighted / sums.total[:, None]) + shift
-    spread = scale**2 * sums.moment / sums.total - (mean - centre).square().sum(1)
-    ess = sums.total.square() / sums.squares
-    return Posterior(mean.reshape(like.x_t.shape), ess, spread.clamp(min=0))
 
 
 def _refuse_what_is_not_finite(noisy: Perturbed) -> None:

@@ -79,7 +79,7 @@ class Screen:
 
     Attributes:
         projection: what they are seen through.
-        members: the class, as `pool.members` gives it, in ascending order.
+        members: the class, as the pool gives it, in ascending order.
         order: positions in `members`, by ascending level of isolation.
         place: of each member in that order.
         level: sigma / alpha up to which each is isolated, in that order.
@@ -98,71 +98,58 @@ class Screen:
     square: Float[Tensor, "m"]
 
     @classmethod
-    def of(
-        cls, pool: Pool, label: int, projection: Projection, level: Float[Tensor, "m"], device: torch.device
-    ) -> "Screen":
-        """See all members of a class once."""
-        members = pool.members(label)
-        assert (members.diff() > 0).all()
+    def of(cls, pool: Pool, members: Int[Tensor, "m"], projection: Projection, level: Float[Tensor, "m"]) -> "Screen":
+        """See members of a pool once, on the device of the projection."""
         level, order = level.sort(stable=True)
-        parts = [(projection(block).cpu(), projection.square(block).cpu()) for block in pool.blocks(label, 1024)]
-        coordinates, square = (torch.cat(part) for part in zip(*parts, strict=True))
-        coordinates = coordinates[order].to(device)
-        return cls(
-            projection.to(device),
-            members,
-            order,
-            order.argsort(),
-            level.to(device),
-            coordinates,
-            coordinates.square().sum(1),
-            square.to(device),
-        )
+        device, here = projection.centre.device, projection.to(pool.data.device)
+        seen = [(here(block), here.square(block)) for block in map(pool.take, members.split(1024))]
+        coordinates, square = (torch.cat(part).to(device) for part in zip(*seen, strict=True))
+        coordinates = coordinates[order.to(device)]
+        energy = coordinates.square().sum(1)
+        return cls(projection, members, order, order.argsort(), level.to(device), coordinates, energy, square)
 
-    @property
-    def batch(self) -> int:
-        """Rows to look at together, such that their energies take at most 128 MB."""
-        return max(1, 2**25 // len(self.members))
+    def __len__(self) -> int:
+        return len(self.members)
 
     def as_stored(self, mask: Bool[Tensor, "B n"]) -> Bool[Tensor, "B m"]:
         """A mask over the first members in order, as one over all in the order in which the pool has them."""
-        rest = mask.new_zeros(len(mask), len(self.members) - mask.shape[1])
+        rest = mask.new_zeros(len(mask), len(self) - mask.shape[1])
         return torch.cat([mask, rest], 1)[:, self.place.to(mask.device)]
 
-    def active(self, ratio: Float[Tensor, "B"]) -> Int[Tensor, "B"]:
-        """How many members, the first in order, are not isolated at sigma / alpha."""
-        return torch.searchsorted(self.level, ratio.double(), right=True)
+    def energies(
+        self, x_t: Float[Tensor, "B *D"], sigma: Float[Tensor, "B"], alpha: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B n"]:
+        """Projected energies of the members that are not isolated in one of the rows, the first in order.
 
-    def position(self, index: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
-        """Where in the order members of the pool stand.
-
-        Raises:
-            ValueError: one is no member of the class.
+        Infinite where a member is isolated at the row's sigma / alpha.
         """
-        rank = torch.searchsorted(self.members, index).clamp(max=len(self.members) - 1)
-        if (strange := self.members[rank] != index).any():
-            raise ValueError(f"member {int(index[strange][0])} of the pool does not carry the label that its row tells")
-        return self.place[rank]
+        active = torch.searchsorted(self.level, sigma.double() / alpha.double(), right=True)
+        most = int(active.max())
+        factor = alpha.float()[:, None]
+        seen = self.projection(x_t, alpha) * factor
+        energy = torch.addmm(factor**2 * self.energy[:most], seen, self.coordinates[:most].T, alpha=-2)
+        return energy.masked_fill_(torch.arange(most, device=energy.device) >= active[:, None], math.inf)
 
-    def survivors(
+    def rule_out(
         self,
+        energy: Float[Tensor, "B n"],
+        least: Float[Tensor, "B"],
         x_t: Float[Tensor, "B *D"],
         sigma: Float[Tensor, "B"],
         alpha: Float[Tensor, "B"],
-        active: Int[Tensor, "B"],
-        lost: float,
+        share: float,
     ) -> Float[Tensor, "B n"]:
-        """Projected energies of the first n members in order, n the largest of `active`; infinite where ruled out.
+        """The same, infinite also where the projection leaves no chance: q below `share` of the largest.
 
-        What is lost of the posterior over its active members is at most `lost` on average: sum q_j over those left
-        out is at most m max q lost / m, and max q at most 1. The rounding of the float32 products is allowed for.
+        Where `share` is lost / m, that loses at most `lost` of the posterior over the m members, on average. The
+        rounding of the float32 products is allowed for.
+
+        Args:
+            least: the smallest energy of each row (where others hold members too: of theirs too).
         """
-        most = int(active.max())
-        z, square, seen = self.coordinates[:most], self.energy[:most], self.projection(x_t, alpha)
         alpha, sigma = alpha.float()[:, None], sigma.float()[:, None]
-        energy = torch.addmm(alpha**2 * square, seen * alpha, z.T, alpha=-2)
-        energy.masked_fill_(torch.arange(len(z), device=z.device) >= active[:, None], math.inf)
-        widest = square.max().sqrt()
-        rounding = 2.0**-22 * z.shape[1] * alpha * widest * (seen.norm(dim=1, keepdim=True) + alpha * widest)
-        margin = 2 * sigma**2 * math.log(len(self.members) / lost) + rounding
-        return energy.masked_fill_(energy > energy.amin(1, keepdim=True) + margin.clamp(max=1e30), math.inf)
+        widest = self.energy.max().sqrt()
+        seen = self.projection(x_t, alpha.flatten()).norm(dim=1, keepdim=True)
+        rounding = 2.0**-22 * self.coordinates.shape[1] * alpha * widest * (seen + alpha * widest)
+        limit = least[:, None] + (rounding - 2 * sigma**2 * math.log(share)).clamp(max=1e30)
+        return torch.where(energy > limit, math.inf, energy)
