@@ -10,8 +10,11 @@ import torch
 from stablefield import EDM, VE, EDMWeight, LogNormal, Objective, Pool, Preconditioned, ReferenceBatch, TrainState, UNet
 from stablefield.data import Shuffled
 from stablefield.engine import Descent, train
+from stablefield.neighbours import nearest
+from stablefield.pruned import PrunedDataset
 from stablefield.ranks import Ranks, joined
 from stablefield.schedule import LearningRate
+from stablefield.shards import Shards
 from stablefield.times import Stratified
 
 POOL = Pool(torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3)
@@ -32,7 +35,7 @@ def losses(ranks: Ranks, *, steps: int = 6, micro_batch: int | None = None) -> t
     return torch.stack(found)
 
 
-def together(ranks: int, out: Path, **options: int) -> torch.Tensor:
+def together(ranks: int, out: Path, what: str = "losses", **options: float) -> torch.Tensor:
     """The same by so many processes."""
     said = ", ".join(f"{name}={value}" for name, value in options.items())
     script = (
@@ -40,7 +43,7 @@ def together(ranks: int, out: Path, **options: int) -> torch.Tensor:
         "from stablefield.ranks import joined\n"
         "torch.set_num_threads(1)\n"
         "with joined(torch.device('cpu')) as ranks:\n"
-        f"    found = t.losses(ranks, {said})\n"
+        f"    found = t.{what}(ranks, {said})\n"
         "    assert ranks.any(ranks.rank == 1) and not ranks.any(False)\n"
         "    if ranks.first: torch.save(found, sys.argv[2])\n"
     )
@@ -88,3 +91,21 @@ def test_alone_everything_is_the_identity(monkeypatch):
         assert ranks.any(True)
         assert not ranks.any(False)
         ranks.wait()
+
+
+def exact_means(ranks: Ranks, sigma: float) -> torch.Tensor:
+    """The pruned exact target of 32 rows, of which each rank asks for its own; the data are shared out."""
+    shards = Shards(ranks.rank, ranks.total, ranks.gather)
+    g = torch.Generator().manual_seed(5)
+    index = torch.randint(50, (32,), generator=g)
+    noise, level = torch.randn(32, *POOL.shape, generator=g), torch.full((32,), sigma)
+    noisy = VE().perturb(POOL.take(index), level, noise, index=index, label=POOL.label(index))
+    target = PrunedDataset(POOL, lambda label: nearest(POOL, label), dims=8, shards=shards)
+    return ranks.gather(target(noisy.rows(shards.mine(32))).mean)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_share_the_data_out_are_taught_what_one_is(tmp_path):
+    for sigma in (0.5, 2.0, 8.0):
+        alone = exact_means(Ranks(torch.device("cpu")), sigma)
+        torch.testing.assert_close(together(2, tmp_path, "exact_means", sigma=sigma), alone, rtol=0, atol=1e-6)

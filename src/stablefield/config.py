@@ -32,6 +32,7 @@ from stablefield.data import (
     CelebA,
     Digits,
     EDMAugmentation,
+    FoundNeighbours,
     HuggingFace,
     Images,
     Mirror,
@@ -174,6 +175,7 @@ PARTS: dict[str, dict[str, type]] = {
         "full": FullDataset,
         "pruned": PrunedDataset,
         "neighbours": NearestNeighbours,
+        "found": FoundNeighbours,
         "rolling": Rolling,
     },
     "weight": {
@@ -217,6 +219,7 @@ SUITS: dict[str, dict[str, Any]] = {
     "reference": {"size": 1024},
     "rolling": {"size": 1024},
     "neighbours": {"neighbours": 64},
+    "found": {"neighbours": 64},
     "ncsnpp": NCSNPP,
 }
 

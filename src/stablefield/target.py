@@ -153,16 +153,7 @@ class NearestNeighbours(TargetEstimator):
             )
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
-        nearest = self.pool.members(label)[self._nearest(noisy, label).cpu()]
-        inside = (nearest == index_of(noisy, self.pool)[:, None]).any(1).to(noisy.x.device)
-        support = self.pool.take(nearest.flatten()).to(noisy.x).unflatten(0, nearest.shape)
-        found = posterior(noisy.x_t, support, sigma=noisy.sigma, alpha=noisy.alpha)
-        alone = SingleSample()(noisy)
-        return Posterior(
-            torch.where(per_row(inside, noisy.x), found.mean, alone.mean),
-            torch.where(inside, found.ess, alone.ess),
-            torch.where(inside, found.variance, alone.variance),
-        )
+        return from_nearest(noisy, self.pool, self.pool.members(label)[self._nearest(noisy, label).cpu()])
 
     def _nearest(self, noisy: Perturbed, label: int) -> Int[Tensor, "B k"]:
         """Positions, within the class, of the nearest members, of which the first of equals wins."""
@@ -179,6 +170,28 @@ class NearestNeighbours(TargetEstimator):
             where = torch.cat([where, position], 1).gather(1, kept)
             passed += len(block)
         return where
+
+
+def from_nearest(noisy: Perturbed, pool: Pool, nearest: Int[Tensor, "B k"]) -> Posterior:
+    """The mean over the members listed for each row if its source is one of them, and else the source.
+
+    Any list that x_t alone decides makes a cell, whether or not these are the nearest: so the answer is unbiased.
+
+    Args:
+        nearest: members of the pool, each once; -1: none.
+    """
+    there = (nearest >= 0).to(noisy.x.device)
+    inside = (nearest == index_of(noisy, pool)[:, None]).any(1).to(noisy.x.device)
+    support = pool.take(nearest.clamp(min=0).flatten()).to(noisy.x).unflatten(0, nearest.shape)
+    # a row that is not inside is answered by its source: what it is allowed here does not matter
+    allowed = there | ~inside[:, None]
+    found = posterior(noisy.x_t, support, sigma=noisy.sigma, alpha=noisy.alpha, allowed=allowed)
+    alone = SingleSample()(noisy)
+    return Posterior(
+        torch.where(per_row(inside, noisy.x), found.mean, alone.mean),
+        torch.where(inside, found.ess, alone.ess),
+        torch.where(inside, found.variance, alone.variance),
+    )
 
 
 def _by_label(noisy: Perturbed, shares: Bool[Tensor, "B"]) -> Iterator[tuple[int, Int[Tensor, "b"]]]:

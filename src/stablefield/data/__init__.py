@@ -11,6 +11,7 @@ from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, Pictures
 from stablefield.data.rolling import Rolling
+from stablefield.data.search import FoundNeighbours
 from stablefield.data.sources import Arrays, Digits, Source, Unnamed, split
 from stablefield.data.store import Store, write
 from stablefield.data.summary import Summary
@@ -27,6 +28,7 @@ __all__ = [
     "Contents",
     "Digits",
     "EDMAugmentation",
+    "FoundNeighbours",
     "HuggingFace",
     "Images",
     "LabelDropout",
