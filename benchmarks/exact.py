@@ -1,0 +1,230 @@
+"""What the exact target costs when nothing is computed that nobody could see, and how far it is from the full one.
+
+    python benchmarks/exact.py --cifar10 STORE --fashion-mnist FILE --only speed,error,size,search,neighbours
+
+STORE is what `stablefield data convert` makes of CIFAR-10; without it (and without FILE, an IDX of Fashion-MNIST's
+images) those parts are left out. Seconds are processor time on one thread, so that others on the machine disturb
+little; ratios within this run are what counts.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import headline
+from torch import Tensor
+
+from stablefield import (
+    VE,
+    FullDataset,
+    LogNormal,
+    LogUniform,
+    NearestNeighbours,
+    Perturbed,
+    Pool,
+    Posterior,
+    PrunedDataset,
+    ReferenceBatch,
+    SingleSample,
+    TargetEstimator,
+    Times,
+)
+from stablefield.data import IDX, Digits, FoundNeighbours, NeighbourDistances, Store
+from stablefield.process import per_row
+from stablefield.reference import ALL
+from stablefield.seeding import generator
+
+NOISES: dict[str, Times] = {"EDM, exp(N(-1.2, 1.2))": LogNormal(-1.2, 1.2), "VE, 0.01 to 50": LogUniform(0.01, 50)}
+LEVELS = (0.002, 0.02, 0.1, 0.3, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8, 16, 32, 80)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Processor time of one call."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def batch(pool: Pool, t: Tensor, seed: int = 0) -> Perturbed:
+    """Members of a pool under noise."""
+    g = generator(seed, "batch", len(t))
+    index = torch.randint(len(pool), (len(t),), generator=g)
+    x = pool.take(index)
+    return VE().perturb(x, t.to(x), torch.randn(x.shape, generator=g), index=index)
+
+
+def written_out(noisy: Perturbed, support: Tensor) -> Tensor:
+    """The posterior mean over a reference batch from all differences at once, in float32."""
+    difference = (noisy.x_t[:, None] - support).flatten(2)
+    weight = torch.softmax(-difference.square().sum(2) / (2 * noisy.sigma[:, None] ** 2), 1)
+    return (weight[:, :, None] * support.flatten(1)).sum(1)
+
+
+def speed(pool: Pool, pruned: PrunedDataset) -> None:
+    full, references = FullDataset(pool), pool.take(torch.arange(1024))
+    for name, times in NOISES.items():
+        for size, batches in ((64, 16), (512, 3)):
+            many = [batch(pool, times.draw(size, generator(seed, "t")), seed) for seed in range(batches)]
+            pruned(many[0])
+            found = [seconds(lambda noisy=noisy: pruned(noisy)) for noisy in many]
+            plain = [seconds(lambda noisy=noisy: full(noisy)) for noisy in many[:2]]
+            rows = [noisy.rows(slice(start, start + 64)) for noisy in many[:1] for start in range(0, size, 64)]
+            typed = sum(seconds(lambda part=part: written_out(part, references)) for part in rows)
+            mean, whole = statistics.mean(found), statistics.mean(plain)
+            print(
+                f"  {name:23} B = {size:3}   all N streamed {whole:7.2f} s   written out, n = 1,024 {typed:7.2f} s   "
+                f"pruned {mean:7.3f} s (median {statistics.median(found):.3f})   "
+                f"{whole / mean:5.1f} and {typed / mean:5.1f} times less",
+                flush=True,
+            )
+
+
+def error(pool: Pool, pruned: PrunedDataset, rows: int) -> None:
+    full, known = FullDataset(pool), pruned.known(ALL, torch.device("cpu"))
+    rms = float(pool.take(torch.arange(min(5000, len(pool)))).flatten(1).square().sum(1).mean().sqrt())
+    print("    sigma      ESS   isolated   shared   largest error / rms   s   of all N, s")
+    for sigma in LEVELS:
+        noisy = batch(pool, torch.full((rows,), sigma), int(1000 * sigma))
+        start = time.process_time()
+        found = pruned(noisy)
+        middle = time.process_time()
+        exact = full(noisy)
+        end = time.process_time()
+        off = (found.mean - exact.mean).flatten(1).norm(dim=1).max() / rms
+        isolated, shared = (100 * share.double().mean() for share in (known.level > sigma, found.ess > 1))
+        print(
+            f"  {sigma:7g} {exact.ess.mean():8.1f}   {isolated:6.1f} %   {shared:5.1f} %   {off:19.1e}   "
+            f"{middle - start:5.3f}   {end - middle:5.3f}",
+            flush=True,
+        )
+
+
+def manifold(n: int, d: int, latent: int = 16) -> Pool:
+    """Points on a curved surface of few dimensions, of standard deviation 0.5 in each of d."""
+    g = generator(0, "manifold", n, d)
+    z, first, second = torch.randn(n, latent, generator=g), *(torch.randn(latent, d, generator=g) for _ in range(2))
+    x = torch.empty(n, d)
+    for start in range(0, n, 4096):
+        part = z[start : start + 4096]
+        torch.sin(part @ first / latent**0.5 + part.square() @ second / latent, out=x[start : start + 4096])
+    return Pool(x.mul_(0.7))
+
+
+def size(pool: Pool, repeats: int) -> None:
+    noise = NOISES["EDM, exp(N(-1.2, 1.2))"]
+    many = [batch(pool, noise.draw(64, generator(seed, "t")), seed) for seed in range(repeats)]
+    pruned, full = PrunedDataset(pool), FullDataset(pool)
+    ready = seconds(lambda: pruned(many[0]))
+    found = statistics.mean(seconds(lambda noisy=noisy: pruned(noisy)) for noisy in many)
+    whole = seconds(lambda: full(many[0]))
+    print(
+        f"  {len(pool):9,} {math.prod(pool.shape):7,}   {ready:7.2f} s   {1e3 * found:9.1f} ms   {1e3 * whole:10.1f} ms"
+        f"   {whole / found:6.1f}",
+        flush=True,
+    )
+
+
+def proposal(noisy: Perturbed, pool: Pool, nearest: Tensor, n: int, g: torch.Generator) -> Posterior:
+    """Self-normalised importance sampling: n members drawn from a proposal that the k nearest decide.
+
+    It gives each of the k nearest its weight, and all others the least of these; draws are corrected by weight over
+    proposal. After Niedoba et al. 2024, as we understand it. Consistent for n to infinity, and biased at any n.
+    """
+    k = nearest.shape[1]
+    support = pool.take(nearest.flatten()).unflatten(0, nearest.shape)
+    log_w = -(noisy.x_t[:, None] - support).flatten(2).double().square().sum(2) / (2 * noisy.sigma[:, None] ** 2)
+    log_q = torch.cat([log_w, log_w.amin(1, keepdim=True) + math.log(len(pool) - k)], 1)
+    column = torch.multinomial(torch.softmax(log_q, 1), n, replacement=True, generator=g)
+    other = torch.randint(len(pool), column.shape, generator=g)
+    member = torch.where(column < k, nearest.gather(1, column.clamp(max=k - 1)), other)
+    drawn = pool.take(member.flatten()).unflatten(0, member.shape)
+    log_r = -(noisy.x_t[:, None] - drawn).flatten(2).double().square().sum(2) / (2 * noisy.sigma[:, None] ** 2)
+    log_r -= torch.where(column < k, log_w.gather(1, column.clamp(max=k - 1)), log_w.amin(1, keepdim=True))
+    r = torch.softmax(log_r, 1).float()
+    mean = (per_row(r.flatten(), drawn.flatten(0, 1)).view(*r.shape, *[1] * len(pool.shape)) * drawn).sum(1)
+    return Posterior(mean, 1 / r.square().sum(1), torch.zeros(len(mean)))
+
+
+def search(pool: Pool, pruned: PrunedDataset) -> None:
+    k, rows, g = 64, 64, generator(0, "proposal")
+    found = {name: FoundNeighbours(pool, k, name, 8) for name in ("PCA64,Flat", "PCA64,IVF256,Flat")}
+    targets: dict[str, TargetEstimator] = {
+        "single sample": SingleSample(),
+        "1,024 references": ReferenceBatch(pool, 1024),
+        "64 nearest": NearestNeighbours(pool, k),
+        **{f"64 by {name}": target for name, target in found.items()},
+    }
+    for sigma in (1.4, 2.0, 2.8, 4.0, 8.0):
+        noisy = batch(pool, torch.full((rows,), sigma), int(100 * sigma))
+        exact = pruned(noisy).mean
+        nearest = NearestNeighbours(pool, k)._nearest(noisy, ALL)
+        print(f"  sigma = {sigma}")
+        for name, target in targets.items():
+            spent = seconds(lambda target=target, noisy=noisy: target(noisy, generator=g))
+            off = (target(noisy, generator=g).mean - exact).flatten(1).square().sum(1).mean()
+            listed = target.found(noisy, ALL) if isinstance(target, FoundNeighbours) else None
+            recall = "" if listed is None else f"   recall {_recall(listed, nearest):.2f}"
+            print(f"    {name:24} mean squared distance to exact {off:8.2f}   {spent:6.2f} s{recall}", flush=True)
+        off = (proposal(noisy, pool, nearest, 256, g).mean - exact).flatten(1).square().sum(1).mean()
+        print(f"    {'proposal from 64 nearest':24} mean squared distance to exact {off:8.2f}   (256 draws, biased)")
+
+
+def _recall(listed: Tensor, nearest: Tensor) -> float:
+    return float((listed[:, :, None] == nearest[:, None]).any(1).double().mean())
+
+
+def measure_distances(pool: Pool) -> None:
+    distances = NeighbourDistances(pool, progress=_progress)
+    print(f"\n  {seconds(distances.prepare):.1f} s (0 where they were in the cache)")
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"\r  {done} of {total} pairs of blocks", end="", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar10", type=Path)
+    parser.add_argument("--fashion-mnist", type=Path)
+    parser.add_argument("--only", default="neighbours,speed,error,size,search")
+    options = parser.parse_args()
+    only = options.only.split(",")
+    torch.set_num_threads(1)
+    print(headline(__file__))
+    print(f"load of this machine before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
+    cifar = Store(options.cifar10).load() if options.cifar10 else None
+    if cifar is not None:
+        pruned = PrunedDataset(cifar, NeighbourDistances(cifar))
+        if "neighbours" in only:
+            print(f"Distances to the 16 nearest of each, {cifar}")
+            measure_distances(cifar)
+        if "speed" in only:
+            print(f"Seconds a batch, {cifar}")
+            speed(cifar, pruned)
+        if "search" in only:
+            print(f"\nThe nearest neighbours, {cifar}, 64 rows")
+            search(cifar, pruned)
+    if "error" in only:
+        fashion = options.fashion_mnist and IDX(options.fashion_mnist).load()
+        pools = {"digits": Digits().load(), "Fashion-MNIST": fashion, "CIFAR-10": cifar}
+        for name, pool in pools.items():
+            if pool is not None:
+                print(f"\nAgainst the full data set, {name}, {pool}")
+                pool = Pool(pool.data, levels=pool.levels)
+                error(pool, PrunedDataset(pool, NeighbourDistances(pool)), 32)
+    if "size" in only:
+        print("\nAgainst the size of the data, 64 rows of EDM's noise, without distances between neighbours")
+        print("          N       D      ready        pruned   all N streamed    ratio")
+        for n, d, repeats in [(10**3, 256, 20), (10**4, 256, 20), (10**5, 256, 8), (10**6, 256, 3)]:
+            size(manifold(n, d), repeats)
+        for d in (64, 768, 3072, 12288):
+            size(manifold(10_000, d), 8)
+
+
+if __name__ == "__main__":
+    main()
