@@ -27,7 +27,6 @@ from stablefield.ranks import Ranks
 from stablefield.reference import Pool
 from stablefield.run import Folder, assemble, load
 
-pytestmark = pytest.mark.usefixtures("unchecked")
 SMALL = ["network.kind=mlp", "network.width=8", "network.layers=1", "target.size=16", "training.batch_size=32"]
 SHORT = ["training.images=320", "training.save_every=64", "training.log_every=32"]
 
@@ -276,6 +275,16 @@ def test_a_disk_that_fills_up_on_the_way_leaves_the_last_checkpoint(tmp_path, mo
     assert seen(tmp_path) == list(range(32, 321, 32))
 
 
+def test_events_that_cannot_be_written_are_an_error_of_one_line(tmp_path, full_disk, capfd):
+    def watch(images: int, line: object) -> None:
+        if images == 96:
+            full_disk(next(Folder(tmp_path).tensorboard.iterdir()).stat().st_size + 10)
+
+    with pytest.raises(OSError, match=r"could not write .*(events|metrics).*File too large"):
+        trained(tmp_path, "training.save_every=100000", watch=watch)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.fixture
 def arrays(tmp_path) -> list[str]:
     """A data set in a file, and the settings that lead to it."""
@@ -404,18 +413,20 @@ def test_each_set_of_weights_is_sampled_from_by_its_name(tmp_path):
 def test_tensorboard_shows_the_metrics_and_no_step_twice(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    pictures = ("training.sample_every=96", "sampler.steps=1")
     with pytest.raises(Broken):
-        trained(tmp_path, "training.save_every=100000", watch=break_at(160))
+        trained(tmp_path, *pictures, "training.save_every=100000", watch=break_at(160))
     run = Folder(tmp_path)
     # as if killed: the newest checkpoint is older than the last events
-    trained(tmp_path / "short", "training.images=64")
+    trained(tmp_path / "short", *pictures, "training.images=64")
     shutil.copy(tmp_path / "short" / "checkpoint.safetensors", run.checkpoint)
-    trained(tmp_path)
+    trained(tmp_path, *pictures)
     found = EventAccumulator(str(run.tensorboard))
     found.Reload()
     lines = {round(1000 * line["Progress/kimg"]): line["Loss/loss"] for line in run.history()}
     events = {event.step: event.value for event in found.Scalars("Loss/loss")}
     assert [event.step for event in found.Scalars("Loss/loss")] == list(lines)
+    assert [event.step for event in found.Images("samples")] == [96, 192, 288]
     assert events == pytest.approx(lines, rel=1e-6)
 
 

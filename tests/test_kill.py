@@ -15,7 +15,6 @@ from test_fit import SHORT, SMALL, same, seen, trained
 from stablefield.checkpoint import read
 from stablefield.run import Folder
 
-pytestmark = pytest.mark.usefixtures("unchecked")
 QUICK = [part for setting in (*SMALL, *SHORT, "network.dropout=0") for part in ("--set", setting)]
 
 

@@ -74,9 +74,7 @@ def fit(
         ranks.lead(lambda: stack.enter_context(alone(folder)))
         stack.enter_context(exactly(config.training.deterministic))
         asked = stack.enter_context(stop_signals())
-        run = _Run(config, parts, folder, ranks, score)
-        stack.callback(run.close)
-        return run(watch, asked)
+        return _Run(config, parts, folder, ranks, score)(watch, asked)
 
 
 class _Run:
@@ -174,11 +172,6 @@ class _Run:
         self.folder.log(self.line)
         if self.board:
             self.board.numbers(self.line, self.state.images)
-
-    def close(self) -> None:
-        """Let go of files."""
-        if self.board:
-            self.board.close()
 
 
 def compile_network(config: Config, parts: Parts) -> None:

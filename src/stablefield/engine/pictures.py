@@ -1,8 +1,11 @@
 """What people look at while it trains: samples from the same seeds again and again, and TensorBoard."""
 
+import os
+import socket
+import time
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -29,28 +32,52 @@ def samples(
 
 
 class Board:
-    """TensorBoard's files, and the grids beside them; what was there from after `images` counts no more."""
+    """TensorBoard's events, and grids beside them.
+
+    Events are written at once, and not by a thread as TensorBoard's own writers do: a full disk is then an error here.
+
+    Args:
+        folder: of the run.
+        images: seen by now; events from after that, of a part of the run that happens again, count no more.
+    """
 
     def __init__(self, folder: Folder, images: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.folder = folder
-        self.writer = SummaryWriter(folder.tensorboard, purge_step=images + 1)
+        self.folder, self.event, self.summary = folder, event_pb2, summary_pb2.Summary
+        folder.tensorboard.mkdir(exist_ok=True)
+        self.file = folder.tensorboard / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.record = RecordWriter
+        self._write(file_version="brain.Event:2")
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write(session_log=start, step=images + 1)
 
     def numbers(self, line: Mapping[str, float], images: int) -> None:
         """The numbers of a line of the metrics."""
-        for name in line.keys() - {"Progress/kimg", "timestamp"}:
-            self.writer.add_scalar(name, line[name], images)
-        self.writer.flush()
+        names = sorted(line.keys() - {"Progress/kimg", "timestamp"})
+        values = [self.summary.Value(tag=name, simple_value=line[name]) for name in names]
+        self._write(summary=self.summary(value=values), step=images)
 
     def grid(self, x: Float[Tensor, "n C H W"], images: int) -> None:
         """Samples, as a picture of them all."""
         self.folder.grids.mkdir(exist_ok=True)
-        with replacing(self.folder.grids / f"{images:09d}.png") as beside:
+        place = self.folder.grids / f"{images:09d}.png"
+        with replacing(place) as beside:
             save_grid(beside, x)
-        picture = np.asarray(Image.open(self.folder.grids / f"{images:09d}.png"))
-        self.writer.add_image("samples", picture, images, dataformats="HWC" if picture.ndim == 3 else "HW")
+        width, height = Image.open(place).size
+        picture = self.summary.Image(
+            height=height, width=width, colorspace=x.shape[1], encoded_image_string=place.read_bytes()
+        )
+        self._write(summary=self.summary(value=[self.summary.Value(tag="samples", image=picture)]), step=images)
 
-    def close(self) -> None:
-        """Write what is not yet written."""
-        self.writer.close()
+    def _write(self, **what: Any) -> None:
+        """Raises:
+        OSError: the disk is full, or cannot be written.
+        """
+        event = self.event.Event(wall_time=time.time(), **what)
+        try:
+            with self.file.open("ab") as file:
+                self.record(file).write(event.SerializeToString())
+        except OSError as error:
+            raise OSError(f"could not write {self.file} ({error})") from error
