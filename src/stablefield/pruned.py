@@ -31,6 +31,7 @@ from stablefield.shards import ALONE, Shards
 from stablefield.target import SingleSample, TargetEstimator, index_of
 
 MANY = 1 / 4  # of the members: a row that needs more takes them as they are stored, not picked out
+FEW = 2**22  # numbers in data that are few: they are passed whole for any row
 HEAVIEST = 512  # members of a row whose weights are computed in float64, if not all are
 
 Distances = Callable[[int], Float[Tensor, "m k"]]  # label -> distances to the nearest others of that class
@@ -108,9 +109,7 @@ class PrunedDataset(TargetEstimator):
         has_source, count = self.shards.sum(here).unbind(0)
         shared = (has_source > 0) & (count > 1)
         query = Query.of(noisy, self.pool, self._projection(noisy.x_t.device).centre)
-        sums = query.sums()
-        for rows in _together(inside, shared, len(known.own)):
-            sums.put(rows, _over(query.rows(rows), energy[rows], known))
+        sums = _over(query, energy.masked_fill(~shared[:, None], math.inf), known)
         return shared.nonzero().flatten(), query.posterior(self.shards.merge(sums))
 
 
@@ -165,7 +164,7 @@ class _Known:
         assert self.screen is not None
         blocks: Iterable[Tensor]
         wanted = mask.any(0).nonzero().flatten()
-        if len(wanted) < MANY * len(self.screen):
+        if len(wanted) <= MANY * len(self.screen):
             position = self.screen.order[wanted.cpu()]
             blocks = (self.own.stored(part) for part in self.screen.members[position].split(size))
             allowed, square = mask[:, wanted], self.screen.square[position.to(mask.device)]
@@ -219,8 +218,8 @@ class Query:
         spread = self.scale**2 * sums.moment / sums.total - (mean - self.centre).square().sum(1)
         return Posterior(mean.reshape(self.like.shape), sums.total.square() / sums.squares, spread.clamp(min=0))
 
-    def rounding(self, square: Float[Tensor, "m"]) -> float:
-        """About what products in float32 change log weights by, at most: in practice a tenfold of it.
+    def rounding(self, square: Float[Tensor, "m"]) -> Float[Tensor, "B"]:
+        """About what products in float32 change log weights by: in practice a tenfold of it, at most.
 
         An entry of the product with a member b is rounded by about 2^-24 of ||x_t|| ||b|| / sqrt D, because the terms
         of the sum have both signs; log w has it times alpha / sigma^2.
@@ -230,43 +229,52 @@ class Query:
         """
         radius = (square.max().sqrt() + (self.centre - self.shift).norm()) / self.scale
         entry = 2.0**-24 * self.x_t.norm(dim=1) * radius / len(self.centre) ** 0.5
-        return float((entry * self.alpha / self.sigma**2).max())
+        return entry * self.alpha / self.sigma**2
 
 
-def _over(query: Query, energy: Float[Tensor, "b n"], known: _Known) -> Sums:
+def _over(query: Query, energy: Float[Tensor, "B n"], known: _Known) -> Sums:
     """Sums over the members that were not ruled out, of those in their order of isolation."""
-    assert known.screen is not None
-    inside, wide = energy < math.inf, torch.float64
-    rounded = math.inf if query.narrow == wide else query.rounding(known.screen.square)
+    sums = query.sums(), query.sums()
+    if known.screen is None:
+        return sums[0]
+    wide = query.narrow == torch.float64
+    rounded = torch.full_like(query.sigma, math.inf) if wide else query.rounding(known.screen.square)
     exactly = _heaviest(energy, rounded)
-    sums = query.sums(wide), query.sums(query.narrow)
-    for part, mask in zip(sums, (exactly, inside & ~exactly), strict=True):
-        for block, allowed, square in known.blocks(mask, chunk_size(query.x_t)):
-            part.add(block.flatten(1), allowed, square / query.scale**2)
+    roughly = (energy < math.inf) & ~exactly
+    for part, inside, energies in zip(sums, (exactly, roughly), (torch.float64, query.narrow), strict=True):
+        for rows in _together(inside, len(known.screen), len(query.centre)):
+            some = query.rows(rows)
+            passed = some.sums(energies)
+            for block, allowed, square in known.blocks(inside[rows], chunk_size(some.x_t)):
+                passed.add(block.flatten(1), allowed, square / query.scale**2)
+            part.put(rows, passed)
     return sums[0].merge(sums[1])
 
 
-def _heaviest(energy: Float[Tensor, "b n"], rounded: float) -> Bool[Tensor, "b n"]:
+def _heaviest(energy: Float[Tensor, "B n"], rounded: Float[Tensor, "B"]) -> Bool[Tensor, "B n"]:
     """Which of the members that are not ruled out need float64.
 
     None where float32 leaves the weights as they are. Otherwise those that seem to weigh most: what the rest is off by
     counts for its own small share only. And all of them where float32 would lose too much.
     """
-    inside = energy < math.inf
-    if rounded < 1e-6:
-        return torch.zeros_like(inside)
-    if rounded > 1e-5 or energy.shape[1] <= HEAVIEST:
-        return inside
-    return torch.zeros_like(inside).scatter_(1, energy.topk(HEAVIEST, largest=False).indices, True) & inside
+    found = (energy < math.inf) & ~(rounded < 1e-6)[:, None]
+    some = ((rounded >= 1e-6) & (rounded <= 1e-5)).nonzero().flatten()
+    if energy.shape[1] > HEAVIEST and len(some):
+        heaviest = energy[some].topk(HEAVIEST, largest=False).indices
+        found[some] &= torch.zeros_like(found[some]).scatter_(1, heaviest, True)
+    return found
 
 
-def _together(inside: Bool[Tensor, "B n"], wanted: Bool[Tensor, "B"], members: int) -> Iterator[Int[Tensor, "b"]]:
-    """Rows worth answering together: those with many of the members. The others share too few."""
+def _together(inside: Bool[Tensor, "B n"], members: int, dim: int) -> Iterator[Int[Tensor, "b"]]:
+    """Rows worth answering together: those with many members, which they share. Others are answered one by one.
+
+    Where the data are few, all together: members that are not shared cost less than a row alone.
+    """
     count = inside.sum(1)
-    wanted, many = wanted & (count > 0), count > MANY * members
-    if (wanted & many).any():
-        yield (wanted & many).nonzero().flatten()
-    yield from (wanted & ~many).nonzero()
+    many = count > (MANY * members if members * dim > FEW else 0)
+    if many.any():
+        yield many.nonzero().flatten()
+    yield from ((count > 0) & ~many).nonzero()
 
 
 def _checked(distances: Tensor, members: int) -> Tensor:
