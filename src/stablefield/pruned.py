@@ -50,10 +50,10 @@ class PrunedDataset(TargetEstimator):
     """
 
     pool: Pool
-    distances: Distances | None = None
+    distances: Distances | None = field(default=None, repr=False)
     lost: float = 1e-8
     dims: int = 64
-    shards: Shards = ALONE
+    shards: Shards = field(default=ALONE, repr=False)
     _known: dict[tuple[int, torch.device], "_Known"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
