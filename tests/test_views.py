@@ -8,12 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stablefield import VE, FullDataset, Ideal, NearestNeighbours, Pool, ReferenceBatch, SingleSample
+from stablefield import VE, FullDataset, Ideal, NearestNeighbours, Pool, ReferenceBatch
 from stablefield.cli import app
 from stablefield.config import ConfigError, resolve
 from stablefield.data import Digits, Shuffled, Summary, content_hash, split, write, write_npz
 from stablefield.data.contents import Contents
-from stablefield.evaluate import target_variance
+from stablefield.evaluate import measure_field
 from stablefield.reference import ALL
 from stablefield.run import assemble
 
@@ -96,7 +96,7 @@ def test_whoever_looks_at_data_sees_those_of_the_view(view):
         torch.testing.assert_close(ours, theirs)
     for told in (None, pool.labels):
         torch.testing.assert_close(Ideal(pool, VE())(noisy.x_t, t, told), Ideal(copy, VE())(noisy.x_t, t, told))
-    ours, theirs = (target_variance([SingleSample()], p, VE(), t[:2], draws=2)[0].variance for p in (pool, copy))
+    ours, theirs = (measure_field(p, VE(), t[:2], sizes=(4,), rows=4, draws=3).dsm.value for p in (pool, copy))
     torch.testing.assert_close(ours, theirs)
 
 

@@ -10,6 +10,7 @@ from stablefield.cli.convert import convert
 from stablefield.cli.data import data
 from stablefield.cli.demo import demo
 from stablefield.cli.evaluate import evaluate
+from stablefield.cli.field import field
 from stablefield.cli.sample import sample
 from stablefield.cli.train import train
 
@@ -28,6 +29,7 @@ app = typer.Typer(
     stablefield compare --out runs/compare               DSM, stable and exact targets side by side, and a report
     stablefield convert network-snapshot-200000.pkl runs/edm
     stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
+    stablefield field faces                              how much targets vary on them, and what to expect of STF
 
     A run is a folder: config.toml, checkpoint.safetensors, metrics.jsonl, samples/. In Python,
     stablefield.load("runs/digits-reference") gives its denoiser.
@@ -44,6 +46,7 @@ app.command()(sample)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(convert)
+app.command()(field)
 app.add_typer(data, name="data")
 
 

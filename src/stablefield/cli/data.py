@@ -1,5 +1,6 @@
 """`stablefield data`: any data set into a store that is mapped into memory, and a look at what is in one."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,11 @@ from rich.progress import Progress as Bar
 
 from stablefield.config import PARTS, ConfigError, override, resolve
 from stablefield.data import Progress, Source, Store, Summary, content_hash, guess_kind, write, write_npz, write_zip
+from stablefield.evaluate.field import Advice, Extent, Linear, Proposal, measure_field
+from stablefield.evaluate.field.plots import plot_proposal
 from stablefield.evaluate.pictures import is_picture, save_grid
+from stablefield.objective import EDMWeight
+from stablefield.process import VE
 from stablefield.reference import Pool
 
 data = typer.Typer(
@@ -22,7 +27,7 @@ data = typer.Typer(
     \b
     stablefield data convert cifar10-32x32.zip cifar10          EDM's zip into a store
     stablefield data convert photos/ photos.zip --resolution 64x64 --transform center-crop
-    stablefield data inspect cifar10                            how many, of what, and a picture of them
+    stablefield data inspect cifar10                            how many, of what, a picture, and noise that suits
     stablefield train --set data.kind=store --set data.path=cifar10
     """,
     no_args_is_help=True,
@@ -78,6 +83,8 @@ def convert(
 def inspect(
     source: From,
     sheet: Annotated[Path, typer.Option(help="Where the picture goes, if these are images.")] = Path("sheet.png"),
+    noise: Annotated[bool, typer.Option(help="Propose noise levels, which takes some seconds.")] = True,
+    plot: Annotated[Path, typer.Option(help="Where the plot of what varies at which noise goes.")] = Path("noise.png"),
     kind: Kind = None,
     resolution: Resolution = None,
     transform: Transform = None,
@@ -87,17 +94,20 @@ def inspect(
     no_labels: NoLabels = False,
     set_: Set = None,
 ) -> None:
-    """Say how many there are and of what, check a store's hash, and show some if they are images."""
+    """Say how many there are and of what, check a store's hash, show some if they are images, and propose noise."""
     options = _options(resolution, transform, mode, max_images, drop_alpha, no_labels)
     found = open_source(source, kind, options, set_ or [])
     with progress_bar("decoding") as progress:
         pool = found.load(progress)
-    print("\n".join(describe(pool, found.contents().classes)))
+    spread = Summary.of(pool)
+    print("\n".join(describe(pool, spread, found.contents().classes)))
     checked = f"{found.verify()}, as it was written" if isinstance(found, Store) else content_hash(pool)
     print(f"hash      {checked}")
     if is_picture(pool.shape):
         save_grid(sheet, contact_sheet(pool))
         print(f"picture   {sheet}")
+    if noise and spread.std > 0:
+        print("\n".join(propose(pool, spread.std, plot)))
 
 
 def open_source(source: str, kind: str | None, options: dict[str, Any], settings: list[str]) -> Source:
@@ -119,17 +129,52 @@ def open_source(source: str, kind: str | None, options: dict[str, Any], settings
     return found
 
 
-def describe(pool: Pool, classes: tuple[str, ...]) -> list[str]:
+def describe(pool: Pool, summary: Summary, classes: tuple[str, ...]) -> list[str]:
     """What there is to say of data, line by line."""
-    summary = Summary.of(pool)
     dtype = str(pool.data.dtype).removeprefix("torch.")
     levels = f", {pool.levels} levels" if pool.levels != 256 else ""
     return [
         f"members   {len(pool):,} of shape {pool.shape}, {dtype}{levels}",
         f"values    {summary.least:.4g} to {summary.most:.4g}, mean {summary.mean:.4f}, deviation {summary.std:.4f}",
-        f"          suits --set scaling.sigma_data={summary.std:.2g} --set weight.sigma_data={summary.std:.2g}",
         *_class_lines(summary.counts, classes),
     ]
+
+
+def propose(pool: Pool, spread: float, plot: Path, rows: int = 16, draws: int = 4) -> list[str]:
+    """Noise for data, as settings, and what it rests on; the plot is written."""
+    few, said = _some(pool)
+    try:
+        extent = Extent.of(few)
+    except ValueError as error:
+        return [f"noise     nothing to propose: {error}"]
+    linear, process, size = Linear.of(few), VE(), min(1024, max(2, len(few) // 4))
+    proposal = Proposal.of(few, spread, extent, linear)
+    with progress_bar("measuring") as progress:
+        field = measure_field(
+            few, process, extent.levels(13, process), sizes=(size,), rows=rows, draws=draws, progress=progress
+        )
+    advice = Advice.of(field, process, proposal.times(), EDMWeight(proposal.sigma_data), linear)
+    plot_proposal(plot, field, linear, proposal, "Where there is something to learn, and where targets vary")
+    settings = proposal.settings()
+    return [
+        f"noise     for process.kind=ve (EDM); {rows} rows at 13 levels against {said}",
+        *(
+            f"          --set {first} --set {second}"
+            for first, second in zip(settings[::2], settings[1::2], strict=True)
+        ),
+        *(f"          {line}" for line in proposal.reasons()),
+        *(f"          {line}" for line in advice.summary()),
+        f"plot      {plot}",
+    ]
+
+
+def _some(pool: Pool, numbers: int = 2 * 10**8) -> tuple[Pool, str]:
+    """Members evenly spread over large data, and how many that are."""
+    most = max(1024, numbers // math.prod(pool.shape))
+    if len(pool) <= most:
+        return pool, f"all {len(pool):,} members"
+    index = torch.arange(most) * len(pool) // most
+    return pool.subset(index), f"{most:,} members of {len(pool):,}, evenly spread"
 
 
 def contact_sheet(pool: Pool, images: int = 100) -> torch.Tensor:

@@ -4,8 +4,6 @@ Trains with stable targets, samples, measures the distance between samples and d
 """
 
 import json
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,13 +13,13 @@ import typer
 from stablefield.cli.sample import batches
 from stablefield.cli.train import run, summary
 from stablefield.config import Config, override, resolve
-from stablefield.evaluate import Statistics, cached_classifier, frechet_distance, target_variance
+from stablefield.evaluate import Statistics, cached_classifier, frechet_distance, measure_field
+from stablefield.evaluate.field.plots import plot_field
 from stablefield.evaluate.pictures import save_grid
-from stablefield.evaluate.plots import plot_loss, plot_variance
+from stablefield.evaluate.plots import plot_loss
 from stablefield.reference import Pool
 from stablefield.run import Folder, assemble, make_sampler, open_run
 from stablefield.seeding import generator
-from stablefield.target import ReferenceBatch, SingleSample
 
 
 def demo(
@@ -88,18 +86,6 @@ def _score(data: Pool, x: torch.Tensor) -> dict[str, float]:
 
 
 def _plot_variance(path: Path, data: Pool, config: Config) -> None:
-    size = config["target"]["size"]
-    pool = replace(data, labels=None)
-    targets = {
-        "single sample (DSM)": SingleSample(),
-        "stable, 64 references": ReferenceBatch(pool, 64),
-        f"stable, {size:,} references": ReferenceBatch(pool, size),
-    }
     t = torch.logspace(-1.3, 1.5, 15, dtype=torch.float64)
-    found = target_variance(list(targets.values()), pool, config.make("process"), t)
-    plot_variance(
-        path,
-        dict(zip(targets, found, strict=True)),
-        "Variance of the training target, digits",
-        math.prod(data.shape),
-    )
+    found = measure_field(data, config.make("process"), t, sizes=(64, config["target"]["size"]), rows=128)
+    plot_field(path, found, "Variance of the training target, digits")

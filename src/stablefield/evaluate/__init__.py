@@ -2,7 +2,7 @@
 
 from stablefield.evaluate.classifier import Classifier, cached_classifier, known_classifier, train_classifier
 from stablefield.evaluate.features import Exported, Features, Pixels
-from stablefield.evaluate.field import TargetVariance, target_variance
+from stablefield.evaluate.field import Field, measure_field
 from stablefield.evaluate.frechet import Statistics, Sums, frechet_distance
 from stablefield.evaluate.inception import Inception
 from stablefield.evaluate.memorisation import Nearest, memorised, nearest
@@ -14,23 +14,23 @@ __all__ = [
     "Cloud",
     "Exported",
     "Features",
+    "Field",
     "Inception",
     "Nearest",
     "Pixels",
     "Statistics",
     "Summary",
     "Sums",
-    "TargetVariance",
     "cached_classifier",
     "frechet_distance",
     "kernel_distance",
     "known_classifier",
+    "measure_field",
     "memorised",
     "nearest",
     "precision_recall",
     "remarks",
     "scores",
     "summarised",
-    "target_variance",
     "train_classifier",
 ]

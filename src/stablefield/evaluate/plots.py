@@ -1,20 +1,16 @@
 """Plots for looking: labelled axes with units, readable in grey, nothing that is not data."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stablefield.evaluate.field import TargetVariance
-
-STYLES = ("-", "--", ":", "-.")
-
 
 def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title: str) -> None:
     """Training loss against images seen, raw and smoothed."""
-    figure, axes = _plot(title, "images seen", "loss (weighted squared error per dimension)")
+    figure, axes = new_plot(title, "images seen", "loss (weighted squared error per dimension)")
     axes.plot(images, loss, color="0.75", linewidth=0.8, label="each kimg")
     axes.plot(images, _smooth(loss), color="black", linewidth=1.6, label="running mean")
     axes.set_ylim(0, 1.05 * sorted(loss)[int(0.98 * (len(loss) - 1))])
@@ -22,27 +18,20 @@ def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title:
     figure.savefig(path)
 
 
-def plot_variance(path: Path, found: Mapping[str, TargetVariance], title: str, dimensions: int) -> None:
-    """Variance of targets against noise level, per dimension, with bands of two standard errors."""
-    figure, axes = _plot(title, "noise level sigma (units of the data)", "target variance per dimension (data units²)")
-    for style, (name, line) in zip(STYLES, found.items(), strict=False):
-        variance, error = line.variance / dimensions, 2 * line.error / dimensions
-        axes.plot(line.t, variance, style, color="black", linewidth=1.6, label=name)
-        axes.fill_between(line.t, variance - error, variance + error, color="0.8", linewidth=0)
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    figure.savefig(path)
-
-
-def _plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+def new_plot(title: str, x: str, y: str) -> tuple[Figure, Axes]:
+    """One plot, without clutter."""
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
+    label(axes, x, y)
+    return figure, axes
+
+
+def label(axes: Axes, x: str, y: str) -> None:
+    """Names of the axes, and no frame around what they span."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
