@@ -42,6 +42,8 @@ class Advice:
         met: V_DSM as training meets it, weighted, per dimension.
         left: V_STF of each size, the same way.
         loss: what a linear denoiser leaves of the loss (variance included), the same way.
+        share_of_levels: what share V_DSM is of the linear denoiser's loss at a level, on average over training noise.
+            Weights that make much of small noise hide in the sum what happens at large; here each level counts alike.
     """
 
     phases: tuple[float | None, float | None]
@@ -53,6 +55,7 @@ class Advice:
     met: float
     left: dict[int, float]
     loss: float
+    share_of_levels: float
     members: int
     times: str
 
@@ -63,7 +66,8 @@ class Advice:
         alpha, sigma = process.scales(t)
         level = sigma / alpha
         factor = weight(process, t) / field.dim
-        met = factor * _between(field, field.dsm.value, level)
+        variance, left = _between(field, field.dsm.value, level), linear.variance(level)
+        met = factor * variance
         high, phases = _high(field), phases_of(field)
         carries = _middle(level, met)
         return cls(
@@ -75,14 +79,15 @@ class Advice:
             _share(level, carries) if carries else 0.0,
             float(met.mean()),
             {n: float((factor * _between(field, s.variance.value, level)).mean()) for n, s in field.stable.items()},
-            float((factor * linear.variance(level)).mean()),
+            float((factor * left).mean()),
+            float((variance / left).mean()),
             field.members,
             repr(times),
         )
 
     @property
-    def gain(self) -> float:
-        """The share of the loss (of a linear denoiser) that the best target could take away: all its variance."""
+    def share_of_loss(self) -> float:
+        """What share V_DSM is of the whole loss of a linear denoiser."""
         return self.met / self.loss
 
     def size_for(self, factor: float) -> tuple[float, bool]:
@@ -113,7 +118,8 @@ class Advice:
         lines = [f"several sources compete at sigma = {one} to {prior}, {self.share_competing:.1%} of this noise"]
         for n, left in self.left.items():
             taken = f", of which {n:,} references take {1 - left / self.met:.0%} away" if self.met > 0 else ""
-            lines.append(f"single samples' variance is {self.gain:.2%} of a linear denoiser's loss{taken}")
+            share = _percent(self.share_of_loss)
+            lines.append(f"single samples' variance is {share} of a linear denoiser's loss{taken}")
         return lines
 
     def _where(self) -> Iterator[str]:
@@ -146,10 +152,11 @@ class Advice:
             yield f"For 10 times less: about {_rounded(size):,} references{beyond}."
 
     def _verdict(self) -> Iterator[str]:
-        share = f"{self.gain:.2g}" if self.gain < 1e-4 else f"{self.gain:.2%}"
-        yield f"The variance of single samples is {share} of the loss of a linear denoiser, {self.loss:.3g}."
-        yield "  A network's is less, so that the share is more; what else makes gradients vary is not measured."
-        if self.gain < 0.01:
+        yield f"The variance of single samples is {_percent(self.share_of_loss)} of the loss of a linear denoiser,"
+        levels = _percent(self.share_of_levels)
+        yield f"  {self.loss:.3g}; of that loss level by level, averaged over the training noise, {levels}."
+        yield "  A network's loss is less, so its shares are more; what else makes gradients vary is not measured."
+        if max(self.share_of_loss, self.share_of_levels) < 0.01:
             yield "Expect no gain from stable targets in this training: almost every x_t has one likely source."
         elif self.left:
             taken = 1 - min(self.left.values()) / self.met
@@ -211,6 +218,10 @@ def _middle(level: Float[Tensor, "P"], amount: Float[Tensor, "P"], share: float 
 
 def _share(level: Float[Tensor, "P"], ends: Range) -> float:
     return float(((level >= ends[0]) & (level <= ends[1])).double().mean())
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share > 1e-4 or share == 0 else f"{share:.1g}"
 
 
 def _span(ends: Range) -> str:
