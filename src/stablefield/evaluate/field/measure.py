@@ -131,8 +131,8 @@ class _Recorded(Sums):
         super().__init__(x_t, sigma, alpha)
         self.energies, self.passed = self.query.new_empty(len(x_t), members), 0
 
-    def compare(self, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = super().compare(members)
+    def compare(self, members: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        found = super().compare(members, square)
         self.energies[:, self.passed : self.passed + len(members)] = found[2]
         self.passed += len(members)
         return found

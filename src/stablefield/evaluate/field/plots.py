@@ -112,7 +112,8 @@ def plot_study(path: Path, study: Study, errors: Iterable[tuple[int, Float[Tenso
     for style, (n, found) in zip(STYLES, study.stable.items(), strict=False):
         _line(variance, study.sigma, found.times(scale), style, f"STF, n = {n:,}")
     variance.set_yscale("log")
-    variance.legend(frameon=False, fontsize=8)
+    variance.set_ylim(bottom=float(min((found.value * scale).min() for found in study.stable.values())) / 200)
+    variance.legend(frameon=False, fontsize=8, loc="lower left")
     label(law, "members of the support n", "(n − 1) V_STF / its limit")
     sizes = [n for n in study.stable if n > 1]
     for style, at in zip(("-", *STYLES), _few(study.sigma), strict=False):
