@@ -205,7 +205,7 @@ def test_the_gradients_whose_variance_is_taken_are_those_of_the_loss():
 
 
 def test_the_variance_of_a_gradient_is_that_of_the_exact_one_and_the_targets_part():
-    pool, denoiser, batches = gradient_problem(4, 150)
+    pool, denoiser, batches = gradient_problem(4, 100)
     exact, single, stable = (
         gradient_variance(denoiser, Objective(LogNormal(), target, EDMWeight()), batches)
         for target in (FullDataset(pool), SingleSample(), ReferenceBatch(pool, 8))
@@ -213,7 +213,7 @@ def test_the_variance_of_a_gradient_is_that_of_the_exact_one_and_the_targets_par
     assert exact.target < 1e-10
     assert stable.target < single.target / 2
     for found in (single, stable):
-        assert found.total == pytest.approx(exact.total + found.target, rel=0.2)
+        assert found.total == pytest.approx(exact.total + found.target, rel=0.25)
 
 
 def test_intervals_are_students_and_cover_as_often_as_they_say():
@@ -285,7 +285,7 @@ def test_the_command_trains_reports_and_goes_on(tmp_path):
 def test_a_target_that_the_data_cannot_serve_is_refused_before_any_work(tmp_path):
     out, data = tmp_path / "out", images(tmp_path / "data.npz")
     flags = [part for s in (*SETTINGS, f"data.path={data}") for part in ("--set", s)]
-    result = command("--out", out, "--targets", "single,reference:500", *flags)
+    result = command("--out", out, "--targets", "single,reference:500", "--looks", 2, *flags)
     assert "between 1 and the pool's 70 members, not 500" in str(result.exception)
     assert not out.exists()
     assert "holds no experiment" in str(command("--out", out, "--report-only").exception)

@@ -24,8 +24,14 @@ from stablefield.engine.saving import alone
 from stablefield.run import Folder, Parts, assemble, choose_device
 from stablefield.seeding import parse_seeds
 
-TARGETS, SEEDS = ("single", "reference:256", "reference:1024", "full"), (0, 1, 2)
-LOOKS, SAMPLES, ROWS = 8, 500, 256
+TARGETS = "single,reference:256,reference:1024,full"
+DEFAULTS: dict[str, Any] = {
+    "arms": tuple(map(Arm.parse, TARGETS.split(","))),
+    "seeds": (0, 1, 2),
+    "looks": 8,
+    "samples": 500,
+    "rows": 256,
+}
 SAMPLER = {"kind": "dpm", "steps": 12}  # deterministic, and fast enough to look often
 
 
@@ -37,7 +43,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="LIST",
-            help=f"What to compare, by default {','.join(TARGETS)}: all with the first. Also neighbours:64.",
+            help=f"What to compare, by default {TARGETS}: all with the first. Also neighbours:64.",
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="One run of each target for each, by default 0-2.")] = None,
@@ -46,9 +52,15 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
-    looks: Annotated[int | None, typer.Option(min=1, help=f"How often each run is scored, by default {LOOKS}.")] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help=f"Samples a look, by default {SAMPLES}.")] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help=f"x_t a noise level and look, by default {ROWS}.")] = None,
+    looks: Annotated[
+        int | None, typer.Option(min=1, help=f"How often each run is scored, by default {DEFAULTS['looks']}.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help=f"Samples a look, by default {DEFAULTS['samples']}.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help=f"x_t a noise level and look, by default {DEFAULTS['rows']}.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Seeds at work at once, in processes of their own.")] = 1,
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing; report what is there.")] = False,
     summary_: Annotated[
@@ -64,23 +76,23 @@ def compare(
     if report_only:
         _report(out, summary_)
         return
-    arms = tuple(map(Arm.parse, targets.split(","))) if targets else None
-    settings, wanted = settings_of(images, set_), tuple(parse_seeds(seeds)) if seeds else None
-    found = Experiment.read(out) if place(out).exists() else None
-    if found and not any((settings, config, looks, samples, rows)):
-        experiment = found.joined(replace(found, arms=arms or found.arms, seeds=wanted or found.seeds))
+    said = {
+        "arms": tuple(map(Arm.parse, targets.split(","))) if targets else None,
+        "seeds": tuple(parse_seeds(seeds)) if seeds else None,
+        "looks": looks,
+        "samples": samples,
+        "rows": rows,
+    }
+    given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
+    settings = [*(set_ or []), *([f"training.images={images}"] if images else [])]
+    if place(out).exists():
+        before = Experiment.read(out)
+        wanted = resolve(override(overlay(before.config.sections, read_toml(config) if config else {}), settings))
+        given["arms"] = tuple(dict.fromkeys((*before.arms, *given.get("arms", ()))))
+        experiment = before.joined(replace(before, config=wanted, **given))
     else:
-        experiment = Experiment(
-            planned(config, settings),
-            arms or tuple(map(Arm.parse, TARGETS)),
-            wanted or SEEDS,
-            looks or LOOKS,
-            samples or SAMPLES,
-            rows or ROWS,
-            shlex.join(["stablefield", *sys.argv[1:]]),
-            date.today().isoformat(),
-        )
-        experiment = found.joined(experiment) if found else experiment
+        command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
+        experiment = Experiment(planned(config, settings), **(DEFAULTS | given), command=command, begun=today)
     with progress_bar("decoding") as progress:
         parts = [assemble(arm.configured(experiment.config, 0), progress) for arm in experiment.arms]
     print(summary(experiment, parts[0], out))
@@ -95,16 +107,9 @@ def compare(
         raise typer.Exit(128 + stopped)
 
 
-def settings_of(images: int | None, set_: list[str] | None) -> list[str]:
-    """What the options say, as settings."""
-    return [*(set_ or []), *([f"training.images={images}"] if images else [])]
-
-
 def planned(config: Path | None, settings: list[str]) -> Config:
     """What all runs have in common: as said, with a fast sampler and some data held out where nothing is said."""
-    raw = override(read_toml(config) if config else {}, settings)
-    raw = raw if "sampler" in raw else overlay(raw, {"sampler": SAMPLER})
-    wanted = resolve(raw)
+    wanted = resolve(override(overlay({"sampler": SAMPLER}, read_toml(config) if config else {}), settings))
     if wanted["data"]["holdout"] == 0:
         with progress_bar("decoding") as progress:
             total = len(wanted.make("data").load(progress))
