@@ -17,7 +17,7 @@ FLOORS = (
     {"posterior", "parametrize", "reference", "augmentation", "neighbours", "screen", "shards"},
     {"target", "denoise", "pruned"},
     {"objective", "sample", "likelihood"},
-    {"config", "checkpoint", "data", "ranks", "run"},
+    {"config", "recipes", "checkpoint", "data", "ranks", "run"},
     {"interop"},
     {"engine", "evaluate"},
     {"compare"},

@@ -441,7 +441,8 @@ def _complaint(section: str, kind: str, mistake: Any, part: Callable[..., Any]) 
             return f"{place}: {kind!r} has no such key; say also which {section}.kind it is for: {', '.join(others)}"
         return f"{place}: {kind!r} has no such key{_nearest(key, known, section + '.')}"
     if mistake["type"] == "missing":
-        return f"{place}: has no default, and must be said"
+        at_the_terminal = ", at the terminal as --data PATH" if place == "data.path" else ""
+        return f"{place}: has no default, and must be said{at_the_terminal}"
     return f"{place}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}, not {mistake['input']!r}"
 
 

@@ -11,6 +11,7 @@ from stablefield.cli.data import data
 from stablefield.cli.demo import demo
 from stablefield.cli.evaluate import evaluate
 from stablefield.cli.field import field
+from stablefield.cli.recipes import recipes
 from stablefield.cli.sample import sample
 from stablefield.cli.train import train
 
@@ -21,7 +22,9 @@ app = typer.Typer(
     stablefield demo                                     the whole thing on handwritten digits, in two minutes
     stablefield train                                    digits, EDM, stable targets from 1,024 references
     stablefield train --set target.kind=single           its twin with single-sample targets (DSM)
-    stablefield train --set data.kind=arrays --set data.path=images.npz
+    stablefield train --data images.npz                  your own data: a store, zip, folder, array, IDX file, tar
+    stablefield recipes                                  published settings
+    stablefield train --recipe cifar10-ncsnpp-edm-stf --data cifar10-32x32.zip
     stablefield train --dry-run --set process.kind=flow  all that would be used, without doing it
     stablefield sample runs/digits-reference --seeds 0-63
     stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
@@ -42,6 +45,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(train)
+app.command()(recipes)
 app.command()(sample)
 app.command()(evaluate)
 app.command()(compare)

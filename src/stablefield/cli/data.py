@@ -28,7 +28,7 @@ data = typer.Typer(
     stablefield data convert cifar10-32x32.zip cifar10          EDM's zip into a store
     stablefield data convert photos/ photos.zip --resolution 64x64 --transform center-crop
     stablefield data inspect cifar10                            how many, of what, a picture, and noise that suits
-    stablefield train --set data.kind=store --set data.path=cifar10
+    stablefield train --data cifar10
     """,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -116,17 +116,26 @@ def open_source(source: str, kind: str | None, options: dict[str, Any], settings
     Raises:
         ConfigError: an option that this kind does not have, or of no meaning.
     """
-    path = source
+    section = section_of(source) if kind is None else {"kind": kind, "path": source}
     if kind is None:
-        kind, path = guess_kind(source)
-        print(f"taken as  {kind} (--kind says otherwise)")
-    section = {"kind": kind, **({"path": path} if path else {}), **options}
+        print(f"taken as  {section['kind']} (--kind says otherwise)")
+    section |= options
     if other := [setting for setting in settings if not setting.startswith("data.")]:
         raise ConfigError(f"{other[0]}: only keys of the data can be set here, as data.split=test")
     found: Source = resolve(override({"data": section}, settings)).make("data")
     if found.holdout:
         raise ConfigError(f"data.holdout={found.holdout}: members are held out by a training, not here")
     return found
+
+
+def section_of(source: str) -> dict[str, Any]:
+    """What a configuration says of the data that a path leads to.
+
+    Raises:
+        ValueError: nothing is there, or nothing that is known.
+    """
+    kind, path = guess_kind(source)
+    return {"kind": kind, "path": path} if path else {"kind": kind}
 
 
 def describe(pool: Pool, summary: Summary, classes: tuple[str, ...]) -> list[str]:

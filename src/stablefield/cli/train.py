@@ -5,6 +5,7 @@ Under `torchrun` or `accelerate launch` every rank does this; the first one spea
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any
@@ -13,16 +14,26 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from stablefield.cli.data import progress_bar
+from stablefield.cli.data import progress_bar, section_of
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.engine.fit import Watch, fit
 from stablefield.engine.saving import refuse_another
 from stablefield.ranks import Ranks, joined
+from stablefield.recipes import read_recipe
 from stablefield.run import Folder, Parts, Trained, assemble, choose_device, open_run
 
 
 def train(
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/DATA-TARGET.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Start from published settings: see stablefield recipes.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="A store, zip, folder, array, IDX file or tar, or hf:NAME: its kind is guessed."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/RECIPE-TARGET.")] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file that says what is special.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
@@ -42,15 +53,17 @@ def train(
 ) -> None:
     """Train a denoiser. Without any option: the digits, with EDM's recipe and stable targets."""
     settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
-    if resume and (config or out or from_):
-        raise ConfigError("--resume goes on with a run as it is; it goes with none of --config, --out and --from")
+    if resume and (recipe or data or config or out or from_):
+        raise ConfigError(
+            "--resume goes on with a run as it is; it goes with none of --recipe, --data, --config, --out and --from"
+        )
     if resume:
         folder, wanted = Folder(resume), continued(Folder(resume), settings)
     else:
         base = open_run(from_, device="cpu") if from_ else None
-        raw = overlay(base.config.sections if base else {}, read_toml(config) if config else {})
+        raw = layered(base.config.sections if base else {}, recipe, config, data)
         wanted = resolve(override(raw, settings))
-        folder = Folder(out or Path("runs") / f"{wanted['data']['kind']}-{wanted['target']['kind']}")
+        folder = Folder(out or Path("runs") / f"{recipe or wanted['data']['kind']}-{wanted['target']['kind']}")
     with joined(choose_device(wanted.training.device)) as ranks:
         if not (resume or dry_run):
             ranks.lead(folder.refuse_if_occupied)
@@ -69,6 +82,20 @@ def train(
             say(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}")
             raise typer.Exit(128 + stopped)
         say(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63")
+
+
+def layered(raw: dict[str, Any], recipe: str | None, config: Path | None, data: str | None) -> dict[str, Any]:
+    """What is said of a new run, the special over the general: recipe, file, data.
+
+    Raises:
+        ValueError: no such recipe or file, or data of no known kind.
+    """
+    layers = (
+        read_recipe(recipe) if recipe else {},
+        read_toml(config) if config else {},
+        {"data": section_of(data)} if data else {},
+    )
+    return reduce(overlay, layers, raw)
 
 
 def start_from(base: Trained, parts: Parts) -> None:
