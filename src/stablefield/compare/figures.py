@@ -61,7 +61,7 @@ def plots(results: Results) -> list[Plot]:
             "Frechet distance (feature units²)",
             lambda arm, mark: _bounds(results.over_seeds(arm, mark, "frechet")),
             f"Frechet distance between {results.experiment.samples:,} samples of the average and the training data, in "
-            f"features of {results.about['features'].removeprefix('a ')}; lower is better. {band} Thin grey line: "
+            f"features of {results.about['features']}; lower is better. {band} Thin grey line: "
             f"{results.about['held_out']:,} real images that were held out.",
             log=True,
             line=results.about["real"],

@@ -15,6 +15,8 @@ MEASURED = {
     "gradient_variance": "Variance of the gradient",
 }
 
+GOAL = 1.5  # of the baseline's last Frechet distance: far enough from the end that most seeds get there
+
 
 def findings(results: Results) -> list[str]:
     """What was done and found in a few sentences, then some for every arm but the first."""
@@ -68,6 +70,9 @@ def _of_arm(results: Results, arm: Arm, last: int) -> str:
     ratios = {name: results.ratio(arm, last, name) for name in MEASURED}
     said = [f"{arm.title} against {results.baseline.title}."]
     said += [f"{what}: {_verdict(ratios[name])}." for name, what in MEASURED.items()]
+    quality = GOAL * results.over_seeds(results.baseline, last, "frechet").mean
+    if (speed := results.speed(arm, quality)).n:
+        said.append(f"Images needed to bring that distance down to {quality:.3g}: {_verdict(speed)}.")
     if memorises(results, arm, last):
         said.append(
             "The only gain that can be told from chance is nearness to the training set's exact answer: alone, that is "

@@ -106,10 +106,18 @@ class Results:
             if self.last is not None and seed in self.common(self.last)
         }
 
+    def speed(self, arm: Arm, quality: float) -> Estimate:
+        """log(images needed / the baseline's), pair by pair, over the seeds where both get there."""
+        mine, theirs = (
+            {seed: images for seed, images in self.needed(each, quality).items() if isfinite(images)}
+            for each in (arm, self.baseline)
+        )
+        return paired_ratio(mine, theirs)
+
     def roughness(self, arm: Arm) -> Estimate:
         """Of the Frechet distance from look to look, relative."""
-        curves = [self.curve(arm, seed, "frechet") for seed in self.experiment.seeds if self.scores[arm, seed]]
-        return Estimate.of([rough for curve in curves if isfinite(rough := roughness(*curve))])
+        curves = [self.curve(arm, seed, "frechet")[1] for seed in self.experiment.seeds]
+        return Estimate.of([rough for curve in curves if isfinite(rough := roughness(curve))])
 
     def seconds(self, arm: Arm) -> float:
         """Per thousand images: the median over all turns; nan before any."""
@@ -148,6 +156,9 @@ class Results:
                     "differences": {name: _plain(self.difference(arm, last, name)) for name in names},
                     "images_to_reach": {
                         f"{goal * quality:.6g}": _known(self.needed(arm, goal * quality)) for goal in GOALS
+                    },
+                    "log_ratio_of_images_to_reach": {
+                        f"{goal * quality:.6g}": _plain(self.speed(arm, goal * quality)) for goal in GOALS
                     },
                     "roughness": _plain(self.roughness(arm)),
                     "seconds_per_kimg": self.seconds(arm),

@@ -85,16 +85,14 @@ def images_to_reach(quality: float, images: Sequence[int], values: Sequence[floa
     return inf
 
 
-def roughness(images: Sequence[int], values: Sequence[float]) -> float:
-    """How much a curve jumps from look to look: its deviation around a line in log images, over its last half.
+def roughness(values: Sequence[float]) -> float:
+    """How much a curve jumps from look to look, relative, over its last half: from its second differences.
 
-    nan with fewer than three looks there.
+    sqrt(mean (y_(i-1) - 2 y_i + y_(i+1))^2 / 6), y the logarithms: the deviation of independent jumps around a straight
+    line, such as a power of the images is where looks grow by equal factors. A bend counts too. nan below four looks.
     """
-    x, y = ([log(value) for value in part[len(part) // 2 - 1 :]] for part in (images, values))
-    if len(x) < 3 or len(images) < 4:
+    if len(values) < 4:
         return nan
-    slope = sum((a - fmean(x)) * (b - fmean(y)) for a, b in zip(x, y, strict=True)) / sum(
-        (a - fmean(x)) ** 2 for a in x
-    )
-    rest = [b - fmean(y) - slope * (a - fmean(x)) for a, b in zip(x, y, strict=True)]
-    return sqrt(sum(r * r for r in rest) / (len(x) - 2))
+    y = [log(value) for value in values[len(values) // 2 - 1 :]]
+    bends = [before - 2 * here + after for before, here, after in zip(y, y[1:], y[2:], strict=False)]
+    return sqrt(fmean(bend * bend for bend in bends) / 6)

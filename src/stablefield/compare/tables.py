@@ -120,12 +120,17 @@ def _needed(results: Results) -> Table:
             return "not reached"
         spread = f"{reached[0]:,.0f}" + (f" to {reached[-1]:,.0f}" if len(reached) > 1 else "")
         spread = f"at most {spread}" if reached[-1] <= first else spread
-        return spread if len(reached) == len(needed) else f"{spread}; {len(needed) - len(reached)} of {len(needed)} not"
+        spread = (
+            spread if len(reached) == len(needed) else f"{spread}; {len(needed) - len(reached)} of {len(needed)} not"
+        )
+        speed = results.speed(arm, goal * quality)
+        return spread if arm == results.baseline or speed.n < 2 else f"{spread}; {change(speed)}"
 
     return Table(
         "Images needed to reach a quality",
         f"First time that the Frechet distance is as low as {results.baseline.title}'s last mean, times a factor; "
-        "least and most over seeds, on a line in log images between two looks.",
+        "least and most over seeds, on a line in log images between two looks. Changes are pair by pair, over the "
+        "seeds where both got there.",
         ["target", *(f"{_number(goal * quality)} ({goal:g} ×)" for goal in GOALS)],
         [[arm.title, *(cell(arm, goal) for goal in GOALS)] for arm in results.experiment.arms],
     )
@@ -146,8 +151,9 @@ def _costs(results: Results) -> Table:
 
     return Table(
         "Steadiness and cost",
-        "Deviation of the Frechet distance over seeds at the end, and from look to look (relative, around a line in "
-        "log images, last half of the run); Tr Cov of a gradient, and the target's share of it; seconds per thousand "
+        "Deviation of the Frechet distance over seeds at the end, and from look to look (relative, from second "
+        "differences over the last half of the run, so that a bend counts too); Tr Cov of a gradient, "
+        "and the target's share of it; seconds per thousand "
         "images, the median over turns, and against the baseline, pair by pair.",
         [
             "target",
