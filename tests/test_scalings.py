@@ -467,7 +467,8 @@ def test_a_table_learns_the_same_denoiser_from_every_target(target):
     generator, index = torch.Generator().manual_seed(3), torch.arange(6000) % 6
     for _ in range(400):
         optimizer.zero_grad()
-        objective(table, points[index], index=index, generator=generator).loss.backward()
+        for part in index.split(600):  # each with references of its own: those are what an answer varies by
+            objective(table, points[part], index=part, generator=generator).loss.backward()
         optimizer.step()
         schedule.step()
     share, mean = table.exact(points, 0.3)
