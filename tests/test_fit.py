@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -238,22 +239,23 @@ def test_a_signal_that_comes_twice_at_once_is_one(tmp_path):
     assert trained(tmp_path, watch=watch) == signal.SIGINT
 
 
-@pytest.fixture
-def full_disk() -> Iterator[Callable[[int], None]]:
-    """No file may become longer than that."""
+@contextmanager
+def full_disk(most: int) -> Iterator[None]:
+    """No file may become longer than that; lifted before pytest itself has anything to write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("most", [100, 1_000, 10_000])
-def test_a_disk_that_is_full_is_said_in_a_line_and_takes_nothing_with_it(tmp_path, full_disk, most):
+def test_a_disk_that_is_full_is_said_in_a_line_and_takes_nothing_with_it(tmp_path, most):
     trained(tmp_path, "training.images=64")
     before = Folder(tmp_path).checkpoint.read_bytes()
-    full_disk(most)
-    with pytest.raises(OSError, match=r"could not write|File too large"):
+    with full_disk(most), pytest.raises(OSError, match=r"could not write|File too large"):
         trained(tmp_path)
-    full_disk(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     assert Folder(tmp_path).checkpoint.read_bytes() == before
     assert trained(tmp_path) == 0
     assert seen(tmp_path) == list(range(32, 321, 32))
@@ -275,12 +277,14 @@ def test_a_disk_that_fills_up_on_the_way_leaves_the_last_checkpoint(tmp_path, mo
     assert seen(tmp_path) == list(range(32, 321, 32))
 
 
-def test_events_that_cannot_be_written_are_an_error_of_one_line(tmp_path, full_disk, capfd):
+def test_events_that_cannot_be_written_are_an_error_of_one_line(tmp_path, capfd):
+    disk = ExitStack()
+
     def watch(images: int, line: object) -> None:
         if images == 96:
-            full_disk(next(Folder(tmp_path).tensorboard.iterdir()).stat().st_size + 10)
+            disk.enter_context(full_disk(next(Folder(tmp_path).tensorboard.iterdir()).stat().st_size + 10))
 
-    with pytest.raises(OSError, match=r"could not write .*(events|metrics).*File too large"):
+    with disk, pytest.raises(OSError, match=r"could not write .*(events|metrics).*File too large"):
         trained(tmp_path, "training.save_every=100000", watch=watch)
     assert "Traceback" not in capfd.readouterr().err
 
