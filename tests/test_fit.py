@@ -463,6 +463,7 @@ def test_deterministic_operations_are_for_the_run_alone(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")  # the checks themselves cannot be compiled
 def test_a_compiled_network_has_the_same_weights_by_the_same_names(tmp_path, whole):
     trained(tmp_path, *HELD_OUT, "training.compile=true")
     mine, theirs = tensors(tmp_path), tensors(whole)
