@@ -54,7 +54,7 @@ def change(ratio: Estimate) -> str:
     """The logarithm of a ratio as per cent, with its interval.
 
     >>> change(Estimate(-0.105, 0.05, 0.04, 3))
-    '-10.0 % (-14.4 to -5.3)'
+    '-10.0 % (-14.4 to -5.4)'
     """
     mean, low, high = (_signed(percent(value)) for value in (ratio.mean, ratio.low, ratio.high))
     return f"{mean} %" if ratio.n < 2 else f"{mean} % ({low} to {high})"
