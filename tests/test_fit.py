@@ -102,6 +102,12 @@ def test_as_many_of_the_last_checkpoints_stay_as_are_kept(whole, tmp_path):
     assert not Folder(tmp_path).best.exists()
 
 
+@pytest.mark.parametrize("keep", [2, 4, 5, 6, 9])
+def test_any_number_of_them_can_be_kept(keep, tmp_path):
+    trained(tmp_path, f"training.keep={keep}")
+    assert list(Folder(tmp_path).olders()) == [0, 64, 128, 192, 256][-(keep - 1) :]
+
+
 def test_fewer_are_kept_when_a_run_goes_on_with_fewer(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     trained(tmp_path / "run", "data.holdout=60", "training.keep=2", "training.images=384")

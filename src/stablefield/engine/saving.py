@@ -133,7 +133,7 @@ class Saver:
         if self.best.get("images") == state.images:
             _name(self.folder.checkpoint, self.folder.best)
         passed = [path for images, path in self.folder.olders().items() if images < state.images]
-        for path in passed[: len(passed) - (self.keep - 1)]:
+        for path in passed[: max(0, len(passed) - (self.keep - 1))]:
             path.unlink(missing_ok=True)
 
     def _refuse_others(self, saved: dict[str, Any], images: int) -> None:
