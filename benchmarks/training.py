@@ -29,7 +29,7 @@ from torch.nn.functional import interpolate
 
 from stablefield import FullDataset, Perturbed, Pool
 from stablefield.config import override, resolve
-from stablefield.data import Shuffled, write, write_zip
+from stablefield.data import Shuffled, Store, write, write_zip
 from stablefield.data.contents import Contents
 from stablefield.engine import TrainState, train
 from stablefield.engine.train import perturb
@@ -156,7 +156,7 @@ def decoding(folder: Path, given: Path | None, store: Path, batch: int, repeats:
         write_zip(folder / "made-up.zip", Contents.of(made_up(5_000)))
     loads = {
         "decoded at every step": decoded_each_epoch(given or folder / "made-up.zip", batch),
-        "decoded once, mapped": _next_of(parts_of(store, "augmentation.kind=none").pool, batch),
+        "decoded once, mapped": _next_of(Store(store).load(), batch),
     }
     found = interleaved(loads, repeats)
     print(f"\nLoading, images a second, {batch} at a time, from {given.name if given else 'PNG files in a zip'}")

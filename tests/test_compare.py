@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from math import exp, inf, log
 from pathlib import Path
@@ -28,9 +29,11 @@ from stablefield import (
 from stablefield.checkpoint import read
 from stablefield.cli import app
 from stablefield.compare import Arm, Experiment, gradient_variance, run_all, yardstick_of
-from stablefield.compare.runs import Run, scores
+from stablefield.compare.runs import Run, noted, scores
 from stablefield.compare.statistics import Estimate, images_to_reach, paired, roughness, student
 from stablefield.config import ConfigError, override, resolve
+from stablefield.engine import StepReport
+from stablefield.objective import LossReport
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -216,6 +219,24 @@ def test_the_variance_of_a_gradient_is_that_of_the_exact_one_and_the_targets_par
         assert found.total == pytest.approx(exact.total + found.target, rel=0.25)
 
 
+def test_a_step_that_was_not_taken_has_no_part_in_what_is_noted():
+    def step(loss: float, taken: bool) -> StepReport:
+        each = torch.full((4,), loss)
+        return StepReport(8, LossReport(each.mean(), each, each, torch.ones(4)), 1e-3, torch.tensor(loss), taken)
+
+    whole = noted([step(1.0, True), step(3.0, True)])
+    assert noted([step(1.0, True), step(float("inf"), False), step(3.0, True)]) == whole
+    assert noted([step(float("nan"), False)]).keys() == {"Progress/kimg", "Loss/learning_rate"}
+
+
+def test_a_run_that_was_scored_by_hand_can_still_be_compared(done, tmp_path):
+    experiment, out = done
+    shutil.copytree(out, tmp_path / "experiment")
+    for arm in experiment.arms:
+        (experiment.folder(tmp_path / "experiment", arm, 0).path / "scores.jsonl").write_text('{"scores": {}}\n')
+    assert finish(experiment, tmp_path / "experiment")
+
+
 def test_intervals_are_students_and_cover_as_often_as_they_say():
     assert [round(student(n), 3) for n in (1, 4, 30)] == [12.706, 2.776, 2.042]
     assert student(10**7) == pytest.approx(1.95996, abs=1e-4)
@@ -274,7 +295,7 @@ def test_the_command_trains_reports_and_goes_on(tmp_path):
     result = command("--out", out, "--seeds", "0-1", "--targets", "full")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (out / "runs").iterdir()} == {"single", "reference-8", "full"}
-    assert len(list(out.rglob("scores.jsonl"))) == 6
+    assert len(list(out.rglob("looks.jsonl"))) == 6
     page = tmp_path / "docs" / "tiny.md"
     result = command("--out", out, "--report-only", "--summary", page)
     assert result.exit_code == 0

@@ -61,7 +61,7 @@ def made(out: Path, gains: dict[str, float], seeds: int = 4) -> Path:
             for mark in experiment.marks:
                 luck = 1 + 0.02 * source.normal()
                 changed = {name: line(mark)[name] * gain * luck for name, gain in gains.items() if arm.number}
-                with (folder.path / "scores.jsonl").open("a") as file:
+                with (folder.path / "looks.jsonl").open("a") as file:
                     file.write(json.dumps(line(mark, **changed)) + "\n")
                 Image.fromarray(source.integers(0, 255, (80, 80), dtype=np.uint8)).save(
                     folder.path / "samples" / f"{mark:09d}.png"
@@ -188,7 +188,7 @@ def test_half_an_experiment_is_compared_at_equal_images_over_common_seeds(tmp_pa
     out = made(tmp_path, {"frechet": 0.8})
     experiment = Experiment.read(out)
     for seed, kept in ((0, 5), (1, 4), (2, 4), (3, 0)):
-        place = experiment.folder(out, experiment.arms[1], seed).path / "scores.jsonl"
+        place = experiment.folder(out, experiment.arms[1], seed).path / "looks.jsonl"
         lines = place.read_text().splitlines(keepends=True)
         with replacing(place) as beside:
             beside.write_text("".join(lines[:kept]))
@@ -203,7 +203,7 @@ def test_half_an_experiment_is_compared_at_equal_images_over_common_seeds(tmp_pa
 
 def test_an_experiment_without_any_score_has_a_report_that_says_so(tmp_path):
     out = made(tmp_path, {})
-    for place in out.rglob("scores.jsonl"):
+    for place in out.rglob("looks.jsonl"):
         place.unlink()
     write_report(out)
     assert "Nothing has been scored yet" in (out / "report.html").read_text()

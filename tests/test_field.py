@@ -437,13 +437,28 @@ def test_two_gaussians_stand_beside_their_closed_form(tmp_path, monkeypatch):
         (("digits", "--sizes", "64,x"), "whole numbers"),
         (("digits", "--low", "3", "--high", "2"), "0 < low < high"),
         (("digits", "--two-gaussians"), "stands alone"),
+        (("--two-gaussians", "--kind", "digits"), "stands alone"),
+        (("--two-gaussians", "--low", "3", "--high", "2"), "0 < low < high"),
+        (("--two-gaussians", "--low", "0"), "0 < low < high"),
+        (("digits", "--high", "0"), "0 < low < high"),
+        (("--kind", "digits"), "name the data too"),
     ],
 )
 def test_a_field_that_cannot_be_is_refused_in_words(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, ["field", *arguments])
     assert said in str(result.exception)
-    assert not (tmp_path / "field" / "field.csv").exists()
+    assert not (tmp_path / "field").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_field_is_of_what_training_would_see(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick = (*QUICK[:-1], "1,2,4,8,16,32,64,128")  # more sizes than there are line styles, and the least
+    command("field", "digits", *quick, "--set", "data.holdout=100", "--set", "augmentation.kind=mirror")
+    about = json.loads((tmp_path / "field" / "field.json").read_text())
+    assert about["members"] == 2 * (1797 - 100)
+    assert len(about["advice"]["left"]) == 8
 
 
 @pytest.mark.usefixtures("unchecked")

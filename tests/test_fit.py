@@ -395,6 +395,7 @@ def test_grids_of_what_is_no_picture_are_refused(tmp_path):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((50, 5)).astype(np.float32))
     with pytest.raises(ConfigError, match="no pictures"):
         trained(tmp_path / "run", "data.kind=arrays", f"data.path={tmp_path / 'data.npy'}", "training.sample_every=5")
+    assert not (tmp_path / "run").exists()  # the run can still be begun here
 
 
 def test_each_set_of_weights_is_sampled_from_by_its_name(tmp_path):

@@ -7,8 +7,10 @@ import torch
 
 from stablefield import VE, VP, EDMWeight, Flow, LogNormal, Objective, Pool, SingleSample, Uniform
 from stablefield.config import override, resolve
+from stablefield.data import Shuffled
 from stablefield.denoise import Denoiser
-from stablefield.engine.metrics import Bins, HeldOut
+from stablefield.engine import TrainState, train
+from stablefield.engine.metrics import Bins, HeldOut, Meter
 from stablefield.engine.pictures import samples
 from stablefield.ranks import Ranks
 from stablefield.run import assemble, make_sampler
@@ -43,6 +45,20 @@ def test_the_loss_of_all_is_the_mean_of_the_losses_of_the_ranges():
     assert float((each * sums[:, 1]).sum() / 1000) == pytest.approx(means["Loss/loss"], rel=1e-12)
     few = bins.means("Loss", bins.sums(t[:1], loss[:1]))
     assert len(few) == 2  # ranges that no row was in have no loss
+
+
+def test_the_share_of_rows_that_keep_their_source_is_that_of_maps_that_are_no_flips():
+    settings = ["augmentation.kind=edm", "training.batch_size=512", "network.channels=4", "target.size=4"]
+    parts = assemble(resolve(override({}, settings)))
+    meter = Meter(Bins.of(parts.objective.times, parts.denoiser.process), Ranks(CPU))
+    state = TrainState(parts.denoiser)
+    for step in train(state, parts.objective, parts.batches, images=4096):
+        meter.add(step, 512)
+    assert meter.line(state)["Target/alone"] == pytest.approx(1 - 0.88**4, abs=4 * 0.5 / 64)
+    plain = Objective(parts.objective.times, SingleSample(), parts.objective.weight)
+    for step in train(state, plain, Shuffled(parts.pool, 8), images=4104):
+        meter.add(step, 8)
+    assert "Target/alone" not in meter.line(state)
 
 
 class Nothing(Denoiser):

@@ -70,6 +70,16 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text (UTF-8) in place of what is there.
+
+    Raises:
+        OSError: it could not be written; what was there before is untouched.
+    """
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
 def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read a checkpoint.
 

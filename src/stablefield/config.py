@@ -62,7 +62,7 @@ from stablefield.sample import (
     UniformGrid,
     VPGrid,
 )
-from stablefield.schedule import Decay, LearningRate, average_names
+from stablefield.schedule import EMA, Decay, LearningRate, average_names
 from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample
 from stablefield.times import LogitNormal, LogNormal, LogUniform, Uniform, VPLevels
 
@@ -141,6 +141,11 @@ class Training:
     def half_lives(self) -> tuple[float, ...]:
         """Of all averages."""
         return self.ema_half_life if isinstance(self.ema_half_life, tuple) else (self.ema_half_life,)
+
+    @property
+    def emas(self) -> tuple[EMA, ...]:
+        """How each average follows."""
+        return tuple(EMA(half_life, self.ema_ramp_up) for half_life in self.half_lives)
 
     @property
     def rate(self) -> LearningRate:

@@ -100,6 +100,20 @@ def isolation(distances: Float[Tensor, "m k"], others: int, lost: float, steps: 
     return low * least
 
 
+def keep_least(
+    best: Float[Tensor, "B j"], where: Int[Tensor, "B j"], new: Float[Tensor, "B n"], first: int, k: int
+) -> tuple[Float[Tensor, "B i"], Int[Tensor, "B i"]]:
+    """The k least numbers of each row so far and where they stood, once more numbers have come.
+
+    Args:
+        first: where the first of the new ones stands.
+    """
+    position = torch.arange(first, first + new.shape[1], device=new.device).expand_as(new)
+    both = torch.cat([best, new], 1)
+    best, kept = both.topk(min(k, both.shape[1]), largest=False)
+    return best, torch.cat([where, position], 1).gather(1, kept)
+
+
 def _quantile(p: float) -> float:
     """The z that a standard normal exceeds with probability p."""
     low, high = 0.0, 40.0

@@ -182,7 +182,8 @@ class Sums:
         if self.narrow != weight.dtype:
             # without those that count for nothing: numbers too small to be normal make products many times slower
             weight = torch.nn.functional.threshold(weight, 1e-30, 0.0).to(self.narrow)
-            y = self._widen(members.flatten(members.ndim - self.like.ndim + 1), self.narrow)
+            if y.dtype != self.narrow:
+                y = self._widen(members.flatten(members.ndim - self.like.ndim + 1), self.narrow)
         if y.ndim == 2 and y.dtype == self.weighted.dtype:
             self.weighted.addmm_(weight, y)
         else:

@@ -19,6 +19,7 @@ t runs from 0 (data) to 1, for VE without end.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -58,9 +59,13 @@ class Perturbed:
 
     def rows(self, rows: Int[Tensor, "b"] | slice) -> "Perturbed":
         """Some of the rows."""
+        return self.each(lambda value: pick(value, rows))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Perturbed":
+        """The record with all that is known of the rows changed alike."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        picked: dict[str, Any] = {name: v if v is None else pick(v, rows) for name, v in values.items()}
-        return Perturbed(**picked)
+        changed: dict[str, Any] = {name: None if v is None else change(v) for name, v in values.items()}
+        return Perturbed(**changed)
 
 
 def pick(values: Shaped[Tensor, "B *D"], rows: Int[Tensor, "b"] | slice) -> Tensor:

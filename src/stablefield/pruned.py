@@ -72,14 +72,14 @@ class PrunedDataset(TargetEstimator):
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         _refuse_what_is_not_finite(noisy)
-        known, found = self.known(label, noisy.x_t.device), _alone(noisy)
-        isolated = known.level_of(index_of(noisy, self.pool)).to(noisy.sigma.device)
+        known, found, index = self.known(label, noisy.x_t.device), _alone(noisy), index_of(noisy, self.pool)
+        isolated, place = known.level_of(index).to(noisy.sigma.device), self.shards.place(index)
         uncertain = (isolated <= noisy.sigma.double() / noisy.alpha.double()).nonzero().flatten()
         # so many rows together that their energies take at most 128 MB
         size = max(1, 2**25 // len(known.members))
         for start in range(0, len(uncertain), size):
             rows = uncertain[start : start + size]
-            shared, answers = self._answer(noisy.rows(rows), known)
+            shared, answers = self._answer(noisy.rows(rows), place[rows.cpu()], known)
             _put(found, rows[shared], answers.rows(shared))
         return found
 
@@ -92,23 +92,23 @@ class PrunedDataset(TargetEstimator):
                 level = isolation(_checked(self.distances(label), len(members)), len(members) - 1, self.lost / 3)
             place, own = self.shards.place(members), self.shards.own(self.pool)
             held = place >= 0
-            screen = Screen.of(own, place[held], self._projection(device), level[held]) if held.any() else None
-            self._known[label, device] = _Known(label, own, members, level, screen)
+            projection = self._projection(device)
+            screen = Screen.of(own, place[held], projection, level[held]) if held.any() else None
+            self._known[label, device] = _Known(label, own, members, level, projection, screen)
         return self._known[label, device]
 
     def _projection(self, device: torch.device) -> Projection:
-        made = (known.screen.projection for known in self._known.values() if known.screen)
+        made = (known.projection for known in self._known.values())
         return (next(made, None) or principal(self.pool, self.dims)).to(device)
 
-    def _answer(self, noisy: Perturbed, known: "_Known") -> tuple[Int[Tensor, "s"], Posterior]:
+    def _answer(self, noisy: Perturbed, place: Int[Tensor, "B"], known: "_Known") -> tuple[Int[Tensor, "s"], Posterior]:
         """Rows that are not isolated: which of them share their cell with others, and the means over the cells."""
-        place = self.shards.place(index_of(noisy, self.pool))
         energy = known.survivors(noisy, self.shards, self.lost / (3 * len(known.members)))
         inside = energy < math.inf
         here = torch.stack([known.among(inside, place).long(), inside.sum(1)])
         has_source, count = self.shards.sum(here).unbind(0)
         shared = (has_source > 0) & (count > 1)
-        query = Query.of(noisy, self.pool, self._projection(noisy.x_t.device).centre)
+        query = Query.of(noisy, self.pool, known.projection.centre)
         sums = _over(query, energy.masked_fill(~shared[:, None], math.inf), known)
         return shared.nonzero().flatten(), query.posterior(self.shards.merge(sums))
 
@@ -122,6 +122,7 @@ class _Known:
         own: the members that this rank holds, of all classes.
         members: all of the class, whoever holds them.
         level: sigma / alpha up to which each of these is isolated.
+        projection: what members are screened by, the same for all classes.
         screen: the own ones of the class, through a projection; None if there are none.
     """
 
@@ -129,6 +130,7 @@ class _Known:
     own: Pool
     members: Int[Tensor, "m"]
     level: Float[Tensor, "m"]
+    projection: Projection
     screen: Screen | None
 
     def level_of(self, index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
@@ -145,10 +147,13 @@ class _Known:
     def survivors(self, noisy: Perturbed, shards: Shards, share: float) -> Float[Tensor, "B n"]:
         """Projected energies of the own members in their order of isolation, infinite where they do not matter."""
         nobody = torch.full((len(noisy), 1), math.inf, device=noisy.x_t.device)
-        x_t, sigma, alpha = noisy.x_t, noisy.sigma, noisy.alpha
-        energy = self.screen.energies(x_t, sigma, alpha) if self.screen else nobody[:, :0]
+        if self.screen is None:
+            shards.least(nobody.amin(1))
+            return nobody[:, :0]
+        seen = self.screen.projection(noisy.x_t, noisy.alpha)
+        energy = self.screen.energies(seen, noisy.sigma, noisy.alpha)
         least = shards.least(torch.cat([energy, nobody], 1).amin(1))
-        return self.screen.rule_out(energy, least, x_t, sigma, alpha, share) if self.screen else energy
+        return self.screen.rule_out(energy, least, seen, noisy.sigma, noisy.alpha, share)
 
     def among(self, inside: Bool[Tensor, "B n"], place: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """Whether own members, at their places in the order of the pool (-1: not own), are among those inside."""

@@ -64,11 +64,13 @@ class Ranks:
 
     def any(self, said: bool) -> bool:
         """Whether it is so on any rank."""
-        return bool(self.each(said).any()) if self.total > 1 else said
+        return bool(self.each(said).any())
 
     def each(self, number: int) -> Int[Tensor, "total"]:
         """What each rank says."""
-        return self.gather(torch.tensor([int(number)], device=self.device)).cpu()
+        # alone, no device need be waited for
+        home = self.device if self.total > 1 else "cpu"
+        return self.gather(torch.tensor([int(number)], device=home)).cpu()
 
     def lead(self, act: Callable[[], object]) -> None:
         """The first acts, the others wait, and what it fails at ends them all.

@@ -151,6 +151,11 @@ class Pool:
         return members
 
 
+def is_picture(shape: tuple[int, ...]) -> bool:
+    """Whether data of this shape can be looked at: one channel, or three."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
 def distinct(total: int, n: int, generator: torch.Generator | None = None) -> Int[Tensor, "n"]:
     """n different numbers below `total`, in random order: every ordered choice equally likely.
 

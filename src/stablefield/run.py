@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from stablefield.checkpoint import Checkpoint, CheckpointError, read, replacing
+from stablefield.checkpoint import Checkpoint, CheckpointError, read, write_text
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import (
     Augmentation,
@@ -33,7 +33,7 @@ from stablefield.data import (
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
 from stablefield.ranks import Ranks
-from stablefield.reference import Pool
+from stablefield.reference import Pool, is_picture
 from stablefield.sample import Sampler
 from stablefield.seeding import derive
 from stablefield.target import TargetEstimator
@@ -141,8 +141,7 @@ class Folder:
         kept = (line for line in self.history() if round(line["Progress/kimg"] * 1000) <= images)
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if self.metrics.exists():
-            with replacing(self.metrics) as beside:
-                beside.write_text(text)
+            write_text(self.metrics, text)
         for grid in self.grids.glob("[0-9]*.png"):
             if int(grid.stem) > images:
                 grid.unlink()
@@ -201,6 +200,8 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
     ranks = ranks or Ranks(choose_device(training.device))
     source: Source = config.make("data")
     data = source.load(progress)
+    if training.sample_every and not is_picture(data.shape):
+        raise ConfigError(f"training.sample_every: data {data.shape} are no pictures to make grids of; say 0")
     if training.conditional and data.labels is None:
         raise ConfigError("training.conditional needs labels, and the data have none")
     pool, held_out = _kept_apart(data if training.conditional else replace(data, labels=None), source.holdout)
@@ -211,7 +212,7 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
         raise ConfigError(f"augmentation: {error}") from None
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
     order = Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total)
-    target = _make_target(config, order, progress)
+    target = _make_target(config, order, ranks.device, progress)
     denoiser = make_denoiser(config, pool.shape, pool.classes).to(ranks.device)
     _try_out(denoiser, pool, augmentation.dim)
     batches = augmentation.of_batches(order, training.seed, ranks.device)
@@ -239,11 +240,11 @@ def _kept_apart(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
     return pool, held_out
 
 
-def _make_target(config: Config, order: Shuffled, progress: Progress) -> TargetEstimator:
+def _make_target(config: Config, order: Shuffled, device: torch.device, progress: Progress) -> TargetEstimator:
     kind = config["target"]["kind"]
     needs: dict[str, dict[str, Any]] = {"single": {}, "rolling": {"order": order}}
     if kind == "pruned":
-        distances = NeighbourDistances(order.pool, progress=progress)
+        distances = NeighbourDistances(order.pool, device=device, progress=progress)
         needs[kind] = {"pool": order.pool, "distances": distances.prepare(untold=config.training.label_dropout > 0)}
     try:
         return config.make("target", **needs.get(kind, {"pool": order.pool}))

@@ -117,24 +117,23 @@ class Screen:
         return torch.cat([mask, rest], 1)[:, self.place.to(mask.device)]
 
     def energies(
-        self, x_t: Float[Tensor, "B *D"], sigma: Float[Tensor, "B"], alpha: Float[Tensor, "B"]
+        self, seen: Float[Tensor, "B k"], sigma: Float[Tensor, "B"], alpha: Float[Tensor, "B"]
     ) -> Float[Tensor, "B n"]:
         """Projected energies of the members that are not isolated in one of the rows, the first in order.
 
-        Infinite where a member is isolated at the row's sigma / alpha.
+        `seen` is what the projection leaves of x_t. Infinite where a member is isolated at the row's sigma / alpha.
         """
         active = torch.searchsorted(self.level, sigma.double() / alpha.double(), right=True)
         most = int(active.max())
         factor = alpha.float()[:, None]
-        seen = self.projection(x_t, alpha) * factor
-        energy = torch.addmm(factor**2 * self.energy[:most], seen, self.coordinates[:most].T, alpha=-2)
+        energy = torch.addmm(factor**2 * self.energy[:most], seen * factor, self.coordinates[:most].T, alpha=-2)
         return energy.masked_fill_(torch.arange(most, device=energy.device) >= active[:, None], math.inf)
 
     def rule_out(
         self,
         energy: Float[Tensor, "B n"],
         least: Float[Tensor, "B"],
-        x_t: Float[Tensor, "B *D"],
+        seen: Float[Tensor, "B k"],
         sigma: Float[Tensor, "B"],
         alpha: Float[Tensor, "B"],
         share: float,
@@ -149,7 +148,7 @@ class Screen:
         """
         alpha, sigma = alpha.float()[:, None], sigma.float()[:, None]
         widest = self.energy.max().sqrt()
-        seen = self.projection(x_t, alpha.flatten()).norm(dim=1, keepdim=True)
-        rounding = 2.0**-22 * self.coordinates.shape[1] * alpha * widest * (seen + alpha * widest)
+        rounding = 2.0**-22 * self.coordinates.shape[1] * alpha * widest
+        rounding = rounding * (seen.norm(dim=1, keepdim=True) + alpha * widest)
         limit = least[:, None] + (rounding - 2 * sigma**2 * math.log(share)).clamp(max=1e30)
         return torch.where(energy > limit, math.inf, energy)

@@ -6,8 +6,7 @@ are gathered: equal to one rank with all members, to rounding.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -66,18 +65,13 @@ class Shards:
 
     def everyone(self, noisy: Perturbed) -> Perturbed:
         """The rows of all ranks."""
-        values = {field.name: getattr(noisy, field.name) for field in fields(noisy)}
-        gathered: dict[str, Any] = {name: v if v is None else self._everyone(v) for name, v in values.items()}
-        return Perturbed(**gathered)
+        # back to where they were: members of the data are looked up on the CPU
+        return noisy.each(lambda values: self.gather(values).to(values.device))
 
     def mine(self, rows: int) -> slice:
         """Which of everyone's rows are this rank's."""
         each = rows // self.total
         return slice(each * self.rank, each * (self.rank + 1))
-
-    def _everyone(self, values: Tensor) -> Tensor:
-        # back to where they were: members of the data are looked up on the CPU
-        return self.gather(values).to(values.device)
 
 
 ALONE = Shards()

@@ -30,6 +30,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from stablefield.augmentation import flip, permutes
+from stablefield.neighbours import keep_least
 from stablefield.posterior import Posterior, Sums, chunk_size, posterior, stream
 from stablefield.process import Perturbed, per_row
 from stablefield.reference import ALL, Pool
@@ -164,10 +165,7 @@ class NearestNeighbours(TargetEstimator):
         passed = 0
         for block in self.pool.blocks(label, chunk_size(noisy.x_t)):
             _, _, energy = sums.compare(block)
-            position = torch.arange(passed, passed + len(block), device=energy.device).expand_as(energy)
-            energy = torch.cat([best, energy], 1)
-            best, kept = energy.topk(min(k, energy.shape[1]), largest=False)
-            where = torch.cat([where, position], 1).gather(1, kept)
+            best, where = keep_least(best, where, energy, passed, k)
             passed += len(block)
         return where
 

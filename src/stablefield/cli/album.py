@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import replacing, write_text
 from stablefield.config import ConfigError
-from stablefield.evaluate.pictures import is_picture, open_picture, save_grid, save_picture, to_bytes
+from stablefield.evaluate.pictures import open_picture, save_grid, save_picture, to_bytes
+from stablefield.reference import is_picture
 from stablefield.sample import Samples
 
 
@@ -58,8 +59,7 @@ class Album:
                 f"{album.out} is there already, and was not written by this command: choose another --out"
             )
         else:
-            with replacing(album.note) as beside:
-                beside.write_text(json.dumps(identity))
+            write_text(album.note, json.dumps(identity))
         return album
 
     @property

@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import write_text
 from stablefield.cli.data import progress_bar
 from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick_of
 from stablefield.compare.experiment import place
@@ -94,8 +94,12 @@ def compare(
         command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
         experiment = Experiment(planned(config, settings), **(DEFAULTS | given), command=command, begun=today)
     with progress_bar("decoding") as progress:
-        parts = [assemble(arm.configured(experiment.config, 0), progress) for arm in experiment.arms]
-    print(summary(experiment, parts[0], out))
+        # a target that the data cannot serve is refused before any work; nothing of it is kept in memory
+        first, *_ = [
+            summary(experiment, assemble(arm.configured(experiment.config, 0), progress), out)
+            for arm in experiment.arms
+        ]
+    print(first)
     with alone(Folder(out)):
         experiment.write(out)
         _note(out / "yardstick.json", yardstick_of(out).about)
@@ -173,8 +177,7 @@ def _report(out: Path, summary_: Path | None) -> None:
 
 
 def _note(path: Path, said: dict[str, Any]) -> None:
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(said, indent=2) + "\n")
+    write_text(path, json.dumps(said, indent=2) + "\n")
 
 
 def _show(progress: Progress, bar: TaskID, completed: int, now: str) -> None:

@@ -16,10 +16,10 @@ from stablefield.config import PARTS, ConfigError, override, resolve
 from stablefield.data import Progress, Source, Store, Summary, content_hash, guess_kind, write, write_npz, write_zip
 from stablefield.evaluate.field import Advice, Extent, Linear, Proposal, measure_field
 from stablefield.evaluate.field.plots import plot_proposal
-from stablefield.evaluate.pictures import is_picture, save_grid
+from stablefield.evaluate.pictures import save_grid
 from stablefield.objective import EDMWeight
 from stablefield.process import VE
-from stablefield.reference import Pool
+from stablefield.reference import Pool, is_picture
 
 data = typer.Typer(
     help="""Bring data in: decoded once, then mapped into memory.

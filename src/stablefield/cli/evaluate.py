@@ -7,6 +7,7 @@ Under `torchrun` the ranks share sampling, features and distances; the numbers a
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -89,6 +90,7 @@ def evaluate(
             "say what to compare with: --reference DATA, or STATS.npz that --statistics wrote",
         ),
         (statistics and len(features or []) > 1, "--statistics are of one kind of features: name one"),
+        (out and not (run or reference), "--out is for scores, and there are none without --reference"),
     )
     with joined(choose_device(device)) as ranks:
         device, way = str(ranks.device), None
@@ -100,9 +102,15 @@ def evaluate(
         base = compared or Reference(what, ready.pool if ready else None)
         if shape := way.trained.shape if way else ready and ready.shape:
             base.refuse_unlike(shape)
-        unseen = open_reference(held_out).pool if held_out else base.held_out
+        fresh = open_reference(held_out) if held_out else None
+        if fresh and shape:
+            fresh.refuse_unlike(shape)
+        unseen = fresh.pool if fresh else base.held_out
         _refuse(
-            (held_out and not (unseen and base.pool), "--held-out compares data with data, and not with statistics")
+            (
+                held_out and not (unseen and compared and compared.pool),
+                "--held-out compares data with data, and not with statistics",
+            )
         )
         spaces = chosen(features or [], weights, base, ranks)
         if way:
@@ -199,10 +207,8 @@ def _features(name: str, weights: Path | None, base: Reference, ranks: Ranks) ->
         return Exported(Path(name), ranks.device)
     if base.pool is None:
         return known_classifier(base.hash, device=ranks.device)
-    if not ranks.first:
-        ranks.wait()  # until the first rank has put it in the cache
+    found = partial(cached_classifier, base.pool, device=ranks.device)
+    trained: list[Features] = []
     with progress_bar("training the classifier") as progress:
-        classifier = cached_classifier(base.pool, device=ranks.device, progress=progress)
-    if ranks.first:
-        ranks.wait()
-    return classifier
+        ranks.lead(lambda: trained.append(found(progress=progress)))  # and put it in the cache, for the others
+    return trained[0] if trained else found()

@@ -11,10 +11,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import write_text
 from stablefield.cli.data import progress_bar
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
-from stablefield.data import Store, content_hash, guess_kind
+from stablefield.data import Store, content_hash, guess_kind, split
 from stablefield.evaluate.field import (
     Advice,
     Extent,
@@ -63,18 +63,21 @@ def field(
     device: Annotated[str, typer.Option(help='"auto", or as torch names it.')] = "auto",
 ) -> None:
     """Measure variance and bias of training targets against the noise level, and say what to expect of stable ones."""
-    out.mkdir(parents=True, exist_ok=True)
     chosen = parse_sizes(sizes) if sizes else SMALL_SIZES if two_gaussians else SIZES
     if two_gaussians:
-        if source or config or set_ or conditional:
-            raise ConfigError("--two-gaussians stands alone: no data, classes, --config or --set go with it")
-        _two_gaussians(out, chosen, levels, low or 0.03, high or 3.0, rows or 64, draws or 256, seed)
+        if source or kind or config or set_ or conditional or device != "auto":
+            raise ConfigError(
+                "--two-gaussians stands alone: no data, --kind, classes, --device, --config or --set go with it"
+            )
+        low, high = 0.03 if low is None else low, 3.0 if high is None else high
+        _two_gaussians(out, chosen, levels, low, high, rows or 64, draws or 256, seed)
         return
     rows, draws = rows or 256, draws or 16
     training = configured(source, kind, config, set_ or [])
     found = training.make("data")
     with progress_bar("decoding") as progress:
-        pool = found.load(progress)
+        pool, _ = split(found.load(progress), found.holdout)
+    pool = training.make("augmentation").of_pool(pool)
     pool = replace(pool, data=pool.data.to(choose_device(device)))
     process = training.make("process")
     extent = Extent.of(pool, seed=seed)
@@ -83,6 +86,7 @@ def field(
     print(f"data      {found!r}: {len(pool):,} of shape {pool.shape}")
     print(f"distances {extent.nearest:.3g} to {extent.farthest:.3g}, as far as was looked")
     print(f"process   {process}, {rows} rows and {draws} reference batches at {levels} levels, seed {seed}")
+    out.mkdir(parents=True, exist_ok=True)
     with progress_bar("measuring") as progress:
         measured = measure_field(
             pool,
@@ -103,7 +107,7 @@ def field(
     plot_bias(out / "bias.png", measured, f"With the source and without: {name}")
     about = {
         "data": repr(found),
-        "hash": found.about()["hash"] if isinstance(found, Store) else content_hash(pool),
+        "hash": found.about()["hash"] if isinstance(found, Store) and pool.places is None else content_hash(pool),
         "members": len(pool),
         "shape": list(pool.shape),
         "conditional": conditional,
@@ -126,6 +130,8 @@ def configured(source: str | None, kind: str | None, config: Path | None, settin
         ConfigError: no data are named, or what is said does not fit together.
     """
     raw = read_toml(config) if config else {}
+    if source is None and kind is not None:
+        raise ConfigError("--kind says what DATA is: name the data too, or say --set data.kind")
     if source is None and "data" not in raw:
         raise ConfigError("name the data: stablefield field DATA (or --config of a training, or --two-gaussians)")
     if source is not None:
@@ -172,13 +178,12 @@ def _aligned(rows: list[list[str]]) -> list[str]:
 
 def _levels(extent: Extent, process: Process, count: int, low: float | None, high: float | None) -> torch.Tensor:
     usual = extent.levels(count, process)
-    first, last = low or float(usual[0]), high or float(usual[-1])
-    if not 0 < first < last:
-        raise ConfigError(f"noise levels need 0 < low < high, not {first:.3g} and {last:.3g}")
-    return _spread(first, last, count)
+    return _spread(float(usual[0]) if low is None else low, float(usual[-1]) if high is None else high, count)
 
 
 def _spread(low: float, high: float, count: int) -> torch.Tensor:
+    if not 0 < low < high:
+        raise ConfigError(f"noise levels need 0 < low < high, not {low:.3g} and {high:.3g}")
     return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
 
 
@@ -187,6 +192,7 @@ def _two_gaussians(
 ) -> None:
     population = TwoGaussians()
     sigma = _spread(low, high, levels)
+    out.mkdir(parents=True, exist_ok=True)
     with progress_bar("measuring") as progress:
         study = study_gaussians(population, sigma, sizes=sizes, rows=rows, draws=draws, seed=seed, progress=progress)
     print(f"{population}, seed {seed}; V in units of x squared, summed over the dimensions")
@@ -215,6 +221,4 @@ def _write(out: Path, about: Mapping[str, Any], lines: Iterable[Mapping[str, Any
     lines = list(lines)
     write_csv(out / "field.csv", lines)
     text = json.dumps({"stablefield": version("stablefield"), **about, "levels": lines}, indent=1)
-    text = json.dumps({"stablefield": version("stablefield"), **about, "levels": lines}, indent=1)
-    with replacing(out / "field.json") as beside:
-        beside.write_text(text + "\n")
+    write_text(out / "field.json", text + "\n")

@@ -31,10 +31,10 @@ from stablefield.evaluate import (
 )
 from stablefield.evaluate.memorisation import together
 from stablefield.evaluate.pairs import exact
-from stablefield.evaluate.pictures import is_picture, save_grid
+from stablefield.evaluate.pictures import save_grid
 from stablefield.evaluate.score import MOST_PAIRS
 from stablefield.ranks import Ranks
-from stablefield.reference import Pool, distinct
+from stablefield.reference import Pool, distinct, is_picture
 from stablefield.seeding import format_seeds, generator
 
 SHOWN = 32  # pairs in the picture

@@ -134,9 +134,8 @@ def make(way: Way, out: Path, seeds: Sequence[int], batch: int, ranks: Ranks) ->
         FloatingPointError: samples that are not finite.
     """
     shape = way.trained.shape
-    if ranks.first:
-        Album.open(out, shape, way.identity)
-    ranks.wait()  # until there is an album: one half begun would look like somebody else's folder
+    # one begins, and the others wait: an album half begun would look like somebody else's folder
+    ranks.lead(lambda: Album.open(out, shape, way.identity))
     album = Album.open(out, shape, way.identity)
     missing = album.missing(seeds)
     ranks.wait()  # until all ranks have looked: what one makes now must not change the others' shares

@@ -2,7 +2,7 @@
 
 DIR/experiment.json               what is compared
     runs/ARM/seed-0/              a run like any other: config.toml, checkpoint.safetensors, metrics.jsonl
-                    scores.jsonl  what was measured of it, a line a look
+                    looks.jsonl   what was measured of it, a line a look
                     samples/      its first samples, at each look
     report.html, summary.md, results.json, results.csv
 
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import write_text
 from stablefield.config import Config, ConfigError, overlay, resolve
 from stablefield.engine.saving import MAY_CHANGE
 from stablefield.run import Folder
@@ -144,8 +144,7 @@ class Experiment:
         """Into its folder."""
         out.mkdir(parents=True, exist_ok=True)
         said = {**asdict(self), "config": self.config.sections, "arms": [str(arm) for arm in self.arms]}
-        with replacing(place(out)) as beside:
-            beside.write_text(json.dumps(said, indent=2) + "\n")
+        write_text(place(out), json.dumps(said, indent=2) + "\n")
 
     @classmethod
     def read(cls, out: Path) -> "Experiment":

@@ -209,7 +209,7 @@ def _training(results: Results, key: str, name: str, title: str, y: str, caption
 def _mean_curve(results: Results, arm: Arm, key: str) -> tuple[list[int], list[float]]:
     found: dict[int, list[float]] = {}
     for seed in results.experiment.seeds:
-        for line in results.training[arm, seed]:
+        for line in (line for line in results.training[arm, seed] if key in line):
             found.setdefault(round(1000 * line["Progress/kimg"]), []).append(line[key])
     images = sorted(found)
     means = [fmean(found[seen]) for seen in images]

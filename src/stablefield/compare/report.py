@@ -4,7 +4,7 @@ from base64 import b64encode
 from html import escape
 from pathlib import Path
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import write_text
 from stablefield.compare.figures import Plot, plots
 from stablefield.compare.findings import findings
 from stablefield.compare.results import Results
@@ -151,5 +151,4 @@ def _image(content: bytes, kind: str, alt: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    write_text(path, text)

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import replacing, write_text
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import scores
 from stablefield.compare.statistics import Estimate, images_to_reach, paired, paired_ratio, roughness
@@ -179,8 +179,7 @@ class Results:
             "scores": [run | line for run, lines in self._lines(self.scores) for line in lines],
             "training": [run | line for run, lines in self._lines(self.training) for line in lines],
         }
-        with replacing(out / "results.json") as beside:
-            beside.write_text(json.dumps(_finite(whole), indent=1) + "\n")
+        write_text(out / "results.json", json.dumps(_finite(whole), indent=1) + "\n")
         with replacing(out / "results.csv") as beside, beside.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["arm", "seed", "images", "name", "noise_level", "value"])

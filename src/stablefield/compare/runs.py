@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import write_text
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.gradients import gradient_variance
 from stablefield.compare.yardstick import Yardstick
-from stablefield.engine import Descent, StepReport, TrainState, train
-from stablefield.engine.fit import compile_network
+from stablefield.engine import StepReport, train
+from stablefield.engine.fit import begun, compile_network, descent_of
 from stablefield.engine.saving import Saver
-from stablefield.evaluate.pictures import is_picture, save_grid
+from stablefield.evaluate.pictures import save_grid
 from stablefield.ranks import Ranks
+from stablefield.reference import is_picture
 from stablefield.run import Folder, assemble
-from stablefield.schedule import EMA
 
 SAVE_AFTER = 60.0  # seconds of work that may be lost
 SHOWN = 64
@@ -46,18 +46,15 @@ class Run:
     def __init__(self, experiment: Experiment, out: Path, arm: Arm, seed: int) -> None:
         self.arm, self.seed, self.folder = arm, seed, experiment.folder(out, arm, seed)
         self.config = arm.configured(experiment.config, seed)
-        self.parts, training = assemble(self.config), self.config.training
-        emas = [EMA(half_life, training.ema_ramp_up) for half_life in training.half_lives]
-        self.state = TrainState(self.parts.denoiser, emas=emas, precision=getattr(torch, training.precision))
-        self.descent = Descent(training.rate, training.clip, training.micro_batch)
+        self.parts = assemble(self.config)
+        self.state, self.descent = begun(self.config, self.parts), descent_of(self.config.training)
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.sweep()
         self.saver = Saver(self.folder, self.config, self.parts)
         self.saver.restore(self.state, Ranks(self.state.device))
         self.folder.rewind(self.images)
         compile_network(self.config, self.parts)
-        with replacing(self.folder.config) as beside:
-            beside.write_text(self.config.toml())
+        write_text(self.folder.config, self.config.toml())
         self.when = perf_counter()
 
     @property
@@ -154,8 +151,13 @@ def finished(experiment: Experiment, out: Path, arm: Arm, seed: int) -> bool:
 
 def scores(folder: Folder) -> list[dict[str, Any]]:
     """What was measured of a run, a line a look."""
-    place = folder.path / "scores.jsonl"
+    place = looks(folder)
     return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+
+def looks(folder: Folder) -> Path:
+    """Where they stand (`stablefield evaluate` writes its scores of a run to scores.jsonl)."""
+    return folder.path / "looks.jsonl"
 
 
 def picture(folder: Folder, images: int) -> Path:
@@ -165,23 +167,23 @@ def picture(folder: Folder, images: int) -> Path:
 
 def noted(steps: Sequence[StepReport]) -> dict[str, float]:
     """A line of metrics for some steps."""
-    loss = torch.stack([step.report.loss.detach() for step in steps]).double()
-    norm = torch.stack([step.gradient_norm.detach() for step in steps]).double()
-    return {
-        "Progress/kimg": steps[-1].images / 1000,
+    line = {"Progress/kimg": steps[-1].images / 1000, "Loss/learning_rate": steps[-1].rate}
+    if not (taken := [step for step in steps if step.taken]):
+        return line  # a step that was not taken has no loss to speak of
+    loss = torch.stack([step.report.loss.detach() for step in taken]).double()
+    norm = torch.stack([step.gradient_norm.detach() for step in taken]).double()
+    return line | {
         "Loss/loss": float(loss.mean()),
         "Loss/gradient_norm": float(norm.mean()),
         "Loss/gradient_norm_deviation": float(norm.std(correction=0)),
-        "Loss/learning_rate": steps[-1].rate,
-        "Target/ess": float(torch.stack([step.report.ess.mean() for step in steps]).mean()),
+        "Target/ess": float(torch.stack([step.report.ess.mean() for step in taken]).mean()),
     }
 
 
 def _append(folder: Folder, line: dict[str, Any]) -> None:
-    place = folder.path / "scores.jsonl"
+    place = looks(folder)
     before = place.read_text() if place.exists() else ""
-    with replacing(place) as beside:
-        beside.write_text(before + json.dumps(line) + "\n")
+    write_text(place, before + json.dumps(line) + "\n")
 
 
 def _rotated(runs: Sequence[Run], turn: int) -> Iterator[Run]:

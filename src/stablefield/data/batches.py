@@ -106,8 +106,9 @@ class Shuffled(Batches):
         """Which members of the pool are these (consecutive) images of the run."""
         total = len(self.pool)
         first, last = int(number[0]) // total, int(number[-1]) // total
-        orders = torch.cat([_order(self.seed, epoch, total) for epoch in range(first, last + 1)])
-        return orders[number - first * total]
+        orders = [_order(self.seed, epoch, total) for epoch in range(first, last + 1)]
+        # most batches lie within one epoch, whose order need not be copied
+        return (orders[0] if first == last else torch.cat(orders))[number - first * total]
 
 
 @lru_cache(maxsize=4)

@@ -4,7 +4,8 @@ They belong to the data, not to a run: a file carries the hash of the data that 
 other data, damaged, or of another version is not used but replaced.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -31,11 +32,10 @@ class NeighbourDistances:
     k: int = 16
     device: torch.device | str = "cpu"
     progress: Progress = silent
-    _hash: list[str] = field(default_factory=list, init=False)
 
     def __call__(self, label: int) -> Float[Tensor, "m k"]:
         """The distances of the members of a class; -1: of all."""
-        data = self._data()
+        data = self.data
         about = {"kind": "neighbours 1", "data": data, "label": label, "k": self.k}
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class NeighbourDistances:
             self(label)
         return self
 
-    def _data(self) -> str:
-        if not self._hash:
-            self._hash.append(content_hash(self.pool))
-        return self._hash[0]
+    @cached_property
+    def data(self) -> str:
+        """The hash of the data."""
+        return content_hash(self.pool)

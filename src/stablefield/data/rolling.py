@@ -16,6 +16,7 @@ As it is for the order itself, the mean is over orders: given what has been seen
 is one of the others, for every kind of target.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -60,8 +61,7 @@ class Rolling(TargetEstimator):
         return self.order.pool
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
-        recent = self.recent(self._first(noisy))
-        self._bank.hold(recent, noisy.x.device)
+        recent = self._bank.hold(self._first(noisy), self.recent, noisy.x.device)
         if label != ALL:
             recent = recent[torch.isin(recent, self.pool.members(label))]
         return from_references(noisy, self.pool, recent, self._bank.take)
@@ -87,11 +87,24 @@ class _Bank:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.index = torch.empty(0, dtype=torch.int64)
+        self.images: int | None = None
+        self.wanted = self.index = torch.empty(0, dtype=torch.int64)
         self.rows = torch.empty(0)
 
-    def hold(self, wanted: Int[Tensor, "n"], device: torch.device) -> None:
-        """Hold these members (always as many), and no others."""
+    def hold(self, images: int, recent: Callable[[int], Int[Tensor, "n"]], device: torch.device) -> Int[Tensor, "n"]:
+        """Hold the recent members (always as many) before an image, and no others; each class of a step asks."""
+        if images != self.images:
+            self.wanted = recent(images)
+            self._fill(self.wanted, device)
+            self.images = images
+        return self.wanted
+
+    def take(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n *D"]:
+        """Members that are held, as floating data."""
+        held, place = self.index.sort()
+        return self.pool.decode(self.rows[place[torch.searchsorted(held, index)].to(self.rows.device)])
+
+    def _fill(self, wanted: Int[Tensor, "n"], device: torch.device) -> None:
         if len(self.index) == 0:
             self.index, self.rows = wanted.clone(), self.pool.stored(wanted).to(device)
             return
@@ -99,8 +112,3 @@ class _Bank:
         free = (~torch.isin(self.index, wanted)).nonzero().flatten()
         self.rows[free.to(self.rows.device)] = self.pool.stored(missing).to(self.rows.device)
         self.index[free] = missing
-
-    def take(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n *D"]:
-        """Members that are held, as floating data."""
-        held, place = self.index.sort()
-        return self.pool.decode(self.rows[place[torch.searchsorted(held, index)].to(self.rows.device)])

@@ -15,18 +15,16 @@ from typing import Any
 
 import torch
 
-from stablefield.checkpoint import replacing
-from stablefield.config import Config, ConfigError
+from stablefield.checkpoint import write_text
+from stablefield.config import Config, Training
 from stablefield.denoise import Denoiser
 from stablefield.engine.metrics import Bins, HeldOut, Meter
 from stablefield.engine.pictures import Board, samples
 from stablefield.engine.saving import Saver, alone
 from stablefield.engine.state import TrainState
 from stablefield.engine.train import Descent, StepReport, train
-from stablefield.evaluate.pictures import is_picture
 from stablefield.ranks import Ranks
 from stablefield.run import Folder, Parts, make_sampler
-from stablefield.schedule import EMA
 
 Watch = Callable[[int, Mapping[str, Any]], None]  # after each step: images seen, the latest line of the metrics
 Score = Callable[[Denoiser], float]
@@ -68,13 +66,22 @@ def fit(
         OSError: the folder cannot be written.
     """
     ranks = ranks or Ranks(next(parts.denoiser.parameters()).device)
-    if config.training.sample_every and not is_picture(parts.pool.shape):
-        raise ConfigError(f"training.sample_every: data {parts.pool.shape} are no pictures to make grids of; say 0")
     with ExitStack() as stack:
         ranks.lead(lambda: stack.enter_context(alone(folder)))
         stack.enter_context(exactly(config.training.deterministic))
         asked = stack.enter_context(stop_signals())
         return _Run(config, parts, folder, ranks, score)(watch, asked)
+
+
+def begun(config: Config, parts: Parts) -> TrainState:
+    """The state of a run that has seen nothing yet."""
+    training = config.training
+    return TrainState(parts.denoiser, emas=training.emas, precision=getattr(torch, training.precision))
+
+
+def descent_of(training: Training) -> Descent:
+    """How the gradients of a run become steps."""
+    return Descent(training.rate, training.clip, training.micro_batch)
 
 
 class _Run:
@@ -83,8 +90,7 @@ class _Run:
     def __init__(self, config: Config, parts: Parts, folder: Folder, ranks: Ranks, score: Score | None) -> None:
         self.config, self.parts, self.folder, self.ranks, self.score = config, parts, folder, ranks, score
         training, objective = config.training, parts.objective
-        emas = [EMA(half_life, training.ema_ramp_up) for half_life in training.half_lives]
-        self.state = TrainState(parts.denoiser, emas=emas, precision=getattr(torch, training.precision))
+        self.state = begun(config, parts)
         self.saver = Saver(folder, config, parts)
         self.saver.restore(self.state, ranks)
         ranks.lead(self._begin)
@@ -99,8 +105,7 @@ class _Run:
 
     def _begin(self) -> None:
         """From here on the run is this one; and there is something to go on with from the first moment."""
-        with replacing(self.folder.config) as beside:
-            beside.write_text(self.config.toml())
+        write_text(self.folder.config, self.config.toml())
         self.folder.rewind(self.state.images)
         self.saver.save(self.state)
 
@@ -127,14 +132,13 @@ class _Run:
     def _steps(self) -> Iterator[StepReport]:
         training, parts = self.config.training, self.parts
         compile_network(self.config, parts)
-        descent = Descent(training.rate, training.clip, training.micro_batch)
         return train(
             self.state,
             parts.objective,
             parts.batches,
             images=training.images,
             seed=training.seed,
-            descent=descent,
+            descent=descent_of(training),
             ranks=self.ranks,
         )
 

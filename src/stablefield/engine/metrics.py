@@ -108,11 +108,14 @@ class Meter:
             return {}
         mine = torch.cat([torch.stack([s.report.each, s.report.t, s.report.ess.to(s.report.t)], 1) for s in steps])
         each, t, ess = self.ranks.gather(mine.float()).double().cpu().unbind(1)
+        told = [step.alone for step in steps if step.alone is not None]
+        alone = {"Target/alone": float(self.ranks.gather(torch.stack(told)).double().mean())} if told else {}
         return {
             **self.bins.means("Loss", self.bins.sums(t, each)),
             "Loss/gradient_norm": float(torch.stack([step.gradient_norm for step in steps]).double().mean()),
             "Target/ess": float(ess.mean()),
             "Target/changed": float((ess > CHANGED).double().mean()),
+            **alone,
         }
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from stablefield.augmentation import permutes
 from stablefield.data import Batch, Batches
 from stablefield.engine.state import TrainState
 from stablefield.objective import LossReport, Objective
@@ -34,6 +35,8 @@ class StepReport:
         rate: the learning rate used.
         gradient_norm: of all gradients together, before clipping; not finite if the step was not taken.
         taken: whether the gradient was finite, and the weights have moved.
+        alone: share of this rank's rows whose target is their source alone, because the network is told of a
+            transformation that references cannot be seen through; None if it is told of none.
     """
 
     images: int
@@ -41,6 +44,7 @@ class StepReport:
     rate: float
     gradient_norm: Tensor
     taken: bool
+    alone: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ def train(
         now = descent.rate(state.images + batches.size)
         norm, taken = _descend(state, now, descent.clip)
         state.count(batches.size, taken)
-        yield StepReport(state.images, report, now, norm, taken)
+        told = batch.augmentation
+        alone = None if told is None else (~permutes(told)).float().mean()
+        yield StepReport(state.images, report, now, norm, taken, alone)
         if state.in_a_row > descent.patience:
             raise FloatingPointError(
                 f"the gradient was not finite in {state.in_a_row} steps in a row, up to {state.images} images (loss "

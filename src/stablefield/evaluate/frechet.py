@@ -7,7 +7,7 @@ With Inception features this is FID (Heusel et al. 2017); with any others it is 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,13 @@ class Statistics:
     features: str = ""
     data: str = ""
 
+    @cached_property
+    def root(self) -> Float[Tensor, "F r"]:
+        """R with R R^T = covariance, without the directions in which it is zero to rounding."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        there = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        return vectors[:, there] * values[there].sqrt()
+
     @classmethod
     def of(cls, features: Float[Tensor, "n F"]) -> "Statistics":
         """Of at least two features.
@@ -136,14 +143,7 @@ def frechet_distance(first: Statistics, second: Statistics) -> float:
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(f"clouds of {len(first.mean)} and of {len(second.mean)} features cannot be compared")
-    mixed = torch.linalg.svdvals(_root(first.covariance).T @ _root(second.covariance)).sum()
+    mixed = torch.linalg.svdvals(first.root.T @ second.root).sum()
     traces = first.covariance.trace() + second.covariance.trace()
     distance = (first.mean - second.mean).square().sum() + traces - 2 * mixed
     return max(0.0, float(distance))  # of equal clouds it is zero to rounding, on either side
-
-
-def _root(matrix: Float[Tensor, "F F"]) -> Float[Tensor, "F r"]:
-    """R with R R^T = matrix, without the directions in which it is zero to rounding."""
-    values, vectors = torch.linalg.eigh(matrix)
-    there = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-    return vectors[:, there] * values[there].sqrt()

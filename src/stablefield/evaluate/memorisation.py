@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stablefield.evaluate.pairs import squared_distances
+from stablefield.neighbours import keep_least
 from stablefield.reference import ALL, Pool
 
 COPY = 1 / 3
@@ -58,18 +59,16 @@ def nearest(x: Float[Tensor, "n *D"], pool: Pool, *, itself: Int[Tensor, "n"] | 
     if len(pool) < 2 + (itself is not None) or pool.shape != tuple(x.shape[1:]):
         raise ValueError(f"points of shape {tuple(x.shape[1:])} have no two nearest in {pool}")
     centre = x.flatten(1).double().mean(0)
-    rows, squares, index = x.flatten(1).double() - centre, x.new_empty(len(x), 0, dtype=torch.float64), None
+    rows, squares = x.flatten(1).double() - centre, x.new_empty(len(x), 0, dtype=torch.float64)
+    index = squares.long()
     start = 0
     for block in pool.blocks(ALL, BLOCK):
         new = squared_distances(rows, block.to(rows).flatten(1) - centre)
         if itself is not None:
             here = (itself >= start) & (itself < start + len(block))
             new[here.to(x.device), (itself[here] - start).to(x.device)] = torch.inf
-        number = torch.arange(start, start + len(block), device=x.device).expand_as(new)
-        squares, found = torch.cat([squares, new], 1), number if index is None else torch.cat([index, number], 1)
-        squares, where = squares.topk(min(2, squares.shape[1]), 1, largest=False)
-        index, start = found.gather(1, where), start + len(block)
-    assert index is not None
+        squares, index = keep_least(squares, index, new, start, 2)
+        start += len(block)
     members = pool.take(index.flatten().cpu()).to(rows).flatten(1).unflatten(0, (len(x), 2))
     distance, order = (x.flatten(1).double()[:, None] - members).norm(dim=2).sort(1)
     return Nearest(distance.cpu(), index.gather(1, order).cpu())

@@ -16,11 +16,6 @@ def to_bytes(x: Float[Tensor, "*S"]) -> UInt8[Tensor, "*S"]:
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def is_picture(shape: tuple[int, ...]) -> bool:
-    """Whether data of this shape can be looked at: one channel, or three."""
-    return len(shape) == 3 and shape[0] in (1, 3)
-
-
 def save_picture(path: Path | BinaryIO, x: Float[Tensor, "C H W"]) -> None:
     """One image as a PNG file."""
     pixels = to_bytes(x).movedim(0, -1).cpu().numpy()

@@ -98,7 +98,7 @@ class Advice:
         replacement, and with all members nothing is left.
         """
         goal = self.met / factor
-        points = [(1, self.met), *self.left.items()]
+        points = [(1, self.met), *((n, v) for n, v in self.left.items() if n > 1)]
         for (n, v), (m, u) in pairwise(points):
             if u <= goal:
                 return n * (m / n) ** (math.log(v / goal) / math.log(v / max(u, 1e-300))), True

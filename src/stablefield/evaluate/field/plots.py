@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def plot_field(path: Path, field: Field, title: str) -> None:
     above.set_title(title, loc="left", fontsize=11)
     label(above, "", "variance of the target per dimension\n(noise units: x² alpha² / sigma²)")
     _line(above, field.level, field.in_noise(field.dsm), "-", "single sample (DSM)")
-    for style, (n, stable) in zip(STYLES, field.stable.items(), strict=False):
+    for style, (n, stable) in zip(cycle(STYLES), field.stable.items(), strict=False):
         _line(above, field.level, field.in_noise(stable.variance), style, f"{n:,} references (STF)")
     above.set_ylim(bottom=0)
     above.legend(frameon=False)
@@ -48,7 +49,7 @@ def plot_bias(path: Path, field: Field, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11)
     label(axes, LEVEL, "mean squared error / that of a single sample")
     known = field.dsm.value > 1e-9 * field.dsm.value.max()
-    for style, (n, stable) in zip(("-", *STYLES), field.stable.items(), strict=False):
+    for style, (n, stable) in zip(cycle(("-", *STYLES)), field.stable.items(), strict=False):
         for found, shade, name in ((stable.variance, "black", "with"), (stable.without, "0.6", "without")):
             share = (found.value / field.dsm.value)[known]
             axes.plot(
@@ -109,7 +110,7 @@ def plot_study(path: Path, study: Study, errors: Iterable[tuple[int, Float[Tenso
     variance.plot(study.sigma, study.dsm_closed * scale, color="0.6", linewidth=3, label="DSM, closed form")
     bars = {"yerr": 2 * study.dsm.error * scale, "fmt": "o", "ms": 4, "color": "black", "label": "DSM, estimated"}
     variance.errorbar(study.sigma, study.dsm.value * scale, **bars)
-    for style, (n, found) in zip(STYLES, study.stable.items(), strict=False):
+    for style, (n, found) in zip(cycle(STYLES), study.stable.items(), strict=False):
         _line(variance, study.sigma, found.times(scale), style, f"STF, n = {n:,}")
     variance.set_yscale("log")
     variance.set_ylim(bottom=float(min((found.value * scale).min() for found in study.stable.values())) / 200)
