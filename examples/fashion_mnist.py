@@ -1,7 +1,7 @@
 """Fashion-MNIST on two CPU cores: train class by class, then show every class, with guidance and without.
 
     apt-get install dataset-fashion-mnist    # Debian's; any folder with the IDX files will do as --data
-    python examples/fashion_mnist.py         # ten to fifteen minutes; called again it goes on where it was
+    python examples/fashion_mnist.py         # a quarter of an hour; called again it goes on where it was
 
 Settings can be changed as for `stablefield train`: --set training.images=20000. Paints RUN/classes.png and
 RUN/guided.png: a row for each class, a column for each seed.

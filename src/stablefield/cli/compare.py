@@ -95,10 +95,8 @@ def compare(
         experiment = Experiment(planned(config, settings), **(DEFAULTS | given), command=command, begun=today)
     with progress_bar("decoding") as progress:
         # a target that the data cannot serve is refused before any work; nothing of it is kept in memory
-        first, *_ = [
-            summary(experiment, assemble(arm.configured(experiment.config, 0), progress), out)
-            for arm in experiment.arms
-        ]
+        configs = [arm.configured(experiment.config, 0) for arm in experiment.arms]
+        first, *_ = [summary(experiment, assemble(config, progress), out) for config in configs]
     print(first)
     with alone(Folder(out)):
         experiment.write(out)

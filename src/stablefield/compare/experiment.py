@@ -143,8 +143,11 @@ class Experiment:
     def write(self, out: Path) -> None:
         """Into its folder."""
         out.mkdir(parents=True, exist_ok=True)
-        said = {**asdict(self), "config": self.config.sections, "arms": [str(arm) for arm in self.arms]}
-        write_text(place(out), json.dumps(said, indent=2) + "\n")
+        write_text(place(out), json.dumps(self.said(), indent=2) + "\n")
+
+    def said(self) -> dict[str, Any]:
+        """In plain values."""
+        return {**asdict(self), "config": self.config.sections, "arms": [str(arm) for arm in self.arms]}
 
     @classmethod
     def read(cls, out: Path) -> "Experiment":

@@ -170,9 +170,8 @@ class Results:
 
     def write(self, out: Path) -> None:
         """`results.json` and `results.csv`."""
-        said = {**asdict(self.experiment), "config": self.experiment.config.sections}
         whole = {
-            "experiment": said | {"arms": [str(arm) for arm in self.experiment.arms], "marks": self.experiment.marks},
+            "experiment": self.experiment.said() | {"marks": self.experiment.marks},
             "machine": self.machine,
             "yardstick": self.about,
             "statistics": self.statistics(),
