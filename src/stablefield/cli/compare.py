@@ -5,6 +5,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -16,9 +17,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from stablefield.checkpoint import write_text
 from stablefield.cli.data import progress_bar
+from stablefield.cli.train import layered
 from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick_of
 from stablefield.compare.experiment import place
-from stablefield.config import Config, overlay, override, read_toml, resolve
+from stablefield.config import Config, overlay, override, resolve
 from stablefield.engine.fit import stop_signals
 from stablefield.engine.saving import alone
 from stablefield.run import Folder, Parts, assemble, choose_device
@@ -43,11 +45,17 @@ def compare(
         str | None,
         typer.Option(
             metavar="LIST",
-            help=f"What to compare, by default {TARGETS}: all with the first. Also neighbours:64.",
+            help=f"What to compare, by default {TARGETS}: all with the first. Also pruned, neighbours:64.",
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="One run of each target for each, by default 0-2.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images that each run sees; sets training.images.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What all have in common: see stablefield recipes.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="What all train on; its kind is guessed as by stablefield train.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file that says what all have in common.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
@@ -87,12 +95,13 @@ def compare(
     settings = [*(set_ or []), *([f"training.images={images}"] if images else [])]
     if place(out).exists():
         before = Experiment.read(out)
-        wanted = resolve(override(overlay(before.config.sections, read_toml(config) if config else {}), settings))
+        wanted = resolve(override(layered(before.config.sections, recipe, config, data), settings))
         given["arms"] = tuple(dict.fromkeys((*before.arms, *given.get("arms", ()))))
         experiment = before.joined(replace(before, config=wanted, **given))
     else:
         command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
-        experiment = Experiment(planned(config, settings), **(DEFAULTS | given), command=command, begun=today)
+        raw = layered({"sampler": SAMPLER}, recipe, config, data)
+        experiment = Experiment(planned(override(raw, settings)), **(DEFAULTS | given), command=command, begun=today)
     with progress_bar("decoding") as progress:
         # a target that the data cannot serve is refused before any work; nothing of it is kept in memory
         configs = [arm.configured(experiment.config, 0) for arm in experiment.arms]
@@ -109,9 +118,9 @@ def compare(
         raise typer.Exit(128 + stopped)
 
 
-def planned(config: Path | None, settings: list[str]) -> Config:
-    """What all runs have in common: as said, with a fast sampler and some data held out where nothing is said."""
-    wanted = resolve(override(overlay({"sampler": SAMPLER}, read_toml(config) if config else {}), settings))
+def planned(raw: Mapping[str, Any]) -> Config:
+    """What all runs have in common: as said, with some data held out where nothing is said."""
+    wanted = resolve(raw)
     if wanted["data"]["holdout"] == 0:
         with progress_bar("decoding") as progress:
             total = len(wanted.make("data").load(progress))

@@ -22,13 +22,13 @@ from stablefield.engine.saving import MAY_CHANGE
 from stablefield.run import Folder
 
 # the targets that can be compared, and the one number that tells those of a kind apart
-NUMBER = {"single": "", "reference": "size", "neighbours": "neighbours", "full": ""}
+NUMBER = {"single": "", "reference": "size", "neighbours": "neighbours", "full": "", "pruned": ""}
 FREE = MAY_CHANGE - {"training.images"}  # which says where runs are looked at
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A target to compare, as people write it: `single`, `reference:256`, `neighbours:64` or `full`.
+    """A target to compare, as people write it: `single`, `reference:256`, `neighbours:64`, `full` or `pruned`.
 
     Attributes:
         kind: as in the section `target` of a configuration.
@@ -55,8 +55,8 @@ class Arm:
     @property
     def title(self) -> str:
         """As papers call it."""
-        titles = {"single": "DSM", "reference": f"STF, n = {self.number:,}" if self.number else "", "full": "exact"}
-        return titles.get(self.kind, str(self))
+        titles = {"single": "DSM", "full": "exact", "pruned": "exact (pruned)"}
+        return f"STF, n = {self.number:,}" if self.kind == "reference" else titles.get(self.kind, str(self))
 
     def configured(self, base: Config, seed: int) -> Config:
         """The configuration of this arm's run with a seed."""
