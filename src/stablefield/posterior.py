@@ -13,11 +13,12 @@ joins a shared batch, and shards of a data set are one operation.
 Precision. Products and sums are float64. Near-duplicates at small sigma are why: at sigma = 0.002 and D = 3072 one
 float32 rounding of ||x||^2 is worth 40 nats. Float64 products have no reduced mode, so neither TF32 nor autocast can
 reach the weights, and on a CPU with its memory reused they cost about twice the float32 ones. A caller who knows that
-float32 suffices for its rows, because their sigma is large, may ask for products in that; the sums stay float64.
+other products suffice (`products`: float32 where sigma is large, integers for bytes) may ask for those; the sums stay
+float64.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stablefield.process import pick
+from stablefield.products import FloatProducts, Products
 
 Block = tuple[Tensor, Tensor | None]
 
@@ -138,8 +140,7 @@ class Sums:
     counts as that much, or the order of a sum would choose between two copies of one image.
 
     Args:
-        products: the types that the two matrix products are computed in, that of energies and that of weighted sums
-            over a block. float32 rounds the latter to 1e-7 of the members, whatever sigma; blocks add up in float64.
+        products: how members are multiplied: in float64, if not said.
     """
 
     def __init__(
@@ -147,13 +148,13 @@ class Sums:
         x_t: Float[Tensor, "B *D"],
         sigma: float | Tensor,
         alpha: float | Tensor = 1.0,
-        products: tuple[torch.dtype, torch.dtype] = (torch.float64, torch.float64),
+        products: Callable[[Float[Tensor, "B D"]], Products] = FloatProducts,
     ) -> None:
         # MPS has no float64: there the work is done on the CPU
         home = "cpu" if x_t.device.type == "mps" else x_t.device
         self.like = x_t
         self.query = x_t.detach().to(home, torch.float64).flatten(1)
-        self.factor, self.narrow = self.query.to(products[0]), products[1]
+        self.products = products(self.query)
         self.sigma = _one_a_row("sigma", sigma, self.query)
         self.alpha = _one_a_row("alpha", alpha, self.query)
         rounding = 2.0**-44 * self.query.square().sum(1)
@@ -161,7 +162,6 @@ class Sums:
         self.lowest = torch.full_like(self.sigma, torch.inf)
         self.total, self.squares, self.moment = self.query.new_zeros(3, len(x_t))
         self.weighted = torch.zeros_like(self.query)
-        self.buffers = {dtype: self.query.new_empty(0, dtype=dtype) for dtype in products}
 
     def add(self, members: Tensor, mask: Tensor | None = None, square: Float[Tensor, "n"] | None = None) -> None:
         """Let a block pass: members (n, *D) or (B, n, *D), with a mask (B, n) or None.
@@ -179,24 +179,15 @@ class Sums:
         self.squares = self.squares * kept**2 + weight.square().sum(1)
         self.moment = self.moment * kept + (weight * norm).sum(1)
         self.weighted.mul_(kept[:, None])
-        if self.narrow != weight.dtype:
-            # without those that count for nothing: numbers too small to be normal make products many times slower
-            weight = torch.nn.functional.threshold(weight, 1e-30, 0.0).to(self.narrow)
-            if y.dtype != self.narrow:
-                y = self._widen(members.flatten(members.ndim - self.like.ndim + 1), self.narrow)
-        if y.ndim == 2 and y.dtype == self.weighted.dtype:
-            self.weighted.addmm_(weight, y)
-        else:
-            self.weighted.add_(weight @ y if y.ndim == 2 else (weight.unsqueeze(1) @ y).squeeze(1))
+        self.products.add_sums(self.weighted, weight, y)
 
     def compare(self, members: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The members as they are multiplied, flattened, their squared norms, and each row's energies, (B, n)."""
+        """The members, flattened, their squared norms, and each row's energies, (B, n)."""
         if members.shape[members.ndim - self.like.ndim + 1 :] != self.like.shape[1:]:
             raise ValueError(f"x_t is {tuple(self.like.shape)}, which members {tuple(members.shape)} do not fit")
-        y = self._widen(members.flatten(members.ndim - self.like.ndim + 1), self.factor.dtype)
-        norm = torch.linalg.vector_norm(y, dim=-1).to(self.query.dtype).square() if square is None else square
-        product = self.factor @ y.T if y.ndim == 2 else (y @ self.factor.unsqueeze(2)).squeeze(2)
-        return y, norm, self.alpha[:, None] * (self.alpha[:, None] * norm - 2 * product)
+        y = members.flatten(members.ndim - self.like.ndim + 1)
+        norm = self.products.squares(y) if square is None else square
+        return y, norm, self.alpha[:, None] * (self.alpha[:, None] * norm - 2 * self.products.inner(y))
 
     def merge(self, other: "Sums") -> "Sums":
         """Join the sums of another part of the support, for the same x_t, alpha and sigma."""
@@ -232,14 +223,6 @@ class Sums:
         home, dtype = self.like.device, torch.promote_types(self.like.dtype, torch.float32)
         return Posterior(mean.reshape(self.like.shape).to(home, dtype), ess.to(home, dtype), variance.to(home, dtype))
 
-    def _widen(self, members: Tensor, dtype: torch.dtype) -> Tensor:
-        # into memory that is used again: fresh pages would cost more than the product
-        if members.dtype == dtype and members.device == self.query.device:
-            return members.detach()
-        if self.buffers[dtype].numel() < members.numel():
-            self.buffers[dtype] = self.query.new_empty(members.numel(), dtype=dtype)
-        return self.buffers[dtype][: members.numel()].view(members.shape).copy_(members)
-
     def _lower(self, lowest: Tensor) -> Tensor:
         """Move the reference energy; returns the factor that the sums so far shrink by."""
         before, self.lowest = self.lowest, lowest
@@ -249,10 +232,15 @@ class Sums:
         return torch.exp((_finite(self.lowest) - energy) * self.sharpness)
 
 
-def chunk_size(x_t: Tensor, members_of: int = 1) -> int:
-    """Members a block, such that a block and its weights take about 6 MB each (256 MB on a GPU)."""
-    numbers = 2**25 if x_t.device.type == "cuda" else 3 * 2**18
-    return max(1, numbers // max(math.prod(x_t.shape[1:]) * members_of, len(x_t), 1))
+def chunk_size(x_t: Tensor, members_of: int = 1, width: int = 8) -> int:
+    """Members a block, such that a block and its weights take about 6 MB each (256 MB on a GPU).
+
+    Args:
+        members_of: rows that a block has members for.
+        width: bytes of a number as it is multiplied.
+    """
+    memory = 2**28 if x_t.device.type == "cuda" else 3 * 2**21
+    return max(1, memory // max(math.prod(x_t.shape[1:]) * members_of * width, len(x_t) * 8, 1))
 
 
 def _one_a_row(name: str, value: float | Tensor, query: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:

@@ -17,6 +17,7 @@ inequality more than p of the mass is missing in at most a share lost / p of the
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,12 +26,14 @@ from torch import Tensor
 from stablefield.neighbours import isolation
 from stablefield.posterior import Posterior, Sums, chunk_size
 from stablefield.process import Perturbed
+from stablefield.products import LONGEST, ByteProducts, FloatProducts, multiplies_bytes
 from stablefield.reference import Pool
 from stablefield.screen import Projection, Screen, principal
 from stablefield.shards import ALONE, Shards
 from stablefield.target import SingleSample, TargetEstimator, index_of
 
-MANY = 1 / 4  # of the members: a row that needs more takes them as they are stored, not picked out
+MANY = 1 / 2  # of the members: beyond that they are taken as they are stored, not picked out
+JOINING = 1 / 16  # of the members: what a row costs that joins others for which all members pass
 FEW = 2**22  # numbers in data that are few: they are passed whole for any row
 HEAVIEST = 512  # members of a row whose weights are computed in float64, if not all are
 
@@ -133,6 +136,12 @@ class _Known:
     projection: Projection
     screen: Screen | None
 
+    @property
+    def in_integers(self) -> bool:
+        """Whether the members are multiplied as bytes."""
+        data = self.own.data
+        return data.dtype == torch.uint8 and math.prod(self.own.shape) <= LONGEST and multiplies_bytes(data.device)
+
     def level_of(self, index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """The levels of isolation of some members.
 
@@ -169,7 +178,7 @@ class _Known:
         assert self.screen is not None
         blocks: Iterable[Tensor]
         wanted = mask.any(0).nonzero().flatten()
-        if len(wanted) <= MANY * len(self.screen):
+        if len(wanted) < MANY * len(self.screen):
             position = self.screen.order[wanted.cpu()]
             blocks = (self.own.stored(part) for part in self.screen.members[position].split(size))
             allowed, square = mask[:, wanted], self.screen.square[position.to(mask.device)]
@@ -192,6 +201,7 @@ class Query:
     sigma: Float[Tensor, "B"]
     alpha: Float[Tensor, "B"]
     like: Float[Tensor, "B *D"]
+    source: Float[Tensor, "B *D"]
     centre: Float[Tensor, "D"]
     scale: float
     shift: float
@@ -201,11 +211,11 @@ class Query:
         """The rows of a batch, for members that the pool stores."""
         (scale, shift), centre, alpha = pool.affine, centre.double(), noisy.alpha.double()
         x_t = (noisy.x_t.flatten(1).double() - alpha[:, None] * centre) / scale
-        return cls(x_t, noisy.sigma.double() / scale, alpha, noisy.x_t, centre, scale, shift)
+        return cls(x_t, noisy.sigma.double() / scale, alpha, noisy.x_t, noisy.x, centre, scale, shift)
 
     def rows(self, rows: Int[Tensor, "b"]) -> "Query":
         """Some of the rows."""
-        some = {name: getattr(self, name)[rows] for name in ("x_t", "sigma", "alpha", "like")}
+        some = {name: getattr(self, name)[rows] for name in ("x_t", "sigma", "alpha", "like", "source")}
         return replace(self, **some)
 
     @property
@@ -215,7 +225,32 @@ class Query:
 
     def sums(self, energies: torch.dtype = torch.float64) -> Sums:
         """Sums over members, of which nothing has passed yet."""
-        return Sums(self.x_t, self.sigma, self.alpha, (energies, self.narrow))
+        return Sums(self.x_t, self.sigma, self.alpha, partial(FloatProducts, types=(energies, self.narrow)))
+
+    def byte_sums(self, square: Float[Tensor, "m"]) -> Sums:
+        """The same over bytes, multiplied in integers; to begin with they are weighed against the source.
+
+        Where the sums begin changes nothing but how soon most members of a block need not be summed.
+
+        Args:
+            square: squared distances of the members from the centre.
+        """
+        sums = Sums(self.x_t, self.sigma, self.alpha, partial(ByteProducts, digits=self.digits(square)))
+        member = ((self.source.flatten(1).double() - self.shift) / self.scale).round()
+        norm = (member * self.scale + self.shift - self.centre).square().sum(1) / self.scale**2
+        energy = self.alpha * (self.alpha * norm - 2 * (self.x_t * member).sum(1))
+        sums.lowest = energy + 1 / sums.sharpness  # not lower than what rounding may make of the source
+        return sums
+
+    def digits(self, square: Float[Tensor, "m"]) -> int:
+        """How many leave log weights as they are, to about 1e-6.
+
+        Digits round an entry of x_t to at most 254^-k of the largest, evenly; so the product with a member at a
+        distance r from the centre is off by a third of that times r, and what all members share does not count.
+        """
+        entry = self.x_t.abs().amax(1) * square.max().sqrt() / self.scale / 3
+        finest = (1e-6 * self.sigma**2 / (self.alpha * entry).clamp(min=1e-300)).min()
+        return min(7, max(2, math.ceil(-math.log(max(float(finest), 1e-300)) / math.log(254))))
 
     def posterior(self, sums: Sums) -> Posterior:
         """What sums over stored values, with norms around the centre, say of x."""
@@ -239,21 +274,30 @@ class Query:
 
 def _over(query: Query, energy: Float[Tensor, "B n"], known: _Known) -> Sums:
     """Sums over the members that were not ruled out, of those in their order of isolation."""
-    sums = query.sums(), query.sums()
     if known.screen is None:
-        return sums[0]
+        return query.sums()
+    square = known.screen.square
+    if known.in_integers:
+        return _passed(query, energy < math.inf, known, lambda some: some.byte_sums(square))
     wide = query.narrow == torch.float64
-    rounded = torch.full_like(query.sigma, math.inf) if wide else query.rounding(known.screen.square)
+    rounded = torch.full_like(query.sigma, math.inf) if wide else query.rounding(square)
     exactly = _heaviest(energy, rounded)
     roughly = (energy < math.inf) & ~exactly
-    for part, inside, energies in zip(sums, (exactly, roughly), (torch.float64, query.narrow), strict=True):
-        for rows in _together(inside, len(known.screen), len(query.centre)):
-            some = query.rows(rows)
-            passed = some.sums(energies)
-            for block, allowed, square in known.blocks(inside[rows], chunk_size(some.x_t)):
-                passed.add(block.flatten(1), allowed, square / query.scale**2)
-            part.put(rows, passed)
-    return sums[0].merge(sums[1])
+    found = _passed(query, exactly, known, Query.sums)
+    return found.merge(_passed(query, roughly, known, lambda some: some.sums(query.narrow)))
+
+
+def _passed(query: Query, inside: Bool[Tensor, "B n"], known: _Known, start: Callable[[Query], Sums]) -> Sums:
+    """Sums over the members inside, multiplied as `start` makes them for some of the rows."""
+    assert known.screen is not None
+    found = query.sums()
+    for rows in _together(inside, len(known.screen), len(query.centre)):
+        some = query.rows(rows)
+        passed, size = start(some), chunk_size(some.x_t, width=known.own.data.itemsize if known.in_integers else 8)
+        for block, allowed, square in known.blocks(inside[rows], size):
+            passed.add(block.flatten(1), allowed, square / query.scale**2)
+        found.put(rows, passed)
+    return found
 
 
 def _heaviest(energy: Float[Tensor, "B n"], rounded: Float[Tensor, "B"]) -> Bool[Tensor, "B n"]:
@@ -276,7 +320,9 @@ def _together(inside: Bool[Tensor, "B n"], members: int, dim: int) -> Iterator[I
     Where the data are few, all together: members that are not shared cost less than a row alone.
     """
     count = inside.sum(1)
-    many = count > (MANY * members if members * dim > FEW else 0)
+    many = count > (JOINING * members if members * dim > FEW else 0)
+    if int(count[many].sum()) <= MANY * members and members * dim > FEW:
+        many = torch.zeros_like(many)
     if many.any():
         yield many.nonzero().flatten()
     yield from ((count > 0) & ~many).nonzero()

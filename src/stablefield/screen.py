@@ -101,8 +101,10 @@ class Screen:
     def of(cls, pool: Pool, members: Int[Tensor, "m"], projection: Projection, level: Float[Tensor, "m"]) -> "Screen":
         """See members of a pool once, on the device of the projection."""
         level, order = level.sort(stable=True)
-        device, here = projection.centre.device, projection.to(pool.data.device)
-        seen = [(here(block), here.square(block)) for block in map(pool.take, members.split(1024))]
+        device, here, (scale, shift) = projection.centre.device, projection.to(pool.data.device), pool.affine
+        # in float64: where sigma is small, what float32 rounds of a byte's value is too much for a squared norm
+        blocks = (pool.stored(part).double() * scale + shift for part in members.split(1024))
+        seen = [(here(block), here.square(block)) for block in blocks]
         coordinates, square = (torch.cat(part).to(device) for part in zip(*seen, strict=True))
         coordinates = coordinates[order.to(device)]
         energy = coordinates.square().sum(1)

@@ -1,0 +1,197 @@
+"""The two products of a block that passes: rows with its members, and weights with its members.
+
+Floating members are multiplied in a floating type. Bytes need no such thing: a row is written in digits,
+
+    x = scale_1 d_1 + scale_2 d_2 + ... ,     d_i in -127 .. 127,     scale_(i + 1) = scale_i / 254
+
+each digit is multiplied with the bytes in integers, without any rounding, and the products are put together in float64.
+So k digits round x, once, to 254^(1 - k) / 254 of its largest entry, and nothing else; the bytes are read as they are
+stored, a quarter of the memory of float32. Processors that multiply bytes (VNNI) do that several times faster than
+numbers of either floating type.
+"""
+
+from abc import ABC, abstractmethod
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int8, UInt8
+from torch import Tensor
+
+MIDDLE = 128  # taken from bytes, to make them signed
+LONGEST = 2**17  # terms of a sum of products of a digit and a byte that surely fit 32 bits
+FAINT = 2.0**-44  # a weight that nobody sees beside a weight of 1
+PICKED = 1 / 3  # of a block: so many members, or fewer, are picked out to be summed
+
+
+class Products(ABC):
+    """Products of rows that stay the same with the members of one block after another, (n, D) or (B, n, D)."""
+
+    @abstractmethod
+    def squares(self, members: Tensor) -> Tensor:
+        """Squared norms, in float64: (n,) or (B, n)."""
+
+    @abstractmethod
+    def inner(self, members: Tensor) -> Float[Tensor, "B n"]:
+        """Of each row with each member."""
+
+    @abstractmethod
+    def add_sums(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], members: Tensor) -> None:
+        """Add the members to the sums of each row, in float64, each with its weight between 0 and 1."""
+
+
+class FloatProducts(Products):
+    """In floating types, that of inner products and that of weighted sums over a block.
+
+    float32 rounds the latter to 1e-7 of the members, whatever sigma; blocks add up in float64.
+    """
+
+    def __init__(
+        self, rows: Float[Tensor, "B D"], types: tuple[torch.dtype, torch.dtype] = (torch.float64, torch.float64)
+    ) -> None:
+        self.rows, self.narrow = rows.to(types[0]), types[1]
+        self.buffers = {dtype: rows.new_empty(0, dtype=dtype) for dtype in types}
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def squares(self, members: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(self._wide(members), dim=-1).double().square()
+
+    def inner(self, members: Tensor) -> Float[Tensor, "B n"]:
+        y = self._wide(members)
+        return self.rows @ y.T if y.ndim == 2 else (y @ self.rows.unsqueeze(2)).squeeze(2)
+
+    def add_sums(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], members: Tensor) -> None:
+        y = self._wide(members)
+        if self.narrow != weight.dtype:
+            # without those that count for nothing: numbers too small to be normal make products many times slower
+            weight = torch.nn.functional.threshold(weight, 1e-30, 0.0).to(self.narrow)
+            y = y if y.dtype == self.narrow else self._widen(members, self.narrow)
+        if y.ndim == 2 and y.dtype == sums.dtype:
+            sums.addmm_(weight, y)
+        else:
+            sums.add_(weight @ y if y.ndim == 2 else (weight.unsqueeze(1) @ y).squeeze(1))
+
+    def _wide(self, members: Tensor) -> Tensor:
+        """The members as they are compared; of one block they are asked for more than once."""
+        if self.last is None or self.last[0] is not members:
+            self.last = members, self._widen(members, self.rows.dtype)
+        return self.last[1]
+
+    def _widen(self, members: Tensor, dtype: torch.dtype) -> Tensor:
+        # into memory that is used again: fresh pages would cost more than the product
+        if members.dtype == dtype and members.device == self.rows.device:
+            return members.detach()
+        if self.buffers[dtype].numel() < members.numel():
+            self.buffers[dtype] = self.rows.new_empty(members.numel(), dtype=dtype)
+        return self.buffers[dtype][: members.numel()].view(members.shape).copy_(members)
+
+
+class ByteProducts(Products):
+    """With bytes, in integers: rows and weights are rounded to so many digits, and nothing else is rounded.
+
+    Args:
+        rows: in float64.
+        digits: of the rows. Weights have four, a resolution of 2^-32 of the largest in a block.
+    """
+
+    WEIGHTS = 4
+
+    def __init__(self, rows: Float[Tensor, "B D"], digits: int) -> None:
+        assert rows.shape[1] <= LONGEST
+        self.digits, self.scale = in_digits(rows, digits)
+        self.middle = MIDDLE * rows.sum(1, keepdim=True)
+        self.buffer = torch.empty(0, dtype=torch.uint8, device=rows.device)
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def squares(self, members: UInt8[Tensor, "n D"]) -> Float[Tensor, "n"]:
+        return members.double().square().sum(1)
+
+    def inner(self, members: UInt8[Tensor, "n D"]) -> Float[Tensor, "B n"]:
+        return _joined(self.digits, self.scale, self._signed(members).T).add_(self.middle)
+
+    def add_sums(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], members: Tensor) -> None:
+        seen = (weight > FAINT).any(0).nonzero().flatten()
+        if len(seen) <= PICKED * len(members):
+            sums.add_(weight[:, seen].float() @ members[seen].float())
+            return
+        for part in torch.arange(len(members)).split(LONGEST):
+            some = slice(int(part[0]), int(part[-1]) + 1)
+            digits, scale = in_digits(weight[:, some], self.WEIGHTS)
+            sums.add_(_joined(digits, scale, self._signed(members)[some]))
+        sums.add_(MIDDLE * weight.sum(1, keepdim=True))
+
+    def _signed(self, members: UInt8[Tensor, "n D"]) -> Int8[Tensor, "n D"]:
+        """Bytes without their middle value; of one block they are asked for more than once."""
+        if self.last is None or self.last[0] is not members:
+            if self.buffer.numel() < members.numel():
+                self.buffer = self.buffer.new_empty(members.numel())
+            here = self.buffer[: members.numel()].view(members.shape)
+            if members.device == here.device:
+                torch.bitwise_xor(members, MIDDLE, out=here)
+            else:
+                here.copy_(members).bitwise_xor_(MIDDLE)
+            self.last = members, here.view(torch.int8)
+        return self.last[1]
+
+
+def in_digits(x: Float[Tensor, "B D"], digits: int) -> tuple[Int8[Tensor, "k B D"], Float[Tensor, "k B 1"]]:
+    """x, a row each, as the sum of scale times digit over the digits, with digits in -127 .. 127.
+
+    It is off by at most 254^-digits of the row's largest entry (and the rounding of float64).
+
+    >>> x = torch.randn(3, 5, dtype=torch.float64)
+    >>> digits, scale = in_digits(x, 6)
+    >>> bool(((digits * scale).sum(0) - x).abs().max() < 1e-13)
+    True
+    """
+    scale = x.abs().amax(1, keepdim=True) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    rest, found, scales = x.clone(), [], []
+    for _ in range(digits):
+        digit = (rest / scale).round_().clamp_(-127, 127)
+        rest.addcmul_(digit, scale, value=-1)
+        found.append(digit.to(torch.int8))
+        scales.append(scale)
+        scale = scale / 254
+    return torch.stack(found), torch.stack(scales)
+
+
+@cache
+def multiplies_bytes(device: torch.device) -> bool:
+    """Whether a device multiplies bytes faster than floating numbers, and rightly: it is tried out once."""
+    if device.type == "cpu":
+        # torch has named it differently over time, and has it on x86 only
+        names = ("_is_vnni_supported", "_is_avx512_vnni_supported")
+        fast = any(bool(getattr(torch.cpu, name, bool)()) for name in names)
+    else:
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not fast:
+        return False
+    left = (torch.arange(3 * 40, device=device).view(3, 40) * 37 % 255 - 127).to(torch.int8)
+    right = (torch.arange(40 * 19, device=device).view(40, 19) * 91 % 256 - 128).to(torch.int8)
+    try:
+        found = _in_integers(left, right)
+    except (RuntimeError, AttributeError):
+        return False
+    return bool((found.double() == left.double() @ right.double()).all())
+
+
+def _joined(digits: Int8[Tensor, "k B m"], scale: Float[Tensor, "k B 1"], right: Int8[Tensor, "m n"]) -> Tensor:
+    """What the digits stand for, times the right factor, (B, n) in float64."""
+    parts = _in_integers(digits.flatten(0, 1), right).unflatten(0, digits.shape[:2])
+    found = parts[0] * scale[0]
+    for part, factor in zip(parts[1:], scale[1:], strict=True):
+        found.add_(part * factor)
+    return found
+
+
+def _in_integers(left: Int8[Tensor, "a m"], right: Int8[Tensor, "m n"]) -> Tensor:
+    """The product, exactly, in int32."""
+    if left.shape[1] == 1:  # torch 2.13 reads a right factor of one row in the wrong order
+        return left.int() * right.int()
+    if left.device.type == "cpu":
+        return torch._int_mm(left, right)
+    # tensor units want more than 16 rows, and lengths in multiples of 8
+    rows, columns = len(left), right.shape[1]
+    right = torch.nn.functional.pad(right, (0, -columns % 8, 0, -len(right) % 8))
+    left = torch.nn.functional.pad(left, (0, right.shape[0] - left.shape[1], 0, max(0, 24 - rows)))
+    return torch._int_mm(left.contiguous(), right)[:rows, :columns]
