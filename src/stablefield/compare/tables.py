@@ -36,6 +36,7 @@ def methods(results: Results) -> list[tuple[str, str]]:
     """How the numbers came about, point by point."""
     experiment, about, machine = results.experiment, results.about, results.machine
     config, training = experiment.config, experiment.config["training"]
+    half_life = experiment.config.training.half_lives[0]
     accuracy = "" if about["accuracy"] is None else f" ({about['accuracy']:.1%} right on images it has not seen)"
     levels = f"{about['levels'][0]:.3g} to {about['levels'][-1]:.3g}"
     return [
@@ -46,7 +47,7 @@ def methods(results: Results) -> list[tuple[str, str]]:
             "training",
             f"{experiment.images:,} images a run, {training['batch_size']} a step, learning rate "
             f"{training['learning_rate']:g} after {training['ramp']:,} images; scored is the average of the weights, "
-            f"half-life {training['ema_half_life']:,} images or {training['ema_ramp_up']:g} of those seen",
+            f"half-life {half_life:,.0f} images or {training['ema_ramp_up']:g} of those seen",
         ),
         ("targets", "; ".join(_told(arm, about["trained"]) for arm in experiment.arms)),
         (
