@@ -20,6 +20,7 @@ from stablefield.cli.data import progress_bar
 from stablefield.cli.train import layered
 from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick_of
 from stablefield.compare.experiment import place
+from stablefield.compare.yardstick import Stages
 from stablefield.config import Config, overlay, override, resolve
 from stablefield.engine.fit import stop_signals
 from stablefield.engine.saving import alone
@@ -102,7 +103,7 @@ def compare(
         command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
         raw = layered({"sampler": SAMPLER}, recipe, config, data)
         experiment = Experiment(planned(override(raw, settings)), **(DEFAULTS | given), command=command, begun=today)
-    print(tried(experiment, out))
+    print(tried(experiment, out, progress_bar))
     with alone(Folder(out)):
         experiment.write(out)
         _note(out / "yardstick.json", yardstick_of(out, progress_bar).about)
@@ -124,7 +125,7 @@ def planned(raw: Mapping[str, Any]) -> Config:
     return wanted
 
 
-def tried(experiment: Experiment, out: Path) -> str:
+def tried(experiment: Experiment, out: Path, stages: Stages) -> str:
     """What is about to happen, once every target has been made: one that the data cannot serve is refused before any
     work, and what is measured for it (neighbours' distances) is in the cache then. Nothing of it is kept in memory.
 
@@ -132,11 +133,11 @@ def tried(experiment: Experiment, out: Path) -> str:
         ValueError: parts that do not fit the data, or each other.
     """
     configs = [arm.configured(experiment.config, 0) for arm in experiment.arms]
-    with progress_bar("decoding") as progress:
+    with stages("decoding") as progress:
         configs[0].make("data").load(progress)
     said = []
     for arm, config in zip(experiment.arms, configs, strict=True):
-        with progress_bar(f"{arm.title}: nearest neighbours") as progress:
+        with stages(f"{arm.title}: nearest neighbours") as progress:
             said.append(summary(experiment, assemble(config, progress), out))
     return said[0]
 

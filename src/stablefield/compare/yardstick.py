@@ -141,7 +141,7 @@ def make_yardstick(config: Config, parts: Parts, *, samples: int, rows: int, sta
         device = next(parts.denoiser.parameters()).device
         space, about = _features(split(parts.data, len(held_out))[0], device, progress)
     with stages("features of the data") as progress:
-        trained, unseen = (_statistics(space, part, progress) for part in (pool, held_out))
+        trained, unseen = _statistics(space, pool, progress), _statistics(space, held_out, silent)
     fresh = nearest(held_out.take(torch.randperm(len(held_out), generator=generator(0, "near"))[:samples]), pool)
     with stages("exact answers at every noise level") as progress:
         levels = list(_levels(parts, held_out, rows, progress))
