@@ -126,12 +126,12 @@ def plot_study(path: Path, study: Study, errors: Iterable[tuple[int, Float[Tenso
     law.set_ylim(0, 1.4)
     law.legend(frameon=False, fontsize=8)
     label(normal, "quantile of N(0, 1)", "quantile of the error / its asymptotic deviation")
-    for line, (n, each) in zip(("-", *STYLES), errors, strict=False):
+    for drawn, (n, each) in zip(("-", *STYLES), errors, strict=False):
         u = (torch.arange(len(each), dtype=torch.float64) + 0.5) / len(each)
         normal.plot(
             torch.special.ndtri(u),
             each.sort().values,
-            linestyle=line,
+            linestyle=drawn,
             color="black",
             linewidth=1.2,
             label=f"n = {n:,}",
