@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from math import exp, inf, log
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import make_mnist
 from typer.testing import CliRunner
 
 from stablefield import (
@@ -28,6 +30,7 @@ from stablefield import (
 )
 from stablefield.checkpoint import read
 from stablefield.cli import app
+from stablefield.cli.compare import tried
 from stablefield.compare import Arm, Experiment, gradient_variance, run_all, yardstick_of
 from stablefield.compare.runs import Run, noted, scores
 from stablefield.compare.statistics import Estimate, images_to_reach, paired, roughness, student
@@ -312,13 +315,83 @@ def test_a_target_that_the_data_cannot_serve_is_refused_before_any_work(tmp_path
     assert "holds no experiment" in str(command("--out", out, "--report-only").exception)
 
 
+def test_a_recipe_and_a_path_are_enough_to_compare(tmp_path):
+    source = np.random.default_rng(0)
+    data = make_mnist(
+        tmp_path / "mnist", source.integers(0, 256, (90, 4, 4), dtype=np.uint8), (np.arange(90) % 3).astype("u1")
+    )
+    small = ("training.batch_size=8", "training.ramp=0", "network.channels=8", "network.multipliers=[1]")
+    flags = [part for s in (*small, "sampler.kind=dpm", "sampler.steps=2") for part in ("--set", s)]
+    flags += ["--looks", 1, "--samples", 8, "--rows", 4, "--seeds", 0, "--images", 16]
+    begin = ["--recipe", "fashion-mnist", "--data", data, "--targets", "single,pruned"]
+    result = command("--out", tmp_path / "out", *begin, *flags)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    config = Experiment.read(tmp_path / "out").config
+    assert (config["data"]["kind"], config["data"]["path"]) == ("idx", str(data))
+    assert config["weight"]["sigma_data"] == 0.7  # the recipe's
+    assert config.training.conditional
+    assert (config.training.batch_size, config.training.images) == (8, 16)  # a setting speaks over the recipe
+    again = command("--out", tmp_path / "out", *begin, *flags)  # as it was begun: nothing is left to do
+    assert again.exit_code == 0, again.output + repr(again.exception)
+    pages = [(tmp_path / "out" / name).read_text() for name in ("report.html", "summary.md")]
+    for page in pages:
+        assert "exact (pruned) against DSM." in page
+        assert "E[x | x_t] over all 75 members" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--recipe", "no-such"), "no-such"),
+        (("--data", "no-such"), "no-such"),
+        (("--config", "no-such.toml"), "no-such.toml"),
+        (("--targets", "single,stable:3"), "stable:3"),
+        (("--targets", "single"), "at least two different targets"),
+        (("--seeds", "x"), "'x'"),
+        (("--set", "training.imagse=3"), "imagse"),
+        (("--recipe", "cifar10-ncsnpp-edm-stf"), "at the terminal as --data PATH"),
+        (("--report-only",), "holds no experiment"),
+    ],
+)
+def test_a_comparison_that_cannot_be_is_refused_in_words(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command("--out", "out", *arguments)
+    assert isinstance(result.exception, ValueError)
+    assert said in str(result.exception)
+    assert not Path("out").exists()
+
+
+def test_what_takes_long_before_the_first_step_is_told_as_it_goes(tmp_path, monkeypatch):
+    stages: dict[str, list[tuple[int, int]]] = {}
+
+    @contextmanager
+    def watched(title):
+        yield lambda done, total: stages.setdefault(title, []).append((done, total))
+
+    monkeypatch.setenv("STABLEFIELD_CACHE", str(tmp_path / "cache"))
+    experiment = planned(tmp_path, "single,pruned", (0,))
+    tried(experiment, tmp_path, watched)
+    assert list(stages) == ["exact (pruned): nearest neighbours"]
+    tried(experiment, tmp_path, watched)
+    experiment.write(tmp_path)
+    yardstick_of(tmp_path, watched)
+    yardstick_of(tmp_path, watched)
+    for news in stages.values():
+        done, totals = zip(*news, strict=True)
+        assert sorted(set(done)) == list(done)  # forward, and each once
+        assert len(set(totals)) == 1
+        assert done[-1] == totals[-1]
+
+
 @pytest.mark.slow
 def test_several_jobs_make_what_one_makes(done, tmp_path):
     experiment, whole = done
     experiment.write(tmp_path)
-    told = []
-    assert run_all(experiment, tmp_path, 2, lambda *event: told.append(event), lambda: False)
+    told, prepared = [], []
+    note = lambda *event: prepared.append(event)  # noqa: E731
+    assert run_all(experiment, tmp_path, 2, lambda *event: told.append(event), lambda: False, note)
     assert {seed for seed, _, _ in told} == {0, 1}
+    assert any("exact answers" in what for _, what in prepared)
     for arm in experiment.arms:
         folders = [experiment.folder(out, arm, 1) for out in (whole, tmp_path)]
         one, other = (read(folder.checkpoint).tensors for folder in folders)

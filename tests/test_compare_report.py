@@ -8,6 +8,7 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from base64 import b64decode
 from html.parser import HTMLParser
+from math import exp, log
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def line(images: int, **changed: float) -> dict:
     }
 
 
-def made(out: Path, gains: dict[str, float], seeds: int = 4) -> Path:
+def made(out: Path, gains: dict[str, float], seeds: int = 4, pace: float = 2.1) -> Path:
     """An experiment whose second arm is so many times the first, up to a little luck; no training needed."""
     source = np.random.default_rng(0)
     config = resolve(override({}, ["training.images=16000", "training.batch_size=10", "data.holdout=100"]))
@@ -68,7 +69,7 @@ def made(out: Path, gains: dict[str, float], seeds: int = 4) -> Path:
                 )
                 folder.log(
                     {"Progress/kimg": mark / 1000, "Loss/loss": 0.5, "Target/ess": 3.0}
-                    | {"Timing/sec_per_kimg": 2.1 if arm.number else 2.0}
+                    | {"Timing/sec_per_kimg": pace if arm.number else 2.0}
                 )
     return out
 
@@ -108,7 +109,7 @@ def test_the_page_needs_nothing_else_and_is_well_formed(report):
     assert {"h1", "table", "dl", "figure", "figcaption"} <= set(page.tags)
     assert all(image["alt"] for image in page.images)
     kinds = [image["src"].split(";")[0] for image in page.images]
-    assert kinds.count("data:image/svg+xml") == 9
+    assert kinds.count("data:image/svg+xml") == 10
     assert kinds.count("data:image/png") == 4  # two arms, early and at the end
     assert "stablefield &lt;compare&gt;" in text
 
@@ -119,7 +120,7 @@ def test_every_plot_says_what_its_axes_are(report):
         if "svg" in image["src"][:20]:
             drawing = ElementTree.fromstring(b64decode(image["src"].partition(",")[2]))
             words = " ".join(drawing.itertext())
-            assert re.search(r"images seen|noise level sigma / alpha \(data units\)", words)
+            assert re.search(r"images seen|training time \(s\)|noise level sigma / alpha \(data units\)", words)
             assert re.search(r"units|%|weighted, per dimension|effective number", words)
             assert "STF, n = 64" in words
 
@@ -131,8 +132,8 @@ def test_every_number_is_in_the_json_and_the_csv(report):
     whole = json.loads((report / "results.json").read_text(), parse_constant=refuse)
     with (report / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    # a score is 10 numbers and two at three levels, a turn three numbers
-    assert len(rows) == len(whole["scores"]) * 16 + len(whole["training"]) * 3 == 40 * 19
+    # a score is 10 numbers, two at three levels and its time; a turn three numbers
+    assert len(rows) == len(whole["scores"]) * 17 + len(whole["training"]) * 3 == 40 * 20
     last = [r for r in rows if (r["arm"], r["images"], r["name"]) == ("reference:64", "16000", "frechet")]
     found = whole["statistics"]["arms"]["reference:64"]["scores"]["frechet"]
     assert np.mean([float(r["value"]) for r in last]) == pytest.approx(found["mean"])
@@ -149,6 +150,56 @@ def test_the_summary_has_the_tables_of_the_page(report):
     assert all(cell in summary for cell in cells)
     assert "](summary.svg)" in summary
     assert "`stablefield <compare>`" in summary
+
+
+def test_a_target_that_takes_twice_as_long_has_seen_half_as_much_after_equal_time(tmp_path):
+    results = Results.read(made(tmp_path, {"frechet": 0.8}, pace=4.0))  # and Frechet falls as 1 / images
+    single, stable = results.experiment.arms
+    assert results.deadline == pytest.approx(32)
+    assert [results.by_then(arm) for arm in (single, stable)] == [16000, 8000]
+    assert results.at_equal_time(single, "frechet") == results.at(single, 16000, "frechet")
+    assert results.at_equal_time(stable, "frechet") == results.at(stable, 8000, "frechet")
+    for change, factor in ((results.ratio_at_equal_time(stable, "frechet"), 1.6), (results.faster(stable, 10), 1.6)):
+        assert exp(change.mean) == pytest.approx(factor, rel=0.05)
+    assert results.faster(stable, 10).mean == pytest.approx(results.speed(stable, 10).mean + log(2))
+    text = " ".join(findings(results))
+    assert re.search(r"samples to the data: lower, -(19|20|21)\.\d %", text)
+    assert re.search(r"after equal time, 32 s: higher, \+[56]\d\.\d %", text)
+
+
+def test_the_faster_target_sets_the_time_also_where_it_is_not_the_first(tmp_path):
+    results = Results.read(made(tmp_path, {"frechet": 1.0}, pace=1.0))
+    single, stable = results.experiment.arms
+    assert results.deadline == pytest.approx(16)
+    assert [results.by_then(arm) for arm in (single, stable)] == [8000, 16000]
+    assert exp(results.ratio_at_equal_time(stable, "frechet").mean) == pytest.approx(0.5, rel=0.05)
+
+
+def test_what_slows_the_machine_down_slows_no_target_down_more(tmp_path):
+    out = made(tmp_path, {"frechet": 0.8})
+    experiment = Experiment.read(out)
+    before = Results.read(out)
+    for arm in experiment.arms:  # one seed of both, while something else was running
+        place = experiment.folder(out, arm, 2).metrics
+        lines = [json.loads(text) for text in place.read_text().splitlines()]
+        slow = [line | {"Timing/sec_per_kimg": 3 * line["Timing/sec_per_kimg"]} for line in lines]
+        with replacing(place) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in slow))
+    after = Results.read(out)
+    for arm in experiment.arms:
+        assert after.pace(arm) / after.pace(after.baseline) == pytest.approx(before.pace(arm) / 2.0)
+        assert after.by_then(arm) == pytest.approx(before.by_then(arm))
+
+
+def test_an_experiment_without_any_time_is_compared_at_equal_images_alone(tmp_path):
+    out = made(tmp_path, {"frechet": 0.8})
+    for place in out.rglob("metrics.jsonl"):
+        place.unlink()
+    write_report(out)
+    text = (out / "report.html").read_text()
+    assert "After 16,000 images" in text
+    assert "equal time" not in text
+    assert json.loads((out / "results.json").read_text())["statistics"]["seconds"] is None
 
 
 def said(folder: Path, **gains: float) -> str:
@@ -232,4 +283,4 @@ document.body.dataset.shown = [...document.images].filter(i => i.naturalWidth > 
     page = chromium(profile, f"--window-size={width},5000", "--dump-dom", measured.as_uri())
     found = dict(re.findall(r'data-(width|shown)="(\d+)"', page))
     assert int(found["width"]) <= width  # nothing sticks out
-    assert int(found["shown"]) == 13
+    assert int(found["shown"]) == 14

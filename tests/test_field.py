@@ -291,6 +291,44 @@ def test_a_basis_keeps_the_variance_and_white_noise_cannot_be_learnt(shape):
     assert linear.learnable(levels(0.01, 1.0, 30.0)).abs().max() < 0.01
 
 
+def test_a_mean_over_log_ratios_by_quadrature_is_the_information_and_over_ratios_one():
+    for population in (GAUSSIANS, TwoGaussians()):
+        for sigma in (0.03, 0.1, 0.7, 3.0):
+            closed = float(population.information(levels(sigma)))
+            assert population._over_ratio(torch.ones_like, sigma) == pytest.approx(1, abs=1e-9)
+            assert population._over_ratio(lambda log_ratio: log_ratio, sigma) == pytest.approx(closed, abs=1e-8)
+        # E p(y) / p(y | x) is 1, and powers in closed form are those of the same integral
+        assert population._over_ratio(lambda log_ratio: (-log_ratio).exp(), 1.0) == pytest.approx(1, abs=1e-9)
+        for power in (1, 2):
+            found = population._over_ratio(lambda log_ratio, power=power: (power * log_ratio).exp(), 1.0)
+            assert found == pytest.approx(float(population._power(1.0, power)), rel=1e-9)
+
+
+def test_the_papers_divergence_of_gaussians_is_that_of_many_draws_and_of_many_members():
+    sigma, g = levels(0.1, 0.3, 1.0, 3.0), generator(3)
+    closed = GAUSSIANS.divergence(sigma)
+    study = study_gaussians(GAUSSIANS, sigma, sizes=(4,), rows=4, draws=3)
+    assert ((study.divergence.value - closed).abs() < 4 * study.divergence.error).all()
+    for level, expected in zip(sigma[2:].tolist(), closed[2:].tolist(), strict=True):
+        x = GAUSSIANS.draw(200_000, g)  # the paper's f as it is written, where no draw is too rare to be seen
+        y = x + level * torch.randn(x.shape, generator=g, dtype=torch.float64)
+        log_given = -(y - x).square().sum(1) / (2 * level**2) - 4 * math.log(2 * math.pi * level**2)
+        r = (GAUSSIANS.log_density(y, level) - log_given).exp()
+        f = torch.where(r < 1.5, (1 / r - 1).square(), 8 * r / 27 - 1 / 3)
+        assert abs(float(f.mean()) - expected) < 4 * float(f.std()) / len(f) ** 0.5
+    found = measure_field(Pool(GAUSSIANS.draw(4000, g)), VE(), sigma[1:], sizes=(), rows=256)
+    assert ((found.divergence.value - closed[1:]).abs() < 4 * found.divergence.error + 0.02 * closed[1:]).all()
+
+
+def test_the_papers_divergence_of_gaussians_is_infinite_at_noise_below_their_width():
+    edge = (3 * GAUSSIANS.variance) ** 0.5
+    found = GAUSSIANS.divergence(levels(0.5 * edge, edge, 1.05 * edge, 2 * edge, 100 * edge))
+    assert torch.isinf(found).tolist() == [True, True, False, False, False]
+    assert (found[2:].diff() < 0).all()
+    with pytest.raises(ValueError, match="at least 4 dimensions, not 2"):
+        TwoGaussians(dim=2).divergence(levels(1.0))
+
+
 def test_a_linear_denoiser_is_the_best_one_of_gaussian_data():
     axes, _ = torch.linalg.qr(cloud(5, 5))
     spread = levels(3.0, 1.0, 0.5, 0.1, 0.02)
@@ -425,8 +463,14 @@ def test_two_gaussians_stand_beside_their_closed_form(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "TwoGaussians(dim=64, offset=0.1, variance=0.0001)" in command("field", "--two-gaussians", *QUICK)
     lines = list(csv.DictReader((tmp_path / "field" / "field.csv").open()))
-    assert {"dsm", "dsm_closed_form", "kl_closed_form", "stf"} <= {line["quantity"] for line in lines}
+    told = {"dsm", "dsm_closed_form", "kl", "kl_closed_form", "divergence", "divergence_closed_form", "stf"}
+    assert told <= {line["quantity"] for line in lines}
     assert (tmp_path / "field" / "field.png").exists()
+    command("field", "--two-gaussians", *QUICK, "--low", "0.01")  # where D is infinite, which JSON has no word for
+    about = json.loads((tmp_path / "field" / "field.json").read_text(), parse_constant=pytest.fail)
+    closed = [line["value"] for line in about["levels"] if line["quantity"] == "divergence_closed_form"]
+    assert closed[0] is None
+    assert closed[-1] > 0
 
 
 @pytest.mark.usefixtures("unchecked")

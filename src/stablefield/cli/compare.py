@@ -20,6 +20,7 @@ from stablefield.cli.data import progress_bar
 from stablefield.cli.train import layered
 from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick_of
 from stablefield.compare.experiment import place
+from stablefield.compare.yardstick import Stages
 from stablefield.config import Config, overlay, override, resolve
 from stablefield.engine.fit import stop_signals
 from stablefield.engine.saving import alone
@@ -102,14 +103,10 @@ def compare(
         command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
         raw = layered({"sampler": SAMPLER}, recipe, config, data)
         experiment = Experiment(planned(override(raw, settings)), **(DEFAULTS | given), command=command, begun=today)
-    with progress_bar("decoding") as progress:
-        # a target that the data cannot serve is refused before any work; nothing of it is kept in memory
-        configs = [arm.configured(experiment.config, 0) for arm in experiment.arms]
-        first, *_ = [summary(experiment, assemble(config, progress), out) for config in configs]
-    print(first)
+    print(tried(experiment, out, progress_bar))
     with alone(Folder(out)):
         experiment.write(out)
-        _note(out / "yardstick.json", yardstick_of(out).about)
+        _note(out / "yardstick.json", yardstick_of(out, progress_bar).about)
         _note(out / "machine.json", machine(experiment.config, jobs))
         done, stopped = run(experiment, out, jobs)
     _report(out, summary_)
@@ -126,6 +123,23 @@ def planned(raw: Mapping[str, Any]) -> Config:
             total = len(wanted.make("data").load(progress))
         wanted = resolve(overlay(wanted.sections, {"data": {"holdout": min(max(2, total // 6), 5000)}}))
     return wanted
+
+
+def tried(experiment: Experiment, out: Path, stages: Stages) -> str:
+    """What is about to happen, once every target has been made: one that the data cannot serve is refused before any
+    work, and what is measured for it (neighbours' distances) is in the cache then. Nothing of it is kept in memory.
+
+    Raises:
+        ValueError: parts that do not fit the data, or each other.
+    """
+    configs = [arm.configured(experiment.config, 0) for arm in experiment.arms]
+    with stages("decoding") as progress:
+        configs[0].make("data").load(progress)
+    said = []
+    for arm, config in zip(experiment.arms, configs, strict=True):
+        with stages(f"{arm.title}: nearest neighbours") as progress:
+            said.append(summary(experiment, assemble(config, progress), out))
+    return said[0]
 
 
 def summary(experiment: Experiment, parts: Parts, out: Path) -> str:
@@ -157,7 +171,10 @@ def run(experiment: Experiment, out: Path, jobs: int) -> tuple[bool, int]:
             seen[seed, str(arm)] = images
             _show(progress, bar, sum(seen.values()), f"seed {seed}, {arm.title}: {images:,} images")
 
-        done = run_all(experiment, out, jobs, tell, lambda: asked.number > 0)
+        def prepare(seed: int, what: str) -> None:
+            progress.update(bar, now=f"seed {seed}: {what}")
+
+        done = run_all(experiment, out, jobs, tell, lambda: asked.number > 0, prepare)
     return done, asked.number
 
 

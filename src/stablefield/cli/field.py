@@ -203,9 +203,11 @@ def _two_gaussians(
         study.dsm.error,
         study.information_closed,
         study.information.value,
+        study.divergence_closed,
+        study.divergence.value,
         *((n - 1) * study.stable[n].value / study.limit.value for n in sizes),
     ]
-    head = ["sigma", "V_DSM", "estimate", "+-", "KL", "estimate", *(f"law {n}" for n in sizes)]
+    head = ["sigma", "V_DSM", "estimate", "+-", "KL", "estimate", "D", "estimate", *(f"law {n}" for n in sizes)]
     rows_ = [[f"{float(value):.4g}" for value in row] for row in zip(*columns, strict=True)]
     print("\n".join(_aligned([head, *rows_])))
     print("law n: (n - 1) V_STF over the limit of n V_STF; 1 is the law 1 / (n - 1)")
@@ -220,5 +222,11 @@ def _two_gaussians(
 def _write(out: Path, about: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
     lines = list(lines)
     write_csv(out / "field.csv", lines)
-    text = json.dumps({"stablefield": version("stablefield"), **about, "levels": lines}, indent=1)
+    known = [{name: _finite(value) for name, value in line.items()} for line in lines]
+    text = json.dumps({"stablefield": version("stablefield"), **about, "levels": known}, indent=1)
     write_text(out / "field.json", text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no infinity: it becomes null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -97,6 +97,7 @@ def plots(results: Results) -> list[Plot]:
             f"would be a machine that returns training data: a gain here alone is memorisation. {band}",
             log=True,
         ),
+        *([_against_time(results, band)] if isfinite(results.deadline) else []),
         _against_levels(
             results,
             "exact-levels",
@@ -149,6 +150,23 @@ def _against_images(
     _scaled(axes, log)
     axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
     return _finished(figure, axes, name, title, caption)
+
+
+def _against_time(results: Results, band: str) -> Plot:
+    figure, axes = _axes("training time (s)", "Frechet distance (feature units²)")
+    axes.axhline(results.about["real"], color="0.6", linewidth=0.8)
+    axes.axvline(results.deadline, color="0.85", linewidth=0.8)
+    marks = results.marks
+    for arm, look in _arms(results, False):
+        seconds = [mark / 1000 * results.pace(arm) for mark in marks]
+        _band(axes, seconds, [_bounds(results.over_seeds(arm, mark, "frechet")) for mark in marks], arm.title, look)
+    _scaled(axes, True)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    caption = (
+        "The first plot against seconds of training, by one clock for all targets; preparing and scoring are left out. "
+        f"Thin upright line: when the fastest has seen its last image. {band}"
+    )
+    return _finished(figure, axes, "time", "Quality against training time", caption)
 
 
 def _against_levels(
@@ -267,7 +285,7 @@ def _scaled(axes: Axes, log: bool, *, across: bool = True) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines])
     shown = drawn[drawn > 0]
-    if log and shown.max() > 4 * shown.min():  # less is told better by even ticks
+    if log and len(shown) and shown.max() > 4 * shown.min():  # less is told better by even ticks
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -4,6 +4,8 @@ A denoiser may come nearer to the training set's exact E[x | x_t] without its sa
 getting any better: then it has learnt the training set by heart, and that is said instead of praised.
 """
 
+from math import isfinite
+
 from stablefield.compare.experiment import Arm
 from stablefield.compare.results import Results, percent
 from stablefield.compare.statistics import Estimate
@@ -86,7 +88,11 @@ def _of_arm(results: Results, arm: Arm, last: int) -> str:
             f"Its samples lie nearer to training images than {results.baseline.title}'s do: {near:.3f} of held-out "
             f"data's distance, {copies:.1%} copies."
         )
-    return " ".join([*said, f"A step took {percent_of(results.overhead(arm))} time."])
+    said.append(f"A step took {percent_of(results.overhead(arm))} time.")
+    if isfinite(results.deadline):
+        equal = results.ratio_at_equal_time(arm, "frechet")
+        said.append(f"Frechet distance after equal time, {results.deadline:,.3g} s: {_verdict(equal)}.")
+    return " ".join(said)
 
 
 def percent_of(overhead: float) -> str:

@@ -3,9 +3,9 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from functools import lru_cache
+from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from queue import Empty
@@ -15,15 +15,26 @@ import torch
 
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import Stop, Tell, work
-from stablefield.compare.yardstick import Yardstick, make_yardstick
+from stablefield.compare.yardstick import Stages, Yardstick, make_yardstick, quietly
+from stablefield.data import Progress
 from stablefield.engine.fit import exactly
 from stablefield.run import assemble
 
+Prepare = Callable[[int, str], None]  # seed, what its process does before it can be scored
+
 _shared: list[Any] = []  # of a worker process: what it tells into, and what it is stopped by
+_made: dict[Path, Yardstick] = {}  # the one made last
 
 
-def run_all(experiment: Experiment, out: Path, jobs: int, tell: Tell, stop: Stop) -> bool:
-    """Bring an experiment to its end; whether that was reached, or `stop` said to stop."""
+def run_all(
+    experiment: Experiment, out: Path, jobs: int, tell: Tell, stop: Stop, prepare: Prepare = lambda seed, what: None
+) -> bool:
+    """Bring an experiment to its end; whether that was reached, or `stop` said to stop.
+
+    Args:
+        tell: how far a run is.
+        prepare: with several jobs, each makes its own yardstick; what it is doing for that.
+    """
     if jobs == 1:
         return all(_seed(experiment, out, seed, tell, stop) for seed in experiment.seeds)
     context = multiprocessing.get_context("spawn")
@@ -33,19 +44,22 @@ def run_all(experiment: Experiment, out: Path, jobs: int, tell: Tell, stop: Stop
     with pool:
         futures = [pool.submit(_work, out, seed) for seed in experiment.seeds]
         while wait(futures, 0.2).not_done:
-            _drain(told, tell)
+            _drain(told, tell, prepare)
             if stop() or any(_failed(future) for future in futures):
                 stopping.set()
-        _drain(told, tell)
+        _drain(told, tell, prepare)
     return all([future.result() for future in futures])
 
 
-@lru_cache(maxsize=1)
-def yardstick_of(out: Path) -> Yardstick:
-    """Of the experiment in a folder; made once a process."""
-    experiment = Experiment.read(out)
-    config = experiment.arms[0].configured(experiment.config, experiment.seeds[0])
-    return make_yardstick(config, assemble(config), samples=experiment.samples, rows=experiment.rows)
+def yardstick_of(out: Path, stages: Stages = quietly) -> Yardstick:
+    """Of the experiment in a folder; made once a process, which `stages` is told of."""
+    if out not in _made:
+        experiment = Experiment.read(out)
+        config = experiment.arms[0].configured(experiment.config, experiment.seeds[0])
+        parts = assemble(config)
+        _made.clear()
+        _made[out] = make_yardstick(config, parts, samples=experiment.samples, rows=experiment.rows, stages=stages)
+    return _made[out]
 
 
 def _begin(told: Any, stopping: Event, threads: int) -> None:
@@ -60,22 +74,27 @@ def _work(out: Path, seed: int) -> bool:
     def tell(seed: int, arm: Arm, images: int) -> None:
         told.put((seed, arm, images))
 
+    @contextmanager
+    def stages(title: str) -> Iterator[Progress]:
+        yield lambda done, total: told.put((seed, f"{title}, {done:,} of {total:,}"))
+
     if stopping.is_set():
         return False
-    return _seed(Experiment.read(out), out, seed, tell, stopping.is_set)
+    return _seed(Experiment.read(out), out, seed, tell, stopping.is_set, stages)
 
 
-def _seed(experiment: Experiment, out: Path, seed: int, tell: Tell, stop: Stop) -> bool:
+def _seed(experiment: Experiment, out: Path, seed: int, tell: Tell, stop: Stop, stages: Stages = quietly) -> bool:
     with exactly(experiment.config.training.deterministic):
-        return work(experiment, out, seed, lambda: yardstick_of(out), tell, stop)
+        return work(experiment, out, seed, lambda: yardstick_of(out, stages), tell, stop)
 
 
-def _drain(told: Any, tell: Callable[..., None]) -> None:
+def _drain(told: Any, tell: Callable[..., None], prepare: Callable[..., None]) -> None:
     while True:
         try:
-            tell(*told.get_nowait())
+            news = told.get_nowait()
         except Empty:
             return
+        (prepare if len(news) == 2 else tell)(*news)
 
 
 def _failed(future: Future[bool]) -> bool:

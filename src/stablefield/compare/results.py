@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import exp, inf, isfinite
+from math import exp, inf, isfinite, log
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -13,10 +13,11 @@ from typing import Any
 from stablefield.checkpoint import replacing, write_text
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import scores
-from stablefield.compare.statistics import Estimate, images_to_reach, paired, paired_ratio, roughness
+from stablefield.compare.statistics import Estimate, images_to_reach, paired, paired_ratio, roughness, value_at
 
 # of the baseline's last Frechet distance: how good is good
 GOALS = (2.0, 1.5, 1.2, 1.0)
+SCORES = ("frechet", "frechet_held_out", "held_out_loss", "exact_error")  # that are above 0, and better if lower
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,39 @@ class Results:
         ]
         return median(ratios) if ratios else float("nan")
 
+    def pace(self, arm: Arm) -> float:
+        """Seconds of training per thousand images, all arms by one clock; nan before any turn.
+
+        The baseline's median, and what this arm takes beside it, turn by turn: what slows the machine down now and then
+        slows no arm down more than another.
+        """
+        return self.seconds(self.baseline) * (1 + self.overhead(arm))
+
+    @cached_property
+    def deadline(self) -> float:
+        """Seconds of training after which the fastest arm has seen the images at which arms are compared."""
+        return (self.last or 0) / 1000 * min(map(self.pace, self.experiment.arms))
+
+    def by_then(self, arm: Arm) -> float:
+        """Images that an arm has seen at that moment."""
+        # a ratio first, which is 1 for the fastest
+        return (self.last or 0) * (min(map(self.pace, self.experiment.arms)) / self.pace(arm))
+
+    def at_equal_time(self, arm: Arm, name: str) -> dict[int, float]:
+        """A score of an arm at that moment, by seed."""
+        assert self.last is not None
+        images = self.by_then(arm)
+        found = {seed: value_at(images, *self.curve(arm, seed, name)) for seed in sorted(self.common(self.last))}
+        return {seed: value for seed, value in found.items() if isfinite(value)}
+
+    def ratio_at_equal_time(self, arm: Arm, name: str) -> Estimate:
+        """Paired with the baseline, as a logarithm."""
+        return paired_ratio(self.at_equal_time(arm, name), self.at_equal_time(self.baseline, name))
+
+    def faster(self, arm: Arm, quality: float) -> Estimate:
+        """As `speed`, of seconds instead of images; how long a step takes is one number an arm, without an interval."""
+        return self.speed(arm, quality).moved(log(self.pace(arm) / self.pace(self.baseline)))
+
     def statistics(self) -> dict[str, Any]:
         """What follows from the numbers, for `results.json`."""
         last = self.last
@@ -148,6 +182,7 @@ class Results:
         quality = self.over_seeds(self.baseline, last, "frechet").mean
         return {
             "images": last,
+            "seconds": self.deadline,
             "seeds": sorted(self.common(last)),
             "baseline": str(self.baseline),
             "arms": {
@@ -162,6 +197,21 @@ class Results:
                     },
                     "roughness": _plain(self.roughness(arm)),
                     "seconds_per_kimg": self.seconds(arm),
+                    "seconds_per_kimg_paired": self.pace(arm),
+                    "at_equal_time": {
+                        "images": self.by_then(arm),
+                        "scores": {
+                            name: _plain(Estimate.of(list(self.at_equal_time(arm, name).values()))) for name in names
+                        },
+                        "log_ratios": {name: _plain(self.ratio_at_equal_time(arm, name)) for name in SCORES},
+                    },
+                    "seconds_to_reach": {
+                        f"{goal * quality:.6g}": _known(self.needed(arm, goal * quality), self.pace(arm) / 1000)
+                        for goal in GOALS
+                    },
+                    "log_ratio_of_seconds_to_reach": {
+                        f"{goal * quality:.6g}": _plain(self.faster(arm, goal * quality)) for goal in GOALS
+                    },
                     "overhead": self.overhead(arm),
                 }
                 for arm in self.experiment.arms
@@ -192,7 +242,9 @@ class Results:
     def _rows(self) -> Iterator[list[Any]]:
         """One number a row."""
         for (arm, seed), lines in self.scores.items():
+            pace = self.pace(arm)
             for line in lines:
+                yield [arm, seed, line["images"], "training_seconds", "", line["images"] / 1000 * pace]
                 for name, value in line.items():
                     if name.endswith("_by_level"):
                         for level, part in zip(self.about["levels"], value, strict=True):
@@ -219,8 +271,8 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
     return asdict(estimate)
 
 
-def _known(needed: Mapping[int, float]) -> dict[str, Any]:
-    reached = [images for images in needed.values() if isfinite(images)]
+def _known(needed: Mapping[int, float], unit: float = 1.0) -> dict[str, Any]:
+    reached = [unit * images for images in needed.values() if isfinite(images)]
     return {"reached": len(reached), "of": len(needed), "mean": fmean(reached) if reached else None}
 
 

@@ -5,7 +5,8 @@ Runs with one seed share their weights, order and noise, so the difference of tw
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import exp, inf, log, nan, sqrt
 from statistics import fmean, stdev
 
@@ -36,6 +37,10 @@ class Estimate:
             return cls(values[0] if values else nan, inf, nan, n)
         deviation = stdev(values)
         return cls(fmean(values), student(n - 1) * deviation / sqrt(n), deviation, n)
+
+    def moved(self, by: float) -> "Estimate":
+        """The same of numbers that are all so much greater."""
+        return replace(self, mean=self.mean + by)
 
     @property
     def low(self) -> float:
@@ -83,6 +88,15 @@ def images_to_reach(quality: float, images: Sequence[int], values: Sequence[floa
             return exp(log(before[0]) + share * (log(seen) - log(before[0])))
         before = seen, value
     return inf
+
+
+def value_at(at: float, images: Sequence[int], values: Sequence[float]) -> float:
+    """A curve between two looks, on a line in the logarithm of images; nan before the first look and after the last."""
+    for (before, left), (after, right) in pairwise(zip(images, values, strict=True)):
+        if before <= at <= after:
+            share = log(at / before) / log(after / before)
+            return left + share * (right - left)
+    return nan
 
 
 def roughness(values: Sequence[float]) -> float:

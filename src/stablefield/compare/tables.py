@@ -9,6 +9,8 @@ from stablefield.compare.findings import change, percent_of
 from stablefield.compare.results import GOALS, Results
 from stablefield.compare.statistics import Estimate
 
+AT_EQUAL_TIME = ("frechet", "held_out_loss")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -24,13 +26,17 @@ def tables(results: Results) -> list[Table]:
     """All that can be said of what is there."""
     if results.last is None:
         return []
-    return [_scores(results), _changes(results), _needed(results), _costs(results)]
+    found = [_scores(results), _changes(results), _needed(results)]
+    if isfinite(results.deadline):  # no turn, no time
+        found += [_equal_time(results), _needed(results, seconds=True)]
+    return [*found, _costs(results)]
 
 
 def methods(results: Results) -> list[tuple[str, str]]:
     """How the numbers came about, point by point."""
     experiment, about, machine = results.experiment, results.about, results.machine
     config, training = experiment.config, experiment.config["training"]
+    half_life = experiment.config.training.half_lives[0]
     accuracy = "" if about["accuracy"] is None else f" ({about['accuracy']:.1%} right on images it has not seen)"
     levels = f"{about['levels'][0]:.3g} to {about['levels'][-1]:.3g}"
     return [
@@ -41,8 +47,9 @@ def methods(results: Results) -> list[tuple[str, str]]:
             "training",
             f"{experiment.images:,} images a run, {training['batch_size']} a step, learning rate "
             f"{training['learning_rate']:g} after {training['ramp']:,} images; scored is the average of the weights, "
-            f"half-life {training['ema_half_life']:,} images or {training['ema_ramp_up']:g} of those seen",
+            f"half-life {half_life:,.0f} images or {training['ema_ramp_up']:g} of those seen",
         ),
+        ("targets", "; ".join(_told(arm, about["trained"]) for arm in experiment.arms)),
         (
             "pairing",
             "runs with one seed share initial weights, order of images, times and noise, and differ in the target",
@@ -77,6 +84,19 @@ def methods(results: Results) -> list[tuple[str, str]]:
     ]
 
 
+def _told(arm: Arm, members: int) -> str:
+    """What an arm teaches, in words."""
+    number = arm.number or 0
+    told = {
+        "single": "the x that x_t was made from",
+        "reference": f"the weighted mean over that x and {number - 1:,} others, drawn anew at each step",
+        "neighbours": f"the weighted mean over the {number:,} nearest to x_t if that x is among them, else that x",
+        "full": f"E[x | x_t] over all {members:,} members of the data",
+        "pruned": f"E[x | x_t] over all {members:,} members of the data, but for those whose share could not be seen",
+    }
+    return f"{arm.title}: {told[arm.kind]}"
+
+
 def _scores(results: Results) -> Table:
     def row(arm: Arm) -> list[str]:
         names = ("frechet", "frechet_held_out", "held_out_loss", "exact_error", "nearest_ratio", "copies")
@@ -108,7 +128,7 @@ def _changes(results: Results) -> Table:
     )
 
 
-def _needed(results: Results) -> Table:
+def _needed(results: Results, *, seconds: bool = False) -> Table:
     assert results.last is not None
     quality = _last(results, results.baseline, "frechet").mean
     first = results.marks[0]
@@ -118,21 +138,51 @@ def _needed(results: Results) -> Table:
         reached = sorted(images for images in needed.values() if isfinite(images))
         if not reached:
             return "not reached"
-        spread = f"{reached[0]:,.0f}" + (f" to {reached[-1]:,.0f}" if len(reached) > 1 else "")
-        spread = f"at most {spread}" if reached[-1] <= first else spread
-        spread = (
-            spread if len(reached) == len(needed) else f"{spread}; {len(needed) - len(reached)} of {len(needed)} not"
-        )
-        speed = results.speed(arm, goal * quality)
+        unit = results.pace(arm) / 1000 if seconds else 1.0
+        ends = [_number(unit * images) for images in dict.fromkeys((reached[0], reached[-1]))]
+        spread = f"{'at most ' if reached[-1] <= first else ''}{' to '.join(ends)}"
+        if len(reached) < len(needed):
+            spread += f"; {len(needed) - len(reached)} of {len(needed)} not"
+        speed = (results.faster if seconds else results.speed)(arm, goal * quality)
         return spread if arm == results.baseline or speed.n < 2 else f"{spread}; {change(speed)}"
 
+    title, note = NEEDED[seconds]
     return Table(
-        "Images needed to reach a quality",
-        f"First time that the Frechet distance is as low as {results.baseline.title}'s last mean, times a factor; "
-        "least and most over seeds, on a line in log images between two looks. Changes are pair by pair, over the "
-        "seeds where both got there.",
+        title,
+        note.format(results.baseline.title),
         ["target", *(f"{_number(goal * quality)} ({goal:g} ×)" for goal in GOALS)],
         [[arm.title, *(cell(arm, goal) for goal in GOALS)] for arm in results.experiment.arms],
+    )
+
+
+NEEDED = {
+    False: (
+        "Images needed to reach a quality",
+        "First time that the Frechet distance is as low as {}'s last mean, times a factor; least and most over seeds, "
+        "on a line in log images between two looks. Changes are pair by pair, over the seeds where both got there.",
+    ),
+    True: (
+        "Seconds needed to reach a quality",
+        "The same in seconds of training. The time of a step is one number for each target, as above, "
+        "so the intervals are those of images.",
+    ),
+}
+
+
+def _equal_time(results: Results) -> Table:
+    def row(arm: Arm) -> list[str]:
+        means = [interval(Estimate.of(list(results.at_equal_time(arm, name).values()))) for name in AT_EQUAL_TIME]
+        changes = [change(results.ratio_at_equal_time(arm, name)) for name in AT_EQUAL_TIME]
+        images = f"{results.by_then(arm):,.0f}"
+        return [arm.title, images, *means, *(changes if arm != results.baseline else [""] * len(changes))]
+
+    return Table(
+        f"After equal time, {_number(results.deadline)} s of training",
+        "When the fastest target has seen its last image, on a line in log images between two looks; changes against "
+        f"{results.baseline.title} are pair by pair. Time is that of training alone, without preparing and scoring, by "
+        f"one clock: {results.baseline.title}'s median, and what the others take beside it, turn by turn.",
+        ["target", "images", "Frechet", "held-out loss", "Frechet, change", "held-out loss, change"],
+        [row(arm) for arm in results.experiment.arms],
     )
 
 

@@ -10,7 +10,8 @@ So differences between arms are due to the arms. Four questions are asked of a d
 The third alone says little of quality: a denoiser without any error in it would only ever return training data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -42,8 +43,12 @@ from stablefield.seeding import generator
 from stablefield.target import FullDataset
 from stablefield.times import Times
 
+# what is being done -> progress of it
+Stages = Callable[[str], AbstractContextManager[Progress]]
+
 LEVELS = 9
 AT_ONCE = 250
+BLOCK = 1024
 GRADIENT_BATCHES, GRADIENT_ROWS = 16, 32
 
 
@@ -119,31 +124,33 @@ class Yardstick:
         }
 
 
-def make_yardstick(config: Config, parts: Parts, *, samples: int, rows: int, progress: Progress = silent) -> Yardstick:
-    """For a configuration and its parts, of which some data are held out."""
-    pool, held_out, process = parts.pool, parts.held_out, parts.denoiser.process
+@contextmanager
+def quietly(title: str) -> Iterator[Progress]:
+    """Stages that nobody watches."""
+    yield silent
+
+
+def make_yardstick(config: Config, parts: Parts, *, samples: int, rows: int, stages: Stages = quietly) -> Yardstick:
+    """For a configuration and its parts, of which some data are held out.
+
+    With 50,000 images it takes minutes; `stages` is told what of, and how far it is.
+    """
+    pool, held_out = parts.pool, parts.held_out
     assert held_out is not None
-    space, about = _features(split(parts.data, len(held_out))[0], next(parts.denoiser.parameters()).device)
-    trained, unseen = (_statistics(space, part) for part in (pool, held_out))
+    with stages("training the classifier that compares samples") as progress:
+        device = next(parts.denoiser.parameters()).device
+        space, about = _features(split(parts.data, len(held_out))[0], device, progress)
+    with stages("features of the data") as progress:
+        trained, unseen = _statistics(space, pool, progress), _statistics(space, held_out, silent)
     fresh = nearest(held_out.take(torch.randperm(len(held_out), generator=generator(0, "near"))[:samples]), pool)
-    t, shares = noise_levels(parts)
-    weights = parts.objective.weight(process, t).tolist()
-    levels = []
-    for number, (time, share, weight) in enumerate(zip(t, shares, weights, strict=True)):
-        rows_of = [_perturbed(parts, part, time.expand(min(rows, len(part))), number) for part in (pool, held_out)]
-        alpha, sigma = process.scales(time)
-        levels.append(Level(float(sigma / alpha), share, weight, rows_of[0], _exact(pool, rows_of[0]), rows_of[1]))
-        progress(number + 1, len(t) + GRADIENT_BATCHES)
-    batches = []
-    for number in range(GRADIENT_BATCHES):
-        times = parts.objective.times.draw(GRADIENT_ROWS, generator(0, "gradient times", number))
-        noisy = _perturbed(parts, pool, times, LEVELS + number)
-        batches.append((noisy, _exact(pool, noisy)))
-        progress(len(t) + number + 1, len(t) + GRADIENT_BATCHES)
+    with stages("exact answers at every noise level") as progress:
+        levels = list(_levels(parts, held_out, rows, progress))
+    with stages("exact answers for the gradients") as progress:
+        batches = list(_batches(parts, progress))
     about |= {
         "levels": [level.level for level in levels],
-        "shares": shares,
-        "weights": weights,
+        "shares": [level.share for level in levels],
+        "weights": [level.weight for level in levels],
         "trained": len(pool),
         "held_out": len(held_out),
         "real": frechet_distance(unseen, trained),
@@ -152,6 +159,25 @@ def make_yardstick(config: Config, parts: Parts, *, samples: int, rows: int, pro
     }
     sampler = make_sampler(config)
     return Yardstick(pool.shape, pool, sampler, range(samples), space, trained, unseen, fresh, levels, batches, about)
+
+
+def _levels(parts: Parts, held_out: Pool, rows: int, progress: Progress) -> Iterator[Level]:
+    pool, process = parts.pool, parts.denoiser.process
+    t, shares = noise_levels(parts)
+    weights = parts.objective.weight(process, t).tolist()
+    for number, (time, share, weight) in enumerate(zip(t, shares, weights, strict=True)):
+        rows_of = [_perturbed(parts, part, time.expand(min(rows, len(part))), number) for part in (pool, held_out)]
+        alpha, sigma = process.scales(time)
+        yield Level(float(sigma / alpha), share, weight, rows_of[0], _exact(pool, rows_of[0]), rows_of[1])
+        progress(number + 1, len(t))
+
+
+def _batches(parts: Parts, progress: Progress) -> Iterator[tuple[Perturbed, Tensor]]:
+    for number in range(GRADIENT_BATCHES):
+        times = parts.objective.times.draw(GRADIENT_ROWS, generator(0, "gradient times", number))
+        noisy = _perturbed(parts, parts.pool, times, LEVELS + number)
+        yield noisy, _exact(parts.pool, noisy)
+        progress(number + 1, GRADIENT_BATCHES)
 
 
 def noise_levels(parts: Parts) -> tuple[Float[Tensor, "L"], list[float]]:
@@ -170,16 +196,21 @@ def _log_levels(parts: Parts, times: Times, u: Tensor) -> Tensor:
     return (sigma / alpha).log()
 
 
-def _features(pool: Pool, device: torch.device) -> tuple[Features, dict[str, Any]]:
+def _features(pool: Pool, device: torch.device, progress: Progress) -> tuple[Features, dict[str, Any]]:
     """Those of a classifier of the training data; the data themselves where they have no classes."""
     if pool.labels is None or len(pool.shape) != 3:
         return Pixels(), {"features": "the data themselves", "accuracy": None}
-    classifier = cached_classifier(pool, device=device)
+    classifier = cached_classifier(pool, device=device, progress=progress)
     return classifier, {"features": "a classifier of the training data", "accuracy": classifier.accuracy}
 
 
-def _statistics(space: Features, pool: Pool) -> Statistics:
-    return merged(Sums.of(space(block)) for block in pool.blocks(ALL, 1024)).statistics()
+def _statistics(space: Features, pool: Pool, progress: Progress) -> Statistics:
+    def sums() -> Iterator[Sums]:
+        for number, block in enumerate(pool.blocks(ALL, BLOCK)):
+            yield Sums.of(space(block))
+            progress(min((number + 1) * BLOCK, len(pool)), len(pool))
+
+    return merged(sums()).statistics()
 
 
 def _perturbed(parts: Parts, pool: Pool, t: Float[Tensor, "n"], number: int) -> Perturbed:

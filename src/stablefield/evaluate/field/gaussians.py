@@ -12,12 +12,23 @@ As n grows, the error of a target is normal, in units of x
 
 which for the score, (T - y) / sigma^2, is Cov(p(y | x)(score(y | x) - score(y))) / p(y)^2. Without the centring by the
 mean the covariance would be another one.
+
+How far the posterior is from the prior, the KL and the paper's D(t), is a mean over one number,
+
+    l = log p(y | x) / p(y),      KL = E l,      D = E f(exp(-l)),      f(r) = (1/r - 1)^2 below 1.5, else 8r/27 - 1/3,
+
+and its law is known. With s^2 = v + sigma^2, rho = sigma / s, kappa^2 = v / s^2, in units in which y is standard normal
+around the mean of its sphere, a = (y - mu) / s and noise eps = rho a + kappa z are normal, and each coordinate adds
+(a^2 - eps^2) / 2. Across the line between the means that is kappa times the product of two independent normals, and the
+sum over D - 1 of them has a variance-gamma density; along the line, y also decides the shares of the two spheres. So a
+mean over l is an integral over three numbers. (Over N data points there is no such law: the posterior is theirs.)
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -80,6 +91,29 @@ class TwoGaussians:
             sphere + math.log(2) - self._over_sides(lambda p: torch.special.entr(p) + torch.special.entr(1 - p), sigma)
         )
 
+    def divergence(self, sigma: Float[Tensor, "L"]) -> Float[Tensor, "L"]:
+        """The paper's D(t), by quadrature; infinite where sigma^2 <= 3 v, since E exp(2 l) is.
+
+        f is (exp(l) - 1)^2 and 8 r / 27, whose means are known (E r = 1), less something bounded.
+
+        Raises:
+            ValueError: in fewer than 4 dimensions, where densities are too rough for it.
+        """
+        if self.dim < 4:
+            raise ValueError(f"the quadrature for D(t) needs at least 4 dimensions, not {self.dim}")
+
+        def bounded(log_ratio: Tensor) -> Tensor:
+            r = (-log_ratio).exp()
+            return torch.where(r < 1.5, 8 * r / 27, 1 / 3 + (1 / r - 1).square())
+
+        def at(level: float) -> Tensor:
+            if level**2 <= 3 * self.variance:
+                return torch.tensor(math.inf, dtype=torch.float64)
+            squares = self._power(level, 2) - 2 * self._power(level, 1) + 1
+            return squares + 8 / 27 - self._over_ratio(bounded, level)
+
+        return torch.stack([at(level) for level in sigma.tolist()])
+
     def log_density(self, y: Float[Tensor, "B D"], sigma: float) -> Float[Tensor, "B"]:
         """log p(y)."""
         return self._log_sides(y, self.variance + sigma**2).logsumexp(1)
@@ -110,6 +144,39 @@ class TwoGaussians:
         square = (y[:, None] - self.means).square().sum(2)
         return -square / (2 * variance) - self.dim / 2 * math.log(2 * math.pi * variance) - math.log(2)
 
+    def _line(
+        self, sigma: float, reach: float = 10.0
+    ) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"], Float[Tensor, "A"]]:
+        """a along the line between the means, for an x from the first sphere; logarithms of its weights; and what is
+        shared in l, which is this and (a^2 - eps^2) / 2 summed over coordinates."""
+        a = torch.linspace(-reach, reach, 401, dtype=torch.float64)
+        s = (self.variance + sigma**2) ** 0.5
+        length = self.offset * self.dim**0.5
+        other = torch.nn.functional.softplus(-2 * length * (length + s * a) / s**2)  # the second sphere's part of p(y)
+        log_weight = -a.square() / 2 + math.log(2 * reach / 400) - math.log(2 * math.pi) / 2
+        return a, log_weight, self.dim * math.log(s / sigma) + math.log(2) - other
+
+    def _power(self, sigma: float, power: int) -> Tensor:
+        """E exp(power l), power 1 or 2: across the line in closed form, and along it given y."""
+        kappa = self.variance / (self.variance + sigma**2)  # squared
+        width = (1 - power * (power + 1) * kappa / (1 + power * kappa)) ** -0.5  # of a, so weighted
+        a, log_weight, log_shared = self._line(sigma, 10 * width)
+        across = -(self.dim - 1) / 2 * math.log(1 - power**2 * kappa)
+        # E exp(-p eps^2 / 2), eps ~ N(rho a, kappa^2)
+        noise = -power * (1 - kappa) * a.square() / (2 * (1 + power * kappa)) - math.log(1 + power * kappa) / 2
+        return torch.exp(log_weight + power * (log_shared + a.square() / 2) + across + noise).sum()
+
+    def _over_ratio(self, of: Callable[[Tensor], Tensor], sigma: float) -> Tensor:
+        """The mean over l of a function that does not grow exponentially; to 1e-9 from 8 dimensions on, 1e-4 in 4."""
+        a, log_weight, log_shared = self._line(sigma)
+        kappa = (self.variance / (self.variance + sigma**2)) ** 0.5
+        rho = (1 - kappa**2) ** 0.5
+        z, along = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(24))
+        shared = log_shared[:, None] + (a[:, None].square() - (rho * a[:, None] + kappa * z).square()) / 2
+        x, across = _products(self.dim - 1)
+        found = torch.stack([of(row[:, None] + kappa * x) @ across for row in shared])
+        return (log_weight.exp()[:, None] * found * along).sum() / math.sqrt(2 * math.pi)
+
     def _over_sides(self, of: Callable[[Tensor], Tensor], sigma: Tensor) -> Tensor:
         """The mean of a symmetric function of the posterior's share of one sphere.
 
@@ -122,6 +189,19 @@ class TwoGaussians:
         return (of(share) * torch.exp(-z.square() / 2)).sum(1) * (z[1] - z[0]) / math.sqrt(2 * math.pi)
 
 
+def _products(n: int) -> tuple[Float[Tensor, "X"], Float[Tensor, "X"]]:
+    """Points and weights for the sum of n products of two independent normals.
+
+    |x|^m K_m(|x|) / (sqrt(pi) 2^m Gamma(n / 2)), m = (n - 1) / 2: the density of half the difference of two chi^2_n.
+    """
+    from scipy.special import gammaln, kve
+
+    x = torch.arange(-400, 400, dtype=torch.float64) / 5 + 0.1
+    m, size = (n - 1) / 2, x.abs().numpy()
+    log_density = m * np.log(size / 2) + np.log(kve(m, size)) - size - gammaln(n / 2) - math.log(math.pi) / 2
+    return x, torch.from_numpy(np.exp(log_density)) / 5
+
+
 @dataclass(frozen=True, eq=False)
 class Study:
     """Estimates beside closed forms, at some noise levels; variances in units of x squared.
@@ -130,6 +210,8 @@ class Study:
         sigma: the levels.
         dsm, dsm_closed: V_DSM.
         information, information_closed: mean KL of the posterior from the prior, in nats.
+        divergence, divergence_closed: the paper's D(t). Below sigma^2 = 15 v its estimate has no finite variance, and
+            its standard error says too little.
         limit: the mean trace of A, to which (n - 1) V_STF should tend.
         stable: V_STF of each size.
         bias: squared bias of each size: 0.
@@ -140,6 +222,8 @@ class Study:
     dsm_closed: Float[Tensor, "L"]
     information: Estimate
     information_closed: Float[Tensor, "L"]
+    divergence: Estimate
+    divergence_closed: Float[Tensor, "L"]
     limit: Estimate
     stable: Mapping[int, Estimate]
     bias: Mapping[int, Estimate]
@@ -176,6 +260,7 @@ def study_gaussians(
         sigma,
         dsm_closed=population.dsm(sigma),
         information_closed=population.information(sigma),
+        divergence_closed=population.divergence(sigma),
         stable={n: squared_error(each.diagonal(dim1=2, dim2=3)) for n, each in products.items()},
         bias={n: squared_bias(each) for n, each in products.items()},
         **numbers,
@@ -223,12 +308,23 @@ def _at(
 
 
 def _single(population: TwoGaussians, sigma: float, g: torch.Generator) -> dict[str, Float[Tensor, "S"]]:
-    """What a single sample shows, of many: its squared error, and log p(y | x) / p(y)."""
+    """What a single sample shows, of many: its squared error, log p(y | x) / p(y), and the f of D(t)."""
     x = population.draw(SINGLE, g)
     y = _noisy(x, sigma, g)
     log_given = -(y - x).square().sum(1) / (2 * sigma**2) - population.dim / 2 * math.log(2 * math.pi * sigma**2)
     squares = (x - population.mean(y, sigma)).square().sum(1)
-    return {"dsm": squares, "information": log_given - population.log_density(y, sigma)}
+    log_ratio = log_given - population.log_density(y, sigma)
+    return {"dsm": squares, "information": log_ratio, "divergence": far(log_ratio)}
+
+
+def far(log_ratio: Float[Tensor, "S"]) -> Float[Tensor, "S"]:
+    """The paper's f(r) of r = exp(-log_ratio), but for 8 r / 27 - 8 / 27, which is 0 on average.
+
+    On average only: where the spheres are apart half of E r = 1 is due to x from the one and y from the other, which no
+    draw ever sees.
+    """
+    r = (-log_ratio).exp()
+    return 8 / 27 + torch.where(r < 1.5, (log_ratio.exp() - 1).square() - 8 * r / 27, -1 / 3)
 
 
 def _noisy(x: Float[Tensor, "B D"], sigma: float, g: torch.Generator) -> Float[Tensor, "B D"]:

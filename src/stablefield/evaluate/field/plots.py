@@ -117,21 +117,21 @@ def plot_study(path: Path, study: Study, errors: Iterable[tuple[int, Float[Tenso
     variance.legend(frameon=False, fontsize=8, loc="lower left")
     label(law, "members of the support n", "(n − 1) V_STF / its limit")
     sizes = [n for n in study.stable if n > 1]
-    for style, at in zip(("-", *STYLES), _few(study.sigma), strict=False):
+    for line, at in zip(("-", *STYLES), _few(study.sigma), strict=False):
         ratio = [(n - 1) * float(study.stable[n].value[at] / study.limit.value[at]) for n in sizes]
         name = f"sigma = {float(study.sigma[at]):.2g}"
-        law.plot(sizes, ratio, linestyle=style, marker="o", ms=3, color="black", linewidth=1.2, label=name)
+        law.plot(sizes, ratio, linestyle=line, marker="o", ms=3, color="black", linewidth=1.2, label=name)
     law.axhline(1, color="0.7", linewidth=0.8)
     law.set_xscale("log")
     law.set_ylim(0, 1.4)
     law.legend(frameon=False, fontsize=8)
     label(normal, "quantile of N(0, 1)", "quantile of the error / its asymptotic deviation")
-    for style, (n, each) in zip(("-", *STYLES), errors, strict=False):
+    for drawn, (n, each) in zip(("-", *STYLES), errors, strict=False):
         u = (torch.arange(len(each), dtype=torch.float64) + 0.5) / len(each)
         normal.plot(
             torch.special.ndtri(u),
             each.sort().values,
-            linestyle=style,
+            linestyle=drawn,
             color="black",
             linewidth=1.2,
             label=f"n = {n:,}",

@@ -44,6 +44,8 @@ def lines_of_study(study: Study) -> Iterator[dict[str, Any]]:
         ("dsm_closed_form", None, Estimate(study.dsm_closed, exact), "x^2"),
         ("kl", None, study.information, "nats"),
         ("kl_closed_form", None, Estimate(study.information_closed, exact), "nats"),
+        ("divergence", None, study.divergence, "1"),
+        ("divergence_closed_form", None, Estimate(study.divergence_closed, exact), "1"),
         ("limit_of_n_times_stf", None, study.limit, "x^2"),
     ]
     found += [("stf", n, each, "x^2") for n, each in study.stable.items()]
