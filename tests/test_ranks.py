@@ -1,5 +1,7 @@
 """Several ranks do together what one does alone, but for the order in which numbers are added."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -7,12 +9,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from stablefield import EDM, VE, EDMWeight, LogNormal, Objective, Pool, Preconditioned, ReferenceBatch, TrainState, UNet
+from stablefield import (
+    EDM,
+    VE,
+    EDMWeight,
+    FullDataset,
+    LogNormal,
+    Objective,
+    Pool,
+    Preconditioned,
+    ReferenceBatch,
+    TrainState,
+    UNet,
+)
+from stablefield.checkpoint import read
+from stablefield.config import Config, override, resolve
 from stablefield.data import Shuffled
 from stablefield.engine import Descent, train
+from stablefield.engine.fit import descent_of, fit
 from stablefield.neighbours import nearest
 from stablefield.pruned import PrunedDataset
 from stablefield.ranks import Ranks, joined
+from stablefield.run import Folder, assemble
 from stablefield.schedule import LearningRate
 from stablefield.shards import Shards
 from stablefield.times import Stratified
@@ -35,9 +53,14 @@ def losses(ranks: Ranks, *, steps: int = 6, micro_batch: int | None = None) -> t
     return torch.stack(found)
 
 
-def together(ranks: int, out: Path, what: str = "losses", **options: float) -> torch.Tensor:
+def together(ranks: int, out: Path, what: str = "losses", **options: object) -> torch.Tensor:
     """The same by so many processes."""
-    said = ", ".join(f"{name}={value}" for name, value in options.items())
+    launched(ranks, out, what, **options).check_returncode()
+    return torch.load(out / "found.pt")
+
+
+def launched(ranks: int, out: Path, what: str, **options: object) -> subprocess.CompletedProcess[str]:
+    said = ", ".join(f"{name}={value!r}" for name, value in options.items())
     script = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_ranks as t\n"
         "from stablefield.ranks import joined\n"
@@ -49,13 +72,12 @@ def together(ranks: int, out: Path, what: str = "losses", **options: float) -> t
     )
     (out / "script.py").write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    subprocess.run(
+    return subprocess.run(
         [*launch, str(out / "script.py"), str(Path(__file__).parent), str(out / "found.pt")],
-        check=True,
         capture_output=True,
+        text=True,
         timeout=120,
     )
-    return torch.load(out / "found.pt")
 
 
 def test_two_ranks_lose_what_one_does(tmp_path):
@@ -109,3 +131,139 @@ def test_two_ranks_that_share_the_data_out_are_taught_what_one_is(tmp_path):
     for sigma in (0.5, 2.0, 8.0):
         alone = exact_means(Ranks(torch.device("cpu")), sigma)
         torch.testing.assert_close(together(2, tmp_path, "exact_means", sigma=sigma), alone, rtol=0, atol=1e-6)
+
+
+# ---- references that no rank holds alone
+
+DIGITS = ["network.kind=mlp", "network.width=16", "network.layers=1", "training.batch_size=32", "training.images=192"]
+SHARED_OUT = {
+    "pruned": ["target.kind=pruned"],
+    "full": ["target.kind=full"],
+    "labels": ["target.kind=pruned", "training.conditional=true", "training.label_dropout=0.3"],
+    "full labels": ["target.kind=full", "training.conditional=true"],
+    "mirrored": ["target.kind=pruned", "augmentation.kind=mirror"],
+    "told": ["target.kind=pruned", "augmentation.kind=edm", "augmentation.p=0.3"],
+}
+
+
+def shared_out(kind: str) -> Config:
+    return resolve(override({}, [*DIGITS, *SHARED_OUT[kind], "target.sharded=true"]))
+
+
+def sharded_losses(ranks: Ranks, kind: str) -> torch.Tensor:
+    """Losses and shares (ESS) of every row, from a configuration with the references shared out; micro-batches of 5."""
+    config = shared_out(kind)
+    parts = assemble(config, ranks=ranks)
+    training = config.training
+    descent = Descent(descent_of(training).rate, micro_batch=5)
+    found = []
+    for step in train(
+        TrainState(parts.denoiser),
+        parts.objective,
+        parts.batches,
+        images=training.images,
+        seed=training.seed,
+        descent=descent,
+        ranks=ranks,
+    ):
+        found.append(ranks.gather(torch.stack([step.report.each, step.report.ess], 1)))
+    own = parts.objective.target.own
+    assert len(own) == len(Shards(ranks.rank, ranks.total).own(parts.pool)) <= -(-len(parts.pool) // ranks.total)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "labels")) for k in SHARED_OUT])
+def test_two_ranks_with_half_of_the_references_each_lose_what_one_with_all_does(tmp_path, kind):
+    alone = sharded_losses(Ranks(torch.device("cpu")), kind)
+    assert (alone[:, :, 1] > 1.01).any()  # targets that are more than the source
+    torch.testing.assert_close(together(2, tmp_path, "sharded_losses", kind=kind), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_alone_shared_out_references_are_those_of_the_run_without():
+    plain = resolve(override({}, [*DIGITS, *SHARED_OUT["pruned"]]))
+    parts = [assemble(config) for config in (plain, shared_out("pruned"))]
+    one, other = (part.objective.target for part in parts)
+    assert one.shards.total == other.shards.total == 1
+    assert other.own is other.pool
+    noisy = VE().perturb(
+        parts[0].pool.take(torch.arange(8)), torch.full((8,), 2.0), torch.zeros(8, 1, 8, 8), index=torch.arange(8)
+    )
+    assert torch.equal(one(noisy).mean, other(noisy).mean)
+
+
+def test_ranks_that_ask_about_unequally_many_rows_are_told():
+    x = POOL.take(torch.arange(3))
+    noisy = VE().perturb(x, torch.ones(3), torch.zeros_like(x), index=torch.arange(3))
+    shards = Shards(0, 2, lambda rows: torch.cat([rows, rows + 1]))
+    for target in (FullDataset(POOL, shards=shards), PrunedDataset(POOL, shards=shards)):
+        with pytest.raises(ValueError, match=r"equally many rows, and not \[3, 4\]"):
+            target(noisy)
+
+
+def test_more_ranks_than_members_are_refused():
+    with pytest.raises(ValueError, match="50 members cannot be shared out among 51 ranks"):
+        Shards(0, 51).own(POOL)
+
+
+DYING = ["training.images=1000000", "training.save_every=64", "training.log_every=32"]
+
+
+def die_in_a_target(ranks: Ranks, folder: str, gathers: int, victim: int) -> torch.Tensor:
+    """Train until one rank is killed before its n-th exchange within a target."""
+    config = resolve(override(shared_out("pruned").sections, DYING))
+    parts = assemble(config, ranks=ranks)
+    said = 0
+
+    def gather(rows: torch.Tensor) -> torch.Tensor:
+        nonlocal said
+        said += 1
+        if said == gathers and ranks.rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ranks.gather(rows)
+
+    object.__setattr__(parts.objective.target.shards, "gather", gather)
+    fit(config, parts, Folder(Path(folder)), ranks=ranks)
+    raise AssertionError("nobody died")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gathers", "victim"), [(100, 0), (103, 1), (105, 0), (108, 1)])
+def test_a_rank_that_dies_within_a_target_is_missed_and_the_run_goes_on(tmp_path, gathers, victim):
+    folder = tmp_path / "run"
+    done = launched(2, tmp_path, "die_in_a_target", folder=str(folder), gathers=gathers, victim=victim)
+    assert done.returncode != 0
+    assert f"ConnectionError: rank {1 - victim} of 2 has lost the others" in done.stderr
+    kept = read(Folder(folder).checkpoint).images
+    assert kept > 0
+    config = resolve(override(shared_out("pruned").sections, [*DYING, f"training.images={kept + 64}"]))
+    assert fit(config, assemble(config), Folder(folder)) == 0
+    assert read(Folder(folder).checkpoint).images == kept + 64
+
+
+@pytest.mark.slow
+def test_the_command_line_shares_references_out(tmp_path):
+    settings = [*DIGITS, "training.log_every=32", "target.kind=pruned", "target.sharded=true"]
+    said = [part for setting in settings for part in ("--set", setting)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "stablefield", "train", "--out"]
+    done = subprocess.run(
+        [*launch, *command, str(tmp_path / "two"), *said], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sharded=True" in done.stdout
+    config = resolve(override({}, settings))
+    fit(config, assemble(config), Folder(tmp_path / "one"))
+    one, two = (Folder(tmp_path / name).history() for name in ("one", "two"))
+    assert len(one) == 6
+    for mine, theirs in zip(one, two, strict=True):
+        for name in ("Loss/loss", "Target/ess", "Loss/gradient_norm"):
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-5)
+    # how the references are shared out is no other run
+    more = ["--resume", str(tmp_path / "two"), "--set", "target.sharded=false", "--set", "training.images=256"]
+    done = subprocess.run(
+        [sys.executable, *command[:-1], *more],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -113,18 +113,22 @@ def stream(
     sigma: float | Tensor,
     alpha: float | Tensor = 1.0,
     source: Float[Tensor, "B *D"] | None = None,
+    merge: Callable[["Sums"], "Sums"] | None = None,
 ) -> Posterior:
     """`posterior` over a support that arrives in blocks, from anywhere.
 
     Args:
         blocks: pairs (members, mask): members (n, *D) or (B, n, *D) of any floating type on any device; the mask,
             (B, n) or None, says which of them a row may use.
+        merge: joins what was summed elsewhere, over other members for the same rows (`Shards.merge`).
     """
     sums = Sums(x_t, sigma, alpha)
     for members, mask in blocks:
         sums.add(members, mask)
     if source is not None:
         sums.add(source.unsqueeze(1))
+    if merge is not None:
+        sums = merge(sums)
     found = sums.finish()
     if not _valid(sums):
         raise ValueError(_complaint(x_t, sums))

@@ -30,7 +30,7 @@ from stablefield.products import LONGEST, ByteProducts, FloatProducts, multiplie
 from stablefield.reference import Pool
 from stablefield.screen import Projection, Screen, principal
 from stablefield.shards import ALONE, Shards
-from stablefield.target import SingleSample, TargetEstimator, index_of
+from stablefield.target import SharedOut, SingleSample, index_of
 
 MANY = 1 / 2  # of the members: beyond that they are taken as they are stored, not picked out
 JOINING = 1 / 16  # of the members: what a row costs that joins others for which all members pass
@@ -41,7 +41,7 @@ Distances = Callable[[int], Float[Tensor, "m k"]]  # label -> distances to the n
 
 
 @dataclass(frozen=True)
-class PrunedDataset(TargetEstimator):
+class PrunedDataset(SharedOut):
     """The exact posterior mean over all data, or all of a class, but for `lost` of its mass. Unbiased.
 
     Attributes:
@@ -49,13 +49,15 @@ class PrunedDataset(TargetEstimator):
             row is spared the screening, and all else is the same.
         lost: the share of the posterior that may be missing, on average over the rows.
         dims: coordinates to screen by.
-        shards: among whom the members are shared out. All must ask at once, for equally many rows each.
+        sharded: in a run, whether ranks that train together share the members out; alone it changes nothing.
+        shards: among whom they are.
     """
 
     pool: Pool
     distances: Distances | None = field(default=None, repr=False)
     lost: float = 1e-8
     dims: int = 64
+    sharded: bool = False
     shards: Shards = field(default=ALONE, repr=False)
     _known: dict[tuple[int, torch.device], "_Known"] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -66,12 +68,6 @@ class PrunedDataset(TargetEstimator):
             raise ValueError(f"lost is a share of the posterior, between 0 and 1, and not {self.lost}")
         if self.dims < 1:
             raise ValueError(f"dims must be at least 1, not {self.dims}")
-
-    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
-        if self.shards.total == 1:
-            return super().__call__(noisy, generator=generator)
-        everyone = self.shards.everyone(noisy)
-        return super().__call__(everyone, generator=generator).rows(self.shards.mine(len(everyone)))
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         _refuse_what_is_not_finite(noisy)
@@ -93,7 +89,8 @@ class PrunedDataset(TargetEstimator):
             level = torch.zeros(len(members), dtype=torch.float64)
             if self.distances is not None:
                 level = isolation(_checked(self.distances(label), len(members)), len(members) - 1, self.lost / 3)
-            place, own = self.shards.place(members), self.shards.own(self.pool)
+                level = self.shards.first(level)  # or ranks would not ask about the same rows
+            place, own = self.shards.place(members), self.own
             held = place >= 0
             projection = self._projection(device)
             screen = Screen.of(own, place[held], projection, level[held]) if held.any() else None
@@ -102,7 +99,9 @@ class PrunedDataset(TargetEstimator):
 
     def _projection(self, device: torch.device) -> Projection:
         made = (known.projection for known in self._known.values())
-        return (next(made, None) or principal(self.pool, self.dims)).to(device)
+        found = next(made, None) or principal(self.pool, self.dims)
+        # sums around centres that differ in the last digit would not merge
+        return replace(found, centre=self.shards.first(found.centre), basis=self.shards.first(found.basis)).to(device)
 
     def _answer(self, noisy: Perturbed, place: Int[Tensor, "B"], known: "_Known") -> tuple[Int[Tensor, "s"], Posterior]:
         """Rows that are not isolated: which of them share their cell with others, and the means over the cells."""
@@ -180,7 +179,7 @@ class _Known:
         wanted = mask.any(0).nonzero().flatten()
         if len(wanted) < MANY * len(self.screen):
             position = self.screen.order[wanted.cpu()]
-            blocks = (self.own.stored(part) for part in self.screen.members[position].split(size))
+            blocks = self.own.stored_in_turn(self.screen.members[position].split(size))
             allowed, square = mask[:, wanted], self.screen.square[position.to(mask.device)]
         else:
             blocks = self.own.stored_blocks(self.label, size)

@@ -47,8 +47,9 @@ class Ranks:
             PartialState().wait_for_everyone()
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, in their order, on every rank. All must have equally many."""
-        return gather(rows) if self.total > 1 else rows
+        """The rows of all ranks, in their order, on every rank's device. All must have equally many."""
+        # GPUs speak to each other of what is on them only
+        return gather(rows.to(self.device)) if self.total > 1 else rows
 
     def share(self, rows: Sequence[T]) -> Sequence[T]:
         """What this rank does of work that can be divided."""

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from stablefield.ranks import Ranks
 from stablefield.reference import Pool, is_picture
 from stablefield.sample import Sampler
 from stablefield.seeding import derive
+from stablefield.shards import ALONE, Shards
 from stablefield.target import TargetEstimator
 from stablefield.times import Stratified
 
@@ -206,13 +208,16 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
         raise ConfigError("training.conditional needs labels, and the data have none")
     pool, held_out = _kept_apart(data if training.conditional else replace(data, labels=None), source.holdout)
     augmentation: Augmentation = config.make("augmentation")
+    shards = _shards(config, ranks)
     try:
-        pool = resident(augmentation.of_pool(pool), ranks.device)
+        pool = augmentation.of_pool(pool)
     except ValueError as error:
         raise ConfigError(f"augmentation: {error}") from None
+    if shards.total == 1:
+        pool = resident(pool, ranks.device)
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
     order = Shuffled(pool, training.batch_size, training.seed, ranks.rank, ranks.total)
-    target = _make_target(config, order, ranks.device, progress)
+    target = _make_target(config, order, shards, ranks.device, progress)
     denoiser = make_denoiser(config, pool.shape, pool.classes).to(ranks.device)
     _try_out(denoiser, pool, augmentation.dim)
     batches = augmentation.of_batches(order, training.seed, ranks.device)
@@ -240,24 +245,40 @@ def _kept_apart(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
     return pool, held_out
 
 
-def _make_target(config: Config, order: Shuffled, device: torch.device, progress: Progress) -> TargetEstimator:
-    kind = config["target"]["kind"]
-    needs: dict[str, dict[str, Any]] = {"single": {}, "rolling": {"order": order}}
+def _shards(config: Config, ranks: Ranks) -> Shards:
+    """How ranks share the references out: each keeps its part on its device, and the data stay where they are."""
+    if not config["target"].get("sharded"):
+        return ALONE
+    return Shards(ranks.rank, ranks.total, ranks.gather, partial(resident, device=ranks.device))
+
+
+def _make_target(
+    config: Config, order: Shuffled, shards: Shards, device: torch.device, progress: Progress
+) -> TargetEstimator:
+    kind, pool = config["target"]["kind"], order.pool
+    needs: dict[str, dict[str, Any]] = {
+        "single": {},
+        "rolling": {"order": order},
+        "full": {"pool": pool, "shards": shards},
+    }
     if kind == "pruned":
-        distances = NeighbourDistances(order.pool, device=device, progress=progress)
-        needs[kind] = {"pool": order.pool, "distances": distances.prepare(untold=config.training.label_dropout > 0)}
+        distances = NeighbourDistances(pool, device=device, progress=progress)
+        prepared = distances.prepare(untold=config.training.label_dropout > 0)
+        needs[kind] = {"pool": pool, "distances": prepared, "shards": shards}
     try:
-        return config.make("target", **needs.get(kind, {"pool": order.pool}))
+        return config.make("target", **needs.get(kind, {"pool": pool}))
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
 
 
 def resident(pool: Pool, device: torch.device, share: float = 0.1) -> Pool:
-    """The pool on a GPU, if it takes no more than this share of its memory; else where it is."""
-    if device.type != "cuda" or pool.data.nbytes > share * torch.cuda.get_device_properties(device).total_memory:
+    """The pool on a GPU, if its data take no more than this share of its memory; else where it is.
+
+    On a CPU, too, it stays where it is: data mapped from a file are in memory once for all processes of a machine.
+    """
+    if device.type != "cuda" or pool.nbytes > share * torch.cuda.get_device_properties(device).total_memory:
         return pool
-    labels = None if pool.labels is None else pool.labels.to(device)
-    return replace(pool, data=pool.data.to(device), labels=labels)
+    return pool.to(device)
 
 
 def _check_classes(pool: Pool) -> None:

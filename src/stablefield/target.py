@@ -23,7 +23,8 @@ looks at the label only, which is drawn without looking at the source, chooses b
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -35,6 +36,7 @@ from stablefield.posterior import Posterior, Sums, chunk_size, posterior, stream
 from stablefield.process import Perturbed, per_row
 from stablefield.reference import ALL, Pool
 from stablefield.seeding import derive
+from stablefield.shards import ALONE, Shards
 
 
 class TargetEstimator(ABC):
@@ -66,6 +68,27 @@ class TargetEstimator(ABC):
     @abstractmethod
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         """The answer for rows that all carry one label (-1: none)."""
+
+
+class SharedOut(TargetEstimator):
+    """One whose members several ranks may hold, each some of them: all answer everyone's rows together.
+
+    All must ask at once, for equally many rows each.
+    """
+
+    pool: Pool
+    shards: Shards
+
+    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
+        if self.shards.total == 1:
+            return super().__call__(noisy, generator=generator)
+        everyone = self.shards.everyone(noisy)
+        return super().__call__(everyone, generator=generator).rows(self.shards.mine(len(everyone)))
+
+    @cached_property
+    def own(self) -> Pool:
+        """The members that this rank holds."""
+        return self.shards.own(self.pool)
 
 
 @dataclass(frozen=True)
@@ -121,16 +144,29 @@ def from_references(
 
 
 @dataclass(frozen=True)
-class FullDataset(TargetEstimator):
-    """The exact posterior mean over all data, or all of a class: no bias and no variance."""
+class FullDataset(SharedOut):
+    """The exact posterior mean over all data, or all of a class: no bias and no variance.
+
+    Attributes:
+        sharded: in a run, whether ranks that train together share the members out; alone it changes nothing.
+        shards: among whom they are.
+    """
 
     pool: Pool
+    sharded: bool = False
+    shards: Shards = field(default=ALONE, repr=False)
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         if noisy.index is not None:
             index_of(noisy, self.pool)
-        blocks = ((block, None) for block in self.pool.blocks(label, chunk_size(noisy.x_t)))
-        return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha)
+        blocks = ((block, None) for block in self._held(label, chunk_size(noisy.x_t)))
+        return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, merge=self.shards.merge)
+
+    def _held(self, label: int, size: int) -> Iterator[Tensor]:
+        if self.shards.total == 1:
+            return self.pool.blocks(label, size)
+        place = self.shards.place(self.pool.members(label))  # of a small class a rank may hold none
+        return self.own.take_in_turn(place[place >= 0].split(size))
 
 
 @dataclass(frozen=True)
