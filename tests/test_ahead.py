@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +90,13 @@ def test_who_fails_leaves_no_thread() -> None:
 
 
 def stored(folder: Path, dtype: str, labels: bool = True) -> Pool:
+    """A pool that is mapped, and said to be too large for memory."""
     g = torch.Generator().manual_seed(0)
     x = 40 * torch.randn(1000, 1, 6, 6, generator=g)
     data = (128 + x).clamp(0, 255).byte() if dtype == "uint8" else x / 80
     found = np.arange(1000) % 3 if labels else None
     contents = Contents(1000, lambda: iter(data.numpy().reshape(4, 250, 1, 6, 6)), found)
-    return write(folder / "store", contents, source="a test").load()
+    return replace(write(folder / "store", contents, source="a test").load(), mapped=True)
 
 
 def in_memory(pool: Pool) -> Pool:
@@ -168,9 +170,12 @@ def test_a_pool_moves_with_no_more_data_than_its_members_need(pool: Pool) -> Non
     assert some.to(torch.device("cpu")).places is None
 
 
-def test_a_store_says_that_it_is_mapped_and_its_views_do_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_a_store_is_read_ahead_where_memory_cannot_hold_it(
+    large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stored(tmp_path, "uint8", labels=False)
+    monkeypatch.setattr("stablefield.data.store.IN_MEMORY", 0.0 if large else 0.5)
     pool = Store(tmp_path / "store").load()
-    assert pool.mapped
-    assert pool.subset(torch.arange(5)).mapped
-    assert pool.mirrored().mapped
+    for view in (pool, pool.subset(torch.arange(5)), pool.mirrored()):
+        assert view.mapped == large

@@ -27,8 +27,8 @@ class Pool:
         labels: the class of each member, (n,), or None.
         levels: how many values a byte takes; 256 for photographs.
         places: of a view, which of the data each member is: k, or N + k for the mirror image of k. None: all, in order.
-        mapped: whether the data are a file that is mapped into memory, so that a look at them may wait for a disk.
-            Then members that are asked for in turn are read ahead (`ahead`), into memory of their own.
+        mapped: whether the data are a file, mapped and too large to stay in memory, so that a look at them may wait
+            for a disk. Then members that are asked for in turn are read ahead (`ahead`), into memory of their own.
 
     Raises:
         ValueError: no data, another type, a floating number that is not finite, or labels that do not fit.
