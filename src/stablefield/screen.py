@@ -102,7 +102,7 @@ class Screen:
         """See members of a pool once, on the device of the projection."""
         level, order = level.sort(stable=True)
         device, here = projection.centre.device, projection.to(pool.data.device)
-        seen = [(here(block), here.square(block)) for block in pool.take_in_turn(members.split(1024))]
+        seen = [(here(block), here.square(block)) for block in map(pool.take, members.split(1024))]
         coordinates, square = (torch.cat(part).to(device) for part in zip(*seen, strict=True))
         coordinates = coordinates[order.to(device)]
         energy = coordinates.square().sum(1)

@@ -59,7 +59,7 @@ class Store(Source):
             found = mapped(self._file("labels.npy"))
             self._compare("labels.npy", found, "int64", about["shape"][:1])
             labels = torch.from_numpy(np.array(found))
-        return Pool(as_tensor(data), labels, about["levels"], mapped=True)
+        return Pool(as_tensor(data), labels, about["levels"])
 
     def contents(self) -> Contents:
         return Contents.of(self.load(), tuple(self.about()["classes"]))
