@@ -3,17 +3,28 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from test_ahead import stored
 from test_pruned import CPU, batch, images, in_turn, seeded
 
-from stablefield import FullDataset, Posterior, PrunedDataset
+from stablefield import FullDataset, Pool, Posterior, PrunedDataset
+from stablefield.data import write
+from stablefield.data.contents import Contents
 from stablefield.run import resident
 from stablefield.shards import Shards
 from stablefield.target import SharedOut
 
 KINDS = [FullDataset, PrunedDataset]
+
+
+def stored(folder: Path, dtype: str, labels: bool = True) -> Pool:
+    g = torch.Generator().manual_seed(0)
+    x = 40 * torch.randn(1000, 1, 6, 6, generator=g)
+    data = (128 + x).clamp(0, 255).byte() if dtype == "uint8" else x / 80
+    found = np.arange(1000) % 3 if labels else None
+    contents = Contents(1000, lambda: iter(data.numpy().reshape(4, 250, 1, 6, 6)), found)
+    return write(folder / "store", contents, source="a test").load()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -55,7 +66,6 @@ def test_ranks_that_share_a_mapped_file_hold_nothing_of_it(kind: type[SharedOut]
 
     answers = in_turn(2, ask)
     for target, _ in answers:
-        assert target.own.mapped
         assert target.own.data.data_ptr() == pool.data.data_ptr()
         assert len(target.own) == len(pool) // 2
     torch.testing.assert_close(torch.cat([mean for _, mean in answers]), kind(pool)(noisy).mean, rtol=0, atol=1e-6)
@@ -79,3 +89,17 @@ def test_ranks_whose_last_digits_differ_answer_as_one(kind: type[SharedOut], mon
         return kind(pool, shards=shards, **off)(noisy.rows(shards.mine(24))).mean
 
     torch.testing.assert_close(torch.cat(in_turn(total, ask)), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_pool_moves_with_no_more_data_than_its_members_need(tmp_path: Path, dtype: str) -> None:
+    pool = stored(tmp_path, dtype)
+    some = pool.subset(torch.arange(1, 1000, 4))
+    both = pool.mirrored()
+    for view, members in ((pool, 1000), (some, 250), (some.mirrored(), 250), (both, 1000)):
+        moved = view.to(torch.device("cpu"))
+        everyone = torch.arange(len(view))
+        assert torch.equal(moved.stored(everyone), view.stored(everyone))
+        assert torch.equal(moved.labels, view.labels)
+        assert moved.data.nbytes == view.nbytes == members * pool.data[0].nbytes
+    assert some.to(torch.device("cpu")).places is None

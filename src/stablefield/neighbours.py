@@ -10,7 +10,6 @@ average over the noise. This depends on the data and on sigma / alpha alone: it 
 
 import math
 from collections.abc import Callable, Iterator
-from itertools import chain
 
 import torch
 from jaxtyping import Float, Int
@@ -52,11 +51,11 @@ def nearest(
     where = torch.zeros(len(members), k, dtype=torch.int64, device=device)
     largest, done = torch.zeros((), device=device), 0
     for i, rows in enumerate(parts):
-        x = _flattened(pool.take(rows), device) - centre
+        x = _flat(pool, rows, device) - centre
         norm = x.square().sum(1)
         largest = torch.maximum(largest, norm.max())
-        before = (_flattened(taken, device) - centre for taken in pool.take_in_turn(parts[:i]))
-        for j, y in enumerate(chain(before, [x])):
+        for j, columns in enumerate(parts[: i + 1]):
+            y = x if i == j else _flat(pool, columns, device) - centre
             square = torch.addmm(norm[:, None] + y.square().sum(1), x, y.T, alpha=-2)
             if i == j:
                 square.fill_diagonal_(math.inf)
@@ -124,13 +123,13 @@ def _quantile(p: float) -> float:
     return high
 
 
-def _flattened(x: Float[Tensor, "n *D"], device: torch.device | str) -> Float[Tensor, "n D"]:
-    return x.flatten(1).to(device, torch.float32)
+def _flat(pool: Pool, index: Int[Tensor, "n"], device: torch.device | str) -> Float[Tensor, "n D"]:
+    return pool.take(index).flatten(1).to(device, torch.float32)
 
 
 def _mean(pool: Pool, parts: tuple[Tensor, ...], device: torch.device | str) -> Float[Tensor, "D"]:
     # distances do not change, but the rounding of the products does
-    sums = [_flattened(taken, device).sum(0, dtype=torch.float64) for taken in pool.take_in_turn(parts)]
+    sums = [_flat(pool, part, device).sum(0, dtype=torch.float64) for part in parts]
     return (torch.stack(sums).sum(0) / sum(map(len, parts))).float()
 
 

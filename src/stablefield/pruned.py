@@ -179,7 +179,7 @@ class _Known:
         wanted = mask.any(0).nonzero().flatten()
         if len(wanted) < MANY * len(self.screen):
             position = self.screen.order[wanted.cpu()]
-            blocks = self.own.stored_in_turn(self.screen.members[position].split(size))
+            blocks = (self.own.stored(part) for part in self.screen.members[position].split(size))
             allowed, square = mask[:, wanted], self.screen.square[position.to(mask.device)]
         else:
             blocks = self.own.stored_blocks(self.label, size)

@@ -4,14 +4,12 @@ A `Pool` holds the data as they are stored (bytes stay bytes until a block of th
 questions: which members carry a label, which n distinct ones a draw picks, and what some of them look like.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-
-from stablefield.ahead import ahead
 
 ALL = -1  # the label of a row of which the network is told nothing: every member may be its source
 
@@ -27,8 +25,6 @@ class Pool:
         labels: the class of each member, (n,), or None.
         levels: how many values a byte takes; 256 for photographs.
         places: of a view, which of the data each member is: k, or N + k for the mirror image of k. None: all, in order.
-        mapped: whether the data are a file, mapped and too large to stay in memory, so that a look at them may wait
-            for a disk. Then members that are asked for in turn are read ahead (`ahead`), into memory of their own.
 
     Raises:
         ValueError: no data, another type, a floating number that is not finite, or labels that do not fit.
@@ -38,7 +34,6 @@ class Pool:
     labels: Int[Tensor, "n"] | None = None
     levels: int = 256
     places: Int[Tensor, "n"] | None = None
-    mapped: bool = False
     _members: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -103,7 +98,7 @@ class Pool:
         places = torch.searchsorted(kept, places % total) + len(kept) * (places // total)
         labels = None if self.labels is None else self.labels.to(device)
         whole = torch.equal(places, torch.arange(len(kept)))
-        return replace(self, data=data, labels=labels, places=None if whole else places, mapped=False)
+        return replace(self, data=data, labels=labels, places=None if whole else places)
 
     def members(self, label: int) -> Int[Tensor, "m"]:
         """Where the members of a class stand; all of them for the label -1.
@@ -146,36 +141,18 @@ class Pool:
 
     def blocks(self, label: int, size: int) -> Iterator[Float[Tensor, "n *D"]]:
         """All members that carry a label (-1: all there are), `size` at a time."""
-        return self._in_turn(self.decode(part) for part in self._parts(label, size))
+        return map(self.decode, self.stored_blocks(label, size))
 
     def stored_blocks(self, label: int, size: int) -> Iterator[Shaped[Tensor, "n *D"]]:
         """The same as they are stored."""
-        return self._in_turn(self._parts(label, size))
-
-    def take_in_turn(self, parts: Iterable[Int[Tensor, "_"]]) -> Iterator[Float[Tensor, "_ *D"]]:
-        """Members as `take` gives them, a part after the other."""
-        return self._in_turn(map(self.take, parts))
-
-    def stored_in_turn(self, parts: Iterable[Int[Tensor, "_"]]) -> Iterator[Shaped[Tensor, "_ *D"]]:
-        """The same as they are stored."""
-        return self._in_turn(map(self.stored, parts))
+        if label == ALL and self.places is None:
+            return iter(self.data.split(size))
+        return map(self.stored, self.members(label).split(size))
 
     def draw(self, n: int, label: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
         """An ordered draw of n distinct members that carry a label (-1: of all). A smaller class is drawn whole."""
         members = self.members(label)
         return members[distinct(len(members), min(n, len(members)), generator)]
-
-    def _parts(self, label: int, size: int) -> Iterator[Tensor]:
-        if label == ALL and self.places is None:
-            return iter(self.data.split(size))
-        return map(self.stored, self.members(label).split(size))
-
-    def _in_turn(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
-        if not self.mapped:
-            return parts
-        # a part of a map is no more than an address: only who copies it has read it
-        pages = self.data.untyped_storage().data_ptr()
-        return ahead(part.clone() if part.untyped_storage().data_ptr() == pages else part for part in parts)
 
     def _places(self) -> Int[Tensor, "n"]:
         return torch.arange(len(self.data)) if self.places is None else self.places

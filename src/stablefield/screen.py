@@ -103,7 +103,7 @@ class Screen:
         level, order = level.sort(stable=True)
         device, here, (scale, shift) = projection.centre.device, projection.to(pool.data.device), pool.affine
         # in float64: where sigma is small, what float32 rounds of a byte's value is too much for a squared norm
-        blocks = (stored.double() * scale + shift for stored in pool.stored_in_turn(members.split(1024)))
+        blocks = (pool.stored(part).double() * scale + shift for part in members.split(1024))
         seen = [(here(block), here.square(block)) for block in blocks]
         coordinates, square = (torch.cat(part).to(device) for part in zip(*seen, strict=True))
         coordinates = coordinates[order.to(device)]

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import psutil
 import torch
 
 from stablefield.data.contents import Contents, Progress, begin_hash, content_hash, end_hash, silent
@@ -34,7 +33,6 @@ if sys.platform != "win32":
     import fcntl
 
 FORMAT = "stablefield store 1"
-IN_MEMORY = 1 / 4  # of the machine's memory: data up to that much are taken to stay there
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,7 @@ class Store(Source):
             found = mapped(self._file("labels.npy"))
             self._compare("labels.npy", found, "int64", about["shape"][:1])
             labels = torch.from_numpy(np.array(found))
-        # what memory can hold is read from a disk once, and then reading ahead would only copy it
-        large = data.nbytes > IN_MEMORY * psutil.virtual_memory().total
-        return Pool(as_tensor(data), labels, about["levels"], mapped=large)
+        return Pool(as_tensor(data), labels, about["levels"])
 
     def contents(self) -> Contents:
         return Contents.of(self.load(), tuple(self.about()["classes"]))
