@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from stablefield.banded import Banded
 from stablefield.checkpoint import Checkpoint, CheckpointError, read, write_text
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import (
@@ -32,6 +33,7 @@ from stablefield.data import (
 )
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
+from stablefield.pruned import PrunedDataset
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool, is_picture
 from stablefield.sample import Sampler
@@ -242,14 +244,16 @@ def _kept_apart(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
 
 def _make_target(config: Config, order: Shuffled, device: torch.device, progress: Progress) -> TargetEstimator:
     kind = config["target"]["kind"]
-    needs: dict[str, dict[str, Any]] = {"single": {}, "rolling": {"order": order}}
-    if kind == "pruned":
-        distances = NeighbourDistances(order.pool, device=device, progress=progress)
-        needs[kind] = {"pool": order.pool, "distances": distances.prepare(untold=config.training.label_dropout > 0)}
+    distances = NeighbourDistances(order.pool, device=device, progress=progress)
+    near = {"pool": order.pool, "distances": distances}
+    needs: dict[str, dict[str, Any]] = {"single": {}, "rolling": {"order": order}, "pruned": near, "auto": near}
     try:
-        return config.make("target", **needs.get(kind, {"pool": order.pool}))
+        target: TargetEstimator = config.make("target", **needs.get(kind, {"pool": order.pool}))
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
+    if isinstance(target, PrunedDataset) or (isinstance(target, Banded) and target.measures):
+        distances.prepare(untold=config.training.label_dropout > 0)
+    return target
 
 
 def resident(pool: Pool, device: torch.device, share: float = 0.1) -> Pool:

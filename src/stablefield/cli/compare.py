@@ -45,7 +45,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="LIST",
-            help=f"What to compare, by default {TARGETS}: all with the first. Also pruned, neighbours:64.",
+            help=f"What to compare, by default {TARGETS}: all with the first. Also pruned, auto, neighbours:64.",
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="One run of each target for each, by default 0-2.")] = None,
@@ -106,6 +106,8 @@ def compare(
         # a target that the data cannot serve is refused before any work; nothing of it is kept in memory
         configs = [arm.configured(experiment.config, 0) for arm in experiment.arms]
         first, *_ = [summary(experiment, assemble(config, progress), out) for config in configs]
+    with progress_bar("choosing targets") as progress:
+        experiment = experiment.decided(progress)
     print(first)
     with alone(Folder(out)):
         experiment.write(out)

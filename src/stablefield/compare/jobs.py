@@ -16,7 +16,7 @@ import torch
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import Stop, Tell, work
 from stablefield.compare.yardstick import Yardstick, make_yardstick
-from stablefield.engine.fit import exactly
+from stablefield.engine.begin import exactly
 from stablefield.run import assemble
 
 _shared: list[Any] = []  # of a worker process: what it tells into, and what it is stopped by
