@@ -15,7 +15,7 @@ HOUSE = Path(stablefield.__file__).parent
 FLOORS = (
     {"process", "times", "networks", "seeding", "schedule"},
     {"posterior", "parametrize", "reference", "augmentation", "neighbours", "products", "screen", "shards"},
-    {"target", "denoise", "pruned"},
+    {"target", "denoise", "pruned", "banded"},
     {"objective", "sample", "likelihood"},
     {"config", "recipes", "checkpoint", "data", "ranks", "run"},
     {"interop"},

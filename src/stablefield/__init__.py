@@ -7,6 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from stablefield.banded import Banded
 from stablefield.denoise import (
     EDM,
     Denoiser,
@@ -72,6 +73,7 @@ __all__ = [
     "VE",
     "VP",
     "Ancestral",
+    "Banded",
     "Cosine",
     "DPMSolver",
     "Denoiser",

@@ -25,6 +25,7 @@ import tomli_w
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from stablefield.banded import Banded
 from stablefield.data import (
     CIFAR,
     IDX,
@@ -179,6 +180,7 @@ PARTS: dict[str, dict[str, type]] = {
         "single": SingleSample,
         "full": FullDataset,
         "pruned": PrunedDataset,
+        "auto": Banded,
         "neighbours": NearestNeighbours,
         "found": FoundNeighbours,
         "rolling": Rolling,

@@ -65,7 +65,9 @@ def nearest(
             progress(done := done + 1, len(parts) * (len(parts) + 1) // 2)
     # |fl(<x, y>) - <x, y>| <= D 2^-24 |x| |y|, and the norms and the sum round no worse
     rounding = 4 * math.prod(pool.shape) * 2.0**-24 * float(largest)
-    exact = torch.cat([_measured(pool, members, part, near, device) for part, near in _rows(where)])
+    exact = best.double()
+    for part, near in _rows(where):
+        exact[part] = _measured(pool, members, part, near, device)
     if 0 < k < len(members) - 1:
         passed_over = (best[:, -1].double() - rounding).clamp(min=0).sqrt()
         exact[:, -1] = torch.minimum(exact[:, -1], passed_over)

@@ -88,6 +88,15 @@ class Ranks:
         if self.any(failure is not None):
             raise failure or SystemExit(1)
 
+    def told(self, find: Callable[[], T]) -> T:
+        """What the first finds, on every rank; what it fails at ends them all, as with `lead`."""
+        found: list[Any] = [None]
+        self.lead(lambda: found.__setitem__(0, find()))
+        if self.total > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        answer: T = found[0]
+        return answer
+
     @contextmanager
     def company(self) -> Iterator[None]:
         """What is done together.

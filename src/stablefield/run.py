@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from stablefield.banded import Banded
 from stablefield.checkpoint import Checkpoint, CheckpointError, read, write_text
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import (
@@ -33,6 +34,7 @@ from stablefield.data import (
 )
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
+from stablefield.pruned import PrunedDataset
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool, is_picture
 from stablefield.sample import Sampler
@@ -256,19 +258,21 @@ def _make_target(
     config: Config, order: Shuffled, shards: Shards, device: torch.device, progress: Progress
 ) -> TargetEstimator:
     kind, pool = config["target"]["kind"], order.pool
+    distances = NeighbourDistances(pool, device=device, progress=progress)
     needs: dict[str, dict[str, Any]] = {
         "single": {},
         "rolling": {"order": order},
         "full": {"pool": pool, "shards": shards},
+        "pruned": {"pool": pool, "distances": distances, "shards": shards},
+        "auto": {"pool": pool, "distances": distances},
     }
-    if kind == "pruned":
-        distances = NeighbourDistances(pool, device=device, progress=progress)
-        prepared = distances.prepare(untold=config.training.label_dropout > 0)
-        needs[kind] = {"pool": pool, "distances": prepared, "shards": shards}
     try:
-        return config.make("target", **needs.get(kind, {"pool": pool}))
+        target: TargetEstimator = config.make("target", **needs.get(kind, {"pool": pool}))
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
+    if isinstance(target, PrunedDataset) or (isinstance(target, Banded) and target.measures):
+        distances.prepare(untold=config.training.label_dropout > 0)
+    return target
 
 
 def resident(pool: Pool, device: torch.device, share: float = 0.1) -> Pool:

@@ -102,10 +102,14 @@ class Screen:
         """See members of a pool once, on the device of the projection."""
         level, order = level.sort(stable=True)
         device, here, (scale, shift) = projection.centre.device, projection.to(pool.data.device), pool.affine
-        # in float64: where sigma is small, what float32 rounds of a byte's value is too much for a squared norm
-        blocks = (pool.stored(part).double() * scale + shift for part in members.split(1024))
-        seen = [(here(block), here.square(block)) for block in blocks]
-        coordinates, square = (torch.cat(part).to(device) for part in zip(*seen, strict=True))
+        coordinates = projection.basis.new_empty(len(members), projection.basis.shape[1])
+        square = coordinates.new_empty(len(members), dtype=torch.float64)
+        # into memory of their own at once: small results kept between large blocks would leave holes of those
+        for part in torch.arange(len(members)).split(1024):
+            # in float64: where sigma is small, what float32 rounds of a byte's value is too much for a squared norm
+            block = pool.stored(members[part]).double() * scale + shift
+            some = slice(int(part[0]), int(part[-1]) + 1)
+            coordinates[some], square[some] = here(block), here.square(block)
         coordinates = coordinates[order.to(device)]
         energy = coordinates.square().sum(1)
         return cls(projection, members, order, order.argsort(), level.to(device), coordinates, energy, square)

@@ -62,7 +62,7 @@ class TargetEstimator(ABC):
         if not shares.all():
             alone = (~shares).nonzero().flatten()
             answers.append((alone, SingleSample()(plain.rows(alone))))
-        found = _joined(answers)
+        found = joined(answers)
         return found if noisy.augmentation is None else replace(found, mean=flip(found.mean, noisy.augmentation))
 
     @abstractmethod
@@ -249,7 +249,7 @@ def _undone(noisy: Perturbed) -> Perturbed:
     return replace(noisy, x=x, noise=noise, x_t=x_t)
 
 
-def _joined(answers: Sequence[tuple[Int[Tensor, "_"], Posterior]]) -> Posterior:
+def joined(answers: Sequence[tuple[Int[Tensor, "_"], Posterior]]) -> Posterior:
     """What was found for parts of a batch, in the order of the batch."""
     fields = zip(*((found.mean, found.ess, found.variance) for _, found in answers), strict=True)
     return Posterior(*map(torch.cat, fields)).rows(torch.cat([rows for rows, _ in answers]).argsort())

@@ -46,7 +46,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="LIST",
-            help=f"What to compare, by default {TARGETS}: all with the first. Also pruned, neighbours:64.",
+            help=f"What to compare, by default {TARGETS}: all with the first. Also pruned, auto, neighbours:64.",
         ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="One run of each target for each, by default 0-2.")] = None,
@@ -103,7 +103,10 @@ def compare(
         command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
         raw = layered({"sampler": SAMPLER}, recipe, config, data)
         experiment = Experiment(planned(override(raw, settings)), **(DEFAULTS | given), command=command, begun=today)
-    print(tried(experiment, out, progress_bar))
+    plan = tried(experiment, out, progress_bar)
+    with progress_bar("choosing targets") as progress:
+        experiment = experiment.decided(progress)
+    print(plan)
     with alone(Folder(out)):
         experiment.write(out)
         _note(out / "yardstick.json", yardstick_of(out, progress_bar).about)

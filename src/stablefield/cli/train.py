@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stablefield.cli.data import progress_bar, section_of
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
+from stablefield.engine.choice import decided
 from stablefield.engine.fit import Watch, fit
 from stablefield.engine.saving import refuse_another
 from stablefield.ranks import Ranks, joined
@@ -72,7 +73,9 @@ def train(
         if not resume and base:
             start_from(base, parts)
         say: Callable[[str], None] = print if ranks.first else lambda text: None
-        say(summary(wanted, parts, folder, ranks))
+        with progress_bar("choosing targets") as progress:
+            wanted, parts, choice = decided(wanted, parts, ranks, progress, folder=folder if resume else None)
+        say(summary(wanted, parts, folder, ranks) + (f"\n\n{choice}\n" if choice else ""))
         if dry_run:
             say(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")
             return

@@ -18,17 +18,20 @@ from typing import Any
 
 from stablefield.checkpoint import write_text
 from stablefield.config import Config, ConfigError, overlay, resolve
+from stablefield.data import Progress, silent
+from stablefield.engine.choice import decided
 from stablefield.engine.saving import MAY_CHANGE
-from stablefield.run import Folder
+from stablefield.run import Folder, assemble
 
 # the targets that can be compared, and the one number that tells those of a kind apart
-NUMBER = {"single": "", "reference": "size", "neighbours": "neighbours", "full": "", "pruned": ""}
+NUMBER = {"single": "", "reference": "size", "neighbours": "neighbours", "full": "", "pruned": "", "auto": ""}
 FREE = MAY_CHANGE - {"training.images"}  # which says where runs are looked at
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A target to compare, as people write it: `single`, `reference:256`, `neighbours:64`, `full` or `pruned`.
+    """A target to compare, as people write it: `single`, `reference:256`, `neighbours:64`, `full`, `pruned`
+    or `auto`.
 
     Attributes:
         kind: as in the section `target` of a configuration.
@@ -55,12 +58,15 @@ class Arm:
     @property
     def title(self) -> str:
         """As papers call it."""
-        titles = {"single": "DSM", "full": "exact", "pruned": "exact (pruned)"}
+        titles = {"single": "DSM", "full": "exact", "pruned": "exact (pruned)", "auto": "chosen by noise"}
         return f"STF, n = {self.number:,}" if self.kind == "reference" else titles.get(self.kind, str(self))
 
     def configured(self, base: Config, seed: int) -> Config:
         """The configuration of this arm's run with a seed."""
-        target = {"kind": self.kind} | ({NUMBER[self.kind]: self.number} if self.number is not None else {})
+        # what all have in common says more only of a target of the same kind
+        common = base["target"] if base["target"]["kind"] == self.kind else {}
+        number = {NUMBER[self.kind]: self.number} if self.number is not None else {}
+        target = {**common, "kind": self.kind, **number}
         return resolve(overlay({**base.sections, "target": target}, {"training": {"seed": seed}}))
 
 
@@ -135,6 +141,21 @@ class Experiment:
             )
         arms, seeds = dict.fromkeys((*self.arms, *other.arms)), dict.fromkeys((*self.seeds, *other.seeds))
         return replace(self, config=other.config, arms=tuple(arms), seeds=tuple(sorted(seeds)))
+
+    def decided(self, progress: Progress = silent) -> "Experiment":
+        """With the bands of its `auto` target, if it has one, decided once for all runs (and kept in `config`).
+
+        Args:
+            progress: told while they are measured.
+        """
+        auto = Arm("auto")
+        if auto not in self.arms:
+            return self
+        config = auto.configured(self.config, self.seeds[0])
+        if config["target"]["bands"]:
+            return self
+        config, _, _ = decided(config, assemble(config, progress), progress=progress)
+        return replace(self, config=resolve({**self.config.sections, "target": config["target"]}))
 
     def folder(self, out: Path, arm: Arm, seed: int) -> Folder:
         """Where the run of an arm with a seed is."""

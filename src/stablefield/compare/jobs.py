@@ -17,7 +17,7 @@ from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import Stop, Tell, work
 from stablefield.compare.yardstick import Stages, Yardstick, make_yardstick, quietly
 from stablefield.data import Progress
-from stablefield.engine.fit import exactly
+from stablefield.engine.begin import exactly
 from stablefield.run import assemble
 
 Prepare = Callable[[int, str], None]  # seed, what its process does before it can be scored

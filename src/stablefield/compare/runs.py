@@ -17,7 +17,7 @@ from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.gradients import gradient_variance
 from stablefield.compare.yardstick import Yardstick
 from stablefield.engine import StepReport, train
-from stablefield.engine.fit import begun, compile_network, descent_of
+from stablefield.engine.begin import begun, compile_network, descent_of
 from stablefield.engine.saving import Saver
 from stablefield.evaluate.pictures import save_grid
 from stablefield.ranks import Ranks

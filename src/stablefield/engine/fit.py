@@ -13,16 +13,15 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-import torch
-
 from stablefield.checkpoint import write_text
-from stablefield.config import Config, Training
+from stablefield.config import Config
 from stablefield.denoise import Denoiser
+from stablefield.engine.begin import begun, compile_network, descent_of, exactly
+from stablefield.engine.choice import decided
 from stablefield.engine.metrics import Bins, HeldOut, Meter
 from stablefield.engine.pictures import Board, samples
 from stablefield.engine.saving import Saver, alone
-from stablefield.engine.state import TrainState
-from stablefield.engine.train import Descent, StepReport, train
+from stablefield.engine.train import StepReport, train
 from stablefield.ranks import Ranks
 from stablefield.run import Folder, Parts, make_sampler
 
@@ -46,7 +45,8 @@ def fit(
     """Train, or go on training, until all images are seen or a signal asks to stop.
 
     Args:
-        config: what `parts` were assembled from.
+        config: what `parts` were assembled from. Bands of an `auto` target that it does not say are decided, or are
+            those that the run has.
         parts: trained in place.
         folder: of the run; its newest checkpoint is gone on from, if there is one.
         ranks: this process among those that train together, all of which call this.
@@ -70,18 +70,8 @@ def fit(
         ranks.lead(lambda: stack.enter_context(alone(folder)))
         stack.enter_context(exactly(config.training.deterministic))
         asked = stack.enter_context(stop_signals())
+        config, parts, _ = decided(config, parts, ranks, folder=folder)
         return _Run(config, parts, folder, ranks, score)(watch, asked)
-
-
-def begun(config: Config, parts: Parts) -> TrainState:
-    """The state of a run that has seen nothing yet."""
-    training = config.training
-    return TrainState(parts.denoiser, emas=training.emas, precision=getattr(torch, training.precision))
-
-
-def descent_of(training: Training) -> Descent:
-    """How the gradients of a run become steps."""
-    return Descent(training.rate, training.clip, training.micro_batch)
 
 
 class _Run:
@@ -178,13 +168,6 @@ class _Run:
             self.board.numbers(self.line, self.state.images)
 
 
-def compile_network(config: Config, parts: Parts) -> None:
-    """Let torch compile the network, if that is wanted."""
-    if config.training.compile:
-        for network in parts.denoiser.children():
-            network.compile()  # in place: the names of its weights stay as they are
-
-
 class Asked:
     """Whether somebody asked to stop: the number of the signal, or 0."""
 
@@ -212,16 +195,3 @@ def stop_signals() -> Iterator[Asked]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def exactly(wanted: bool) -> Iterator[None]:
-    """Only operations that give the same bits again, if wanted."""
-    if not wanted or torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)

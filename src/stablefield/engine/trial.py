@@ -1,0 +1,248 @@
+"""Targets on trial: how much variance each leaves at each noise level, and what it costs, on rows of a run.
+
+Nothing here touches the run: steps are taken by a copy of the denoiser, and all that is drawn is drawn for this.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from itertools import permutations
+from math import inf
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stablefield.banded import Banded
+from stablefield.config import Config
+from stablefield.data import Batch, Progress, silent
+from stablefield.engine.begin import begun, compile_network, descent_of, exactly
+from stablefield.engine.train import train
+from stablefield.posterior import Posterior
+from stablefield.process import Perturbed
+from stablefield.run import Parts
+from stablefield.seeding import generator
+from stablefield.target import SingleSample, TargetEstimator
+
+# shares of the training rows, from little noise to much: where there is most, a few rows have most of the variance
+SHARES = (*[1 / 16] * 15, 1 / 32, 1 / 64, 1 / 64)
+ROWS = 32  # in each range, at least, by which variance is measured
+SIZES = (64, 256, 1024, 4096)  # of reference batches
+DRAWS = 2  # of each
+REPEATS = 3  # of what is timed
+PATIENCE = 10.0  # seconds in which training steps are repeated
+
+
+@dataclass(frozen=True)
+class Level:
+    """A range of noise levels, measured.
+
+    Attributes:
+        share: of the training rows.
+        edge: the upper end, as sigma / alpha.
+        variance: what each target leaves: what it adds to the mean over a batch, weighted as by the loss.
+        seconds: what its rows cost a step with each target.
+    """
+
+    share: float
+    edge: float
+    variance: Mapping[str, float]
+    seconds: Mapping[str, float]
+
+    def best(self, price: float, among: Collection[str]) -> str:
+        """The target that leaves least variance where a second costs so much of it; of equals the fastest."""
+        here = [choice for choice in self.variance if choice in among]
+        return min(here, key=lambda of: (self.variance[of] + price * self.seconds[of], self.seconds[of]))
+
+    def prices(self, among: Collection[str]) -> list[float]:
+        """Where the best may change."""
+        pairs = permutations([choice for choice in self.variance if choice in among], 2)
+        gains = ((self.variance[a] - self.variance[b], self.seconds[b] - self.seconds[a]) for a, b in pairs)
+        return [less / more for less, more in gains if less > 0 and more > 0]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured.
+
+    Attributes:
+        levels: from little noise to much.
+        once: what each target costs a step as soon as it is used (seconds), beside its rows.
+    """
+
+    levels: tuple[Level, ...]
+    once: Mapping[str, float]
+
+
+def measure(config: Config, parts: Parts, progress: Progress = silent) -> Trial:
+    """Try every target at every level.
+
+    The rows are of the run: with their labels, some of them not told, and their maps. Those under a map through which
+    references cannot be seen keep their source whatever is chosen, and count nowhere.
+    """
+    target, batch = parts.objective.target, len(parts.batches(0))
+    assert isinstance(target, Banded)
+    each = min(max(ROWS, round(batch * max(SHARES))), 256)
+    noisy = _spread(config, parts, each)
+    sizes = [f"reference:{size}" for size in SIZES if size < len(parts.pool)]
+    variances, times = list[dict[str, float]](), list[dict[str, float]]()
+    full: dict[int, float] = {}
+    for number, share in enumerate(SHARES):
+        progress(number, len(SHARES))
+        rows = _Rows(noisy.rows(slice(number * each, (number + 1) * each)), parts, _count(batch, share))
+        single = share * rows.variance
+        # where the source is all there is to know, references are nothing but slower
+        wanted = sizes if single > 0 else []
+        left = {of: min(single, share * rows.left(target.part(of))) for of in wanted}
+        variances.append({"single": single, **left, "pruned": 0.0, "full": 0.0})
+        if rows.count not in full:  # it takes as long whatever the noise is
+            full[rows.count] = rows.seconds(target.part("full"))
+        took = {of: rows.seconds(target.part(of)) for of in ("single", *wanted, "pruned")} | {"full": full[rows.count]}
+        times.append({of: max(0.0, seconds - took["single"]) for of, seconds in took.items()})
+    progress(len(SHARES), len(SHARES))
+    used = {of for time in times for of in time}
+    once = {of: min(time.get(of, inf) for time in times) for of in ("single", *sizes, "pruned", "full") if of in used}
+    levels = []
+    for share, edge, variance, time in zip(SHARES, _edges(parts), variances, times, strict=True):
+        # so much the more where a step has less than one row here
+        scale = batch * share / _count(batch, share)
+        seconds = {of: scale * (time[of] - once[of]) for of in variance}
+        levels.append(Level(share, edge, variance, seconds))
+    return Trial(tuple(levels), once)
+
+
+def seconds_of_a_step(config: Config, parts: Parts) -> float:
+    """The median time of a training step with single samples, on a copy of the denoiser."""
+    objective = replace(parts.objective, target=SingleSample())
+    parts = replace(parts, denoiser=copy.deepcopy(parts.denoiser), objective=objective)
+    training, found, began = config.training, list[float](), perf_counter()
+    with exactly(training.deterministic):
+        state = begun(config, parts)
+        compile_network(config, parts)
+        # one process's part of a step: it does not wait for others
+        steps = train(state, objective, parts.batches, images=2**62, seed=training.seed, descent=descent_of(training))
+        # the first steps find memory and algorithms, and are not typical
+        while len(found) < 3 or (len(found) < 8 and perf_counter() - began < PATIENCE):
+            found.append(_seconds(lambda: next(steps), state.device))
+    return median(found[2:])
+
+
+def seconds_of_targets(target: TargetEstimator, batches: Sequence[Perturbed], enough: float = inf) -> float:
+    """What a target costs a batch more than single samples do; cut short where it is more than enough for certain."""
+    total = 0.0
+    for noisy in batches:
+        total += max(0.0, median(_times(target, noisy)) - median(_times(SingleSample(), noisy)))
+        if total > enough * len(batches):
+            break
+    return total / len(batches)
+
+
+def batch_of_the_run(config: Config, parts: Parts, number: int) -> Perturbed:
+    """A batch as the run has them."""
+    seen = number * parts.batches.size
+    t = parts.objective.times.draw(parts.batches.size, generator(config.training.seed, "choice", "times", number))
+    batch = parts.batches(seen)
+    return _perturbed(config, parts, batch, t[batch.number - seen])
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows at one level, with their exact means.
+
+    Attributes:
+        count: how many a step has here, on average and at least one.
+    """
+
+    noisy: Perturbed
+    parts: Parts
+    count: int
+
+    @cached_property
+    def exact(self) -> Posterior:
+        target = self.parts.objective.target
+        assert isinstance(target, Banded)
+        return target.part("pruned")(self.noisy, generator=generator(0, "choice", "exact"))
+
+    @property
+    def variance(self) -> float:
+        """Of single samples."""
+        return self._weighted(self.exact.variance)
+
+    def left(self, target: TargetEstimator) -> float:
+        """The mean squared distance of a target from the exact means."""
+        means = (target(self.noisy, generator=generator(0, "choice", "draw", draw)).mean for draw in range(DRAWS))
+        squares = [(mean - self.exact.mean).double().square().flatten(1).sum(1) for mean in means]
+        return self._weighted(torch.stack(squares).mean(0))
+
+    def seconds(self, target: TargetEstimator) -> float:
+        """What as many rows as a step has here take; the least of some, because the machine may have been busy."""
+        here = torch.arange(self.count) * max(1, len(self.noisy) // self.count) % len(self.noisy)
+        return min(_times(target, self.noisy.rows(here)))
+
+    def _weighted(self, squares: Float[Tensor, "B"]) -> float:
+        """The mean of squares of distances, weighted as by the loss."""
+        weight = self.parts.objective.weight(self.parts.denoiser.process, self.noisy.t).double()
+        # a weight may be infinite where nothing varies
+        return float(torch.where(squares > 0, weight * squares.double(), 0.0).mean())
+
+
+def _count(batch: int, share: float) -> int:
+    return max(1, round(batch * share))
+
+
+def _times(target: TargetEstimator, noisy: Perturbed) -> list[float]:
+    """Some repeats, or one of what takes long."""
+    act, found = partial(target, noisy, generator=generator(0, "choice", "time")), list[float]()
+    while len(found) < REPEATS and sum(found) < 1:
+        found.append(_seconds(act, noisy.x_t.device))
+    return found
+
+
+def _seconds(act: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    began = perf_counter()
+    act()
+    _wait(device)
+    return perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _edges(parts: Parts) -> list[float]:
+    """The upper ends of the levels, as sigma / alpha."""
+    below = torch.tensor(SHARES[:-1], dtype=torch.float64).cumsum(0)
+    alpha, sigma = parts.denoiser.process.scales(parts.objective.times.quantile(below))
+    return [*(sigma / alpha).tolist(), inf]
+
+
+def _spread(config: Config, parts: Parts, each: int) -> Perturbed:
+    """So many rows of the run at each level, evenly spread within it."""
+    total = each * len(SHARES)
+    steps = -(-total // len(parts.batches(0)))
+    batch = _joined([parts.batches(step * parts.batches.size) for step in range(steps)], total)
+    inside = (torch.arange(each, dtype=torch.float64) + 0.5) / each
+    share = torch.tensor(SHARES, dtype=torch.float64)
+    level = ((share.cumsum(0) - share)[:, None] + share[:, None] * inside).flatten()
+    return _perturbed(config, parts, batch, parts.objective.times.quantile(level))
+
+
+def _perturbed(config: Config, parts: Parts, batch: Batch, t: Float[Tensor, "B"]) -> Perturbed:
+    batch = batch.to(next(parts.denoiser.parameters()).device)
+    source = generator(config.training.seed, "choice", "noise", int(batch.number[0]))
+    noise = torch.randn(batch.x.shape, generator=source, dtype=batch.x.dtype).to(batch.x.device)
+    known = {name: getattr(batch, name) for name in ("label", "index", "augmentation", "number")}
+    return parts.denoiser.process.perturb(batch.x, t.to(batch.x), noise, **known)
+
+
+def _joined(batches: Sequence[Batch], total: int) -> Batch:
+    """The first rows of some batches as one."""
+    known = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(Batch)}
+    joined: dict[str, Any] = {name: None if v[0] is None else torch.cat(v)[:total] for name, v in known.items()}
+    return Batch(**joined)
