@@ -119,6 +119,7 @@ def test_integers_and_floating_numbers_give_the_exact_target_of_near_duplicates(
     data = pool.take(torch.arange(150)).double()
     target = PrunedDataset(pool)
     assert target.known(-1, noisy.x_t.device).in_integers == integers
+    assert ("integers" in target.arithmetic(noisy.x_t.device)) == integers
     found, wanted = target(noisy).mean.double(), by_differences(noisy, data)
     error = (found - wanted).flatten(1).norm(dim=1)
     rms = float(data.flatten(1).square().sum(1).mean().sqrt())

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import stablefield.neighbours
 import stablefield.pruned
 from stablefield import VE, VP, Flow, FullDataset, Perturbed, Pool, Process, PrunedDataset
 from stablefield.neighbours import isolation, nearest
@@ -332,6 +333,26 @@ def test_any_data_labels_and_losses_make_legal_cells(data: Tensor, sigma: float,
     torch.testing.assert_close(w @ found, w @ data[members], rtol=0, atol=1e-7 * scale)
 
 
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=12), st.integers(0, 1000), st.floats(0.05, 20))
+@settings(max_examples=40, deadline=None)
+def test_rows_of_any_classes_and_of_none_have_the_exact_target_of_theirs(
+    told: list[int], seed: int, sigma: float
+) -> None:
+    # one class of one member, one that is common, and labels that no row tells; -1 rows may be anything
+    g = seeded(seed)
+    labels = torch.cat([torch.tensor([0, 1, 1, 2, 3]), torch.full((30,), 3)])[torch.randperm(35, generator=g)]
+    pool = Pool(images(35, seed).data, labels)
+    index = torch.stack(
+        [(pool.members(label))[torch.randint(len(pool.members(label)), (), generator=g)] for label in told]
+    )
+    x = pool.take(index)
+    noise = torch.randn(x.shape, generator=g)
+    noisy = VE().perturb(x, torch.full((len(told),), sigma), noise, index=index, label=torch.tensor(told))
+    found = pruned(pool)(noisy).mean.double()
+    wanted = by_differences(noisy, pool.take(torch.arange(35)), labels)
+    assert float((found - wanted).abs().max()) < 1e-5
+
+
 # ---- distances
 
 
@@ -352,6 +373,20 @@ def test_the_nearest_are_those_of_all_differences(block: int, k: int) -> None:
     torch.testing.assert_close(found[[3, 7, 8], :exact][:, :1], wanted[[3, 7, 8], :exact][:, :1], rtol=1e-6, atol=0)
     assert (found[:, -1] <= wanted[:, k - 1] + 1e-12).all()
     assert (found[:, -1] >= wanted[:, k - 1] - 1e-3).all()
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_the_nearest_of_bytes_are_those_of_all_differences(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stablefield.neighbours, "multiplies_bytes", lambda device: integers)
+    pool = images(120)
+    pool.data[5] = pool.data[9]
+    pool.data[7], pool.data[8] = 0, 255  # as far from each other as bytes can be
+    x = pool.take(torch.arange(120)).flatten(1).double()
+    wanted = (x[:, None] - x).norm(dim=2).fill_diagonal_(math.inf).sort(1).values[:, :10]
+    found = nearest(pool, k=10, block=50)
+    torch.testing.assert_close(found[:, :9], wanted[:, :9], rtol=0, atol=1e-9)
+    assert (found[:, 9] <= wanted[:, 9] + 1e-12).all()
+    assert (found[:, 9] >= wanted[:, 9] * (1 - (1e-6 if integers else 1e-2))).all()
 
 
 def test_distances_of_a_class_are_within_it_and_watched() -> None:

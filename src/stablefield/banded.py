@@ -64,6 +64,10 @@ class Banded(TargetEstimator):
         last = [f"{self.bands[-1][1]} {'beyond' if edges[:-1] else 'everywhere'}"] if edges else ["undecided"]
         return f"Banded({self.pool!r}, {', '.join(said + last)})"
 
+    def arithmetic(self, device: torch.device) -> str:
+        said = {choice: self.part(choice).arithmetic(device) for _, choice in self.bands}
+        return "; ".join(f"{choice}: {how}" for choice, how in said.items() if how)
+
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         if not self.bands:
             raise ValueError("which target serves which noise is not decided: say bands, or let engine.choice decide")

@@ -9,14 +9,17 @@ average over the noise. This depends on the data and on sigma / alpha alone: it 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stablefield.products import integer_product, multiplies_bytes, signed
 from stablefield.reference import ALL, Pool
 
+Seen = tuple[Tensor, Tensor]
 Progress = Callable[[int, int], None]  # (done, of how many)
 
 
@@ -31,9 +34,10 @@ def nearest(
 ) -> Float[Tensor, "m k"]:
     """Distances from each member of a class to its k nearest others, ascending, in float64.
 
-    All pairs, a square of blocks at a time, each pair once: half of 2 m^2 D operations in float32. They choose the
-    candidates; the distances of those are then measured exactly, by float64 differences. What float32 may have passed
-    over is bounded: the last column is lowered by the rounding of the products, and no other member is nearer than it.
+    All pairs, a square of blocks at a time, each pair once: half of 2 m^2 D operations, in float32, or for bytes in
+    integers. They choose the candidates; the distances of those are then measured exactly, by float64 differences. What
+    rounding may have passed over is bounded: the last column is lowered by as much, and no other member is nearer than
+    it.
 
     Args:
         pool: the data; they are decoded block by block, so that they may be larger than memory.
@@ -46,31 +50,24 @@ def nearest(
     members = pool.members(label)
     k = min(k, len(members) - 1)
     parts = members.split(block)
-    centre = _mean(pool, parts, device)
     best = torch.full((len(members), k), math.inf, device=device)
     where = torch.zeros(len(members), k, dtype=torch.int64, device=device)
-    largest, done = torch.zeros((), device=device), 0
+    pairs, done = _pairs(pool, parts, device), 0
     for i, rows in enumerate(parts):
-        x = _flat(pool, rows, device) - centre
-        norm = x.square().sum(1)
-        largest = torch.maximum(largest, norm.max())
+        x = pairs.see(rows)
         for j, columns in enumerate(parts[: i + 1]):
-            y = x if i == j else _flat(pool, columns, device) - centre
-            square = torch.addmm(norm[:, None] + y.square().sum(1), x, y.T, alpha=-2)
+            square = pairs.squares(x, x if i == j else pairs.see(columns))
             if i == j:
                 square.fill_diagonal_(math.inf)
             else:
                 _keep_nearest(best, where, j * block, square.T.contiguous(), i * block)
             _keep_nearest(best, where, i * block, square, j * block)
             progress(done := done + 1, len(parts) * (len(parts) + 1) // 2)
-    # |fl(<x, y>) - <x, y>| <= D 2^-24 |x| |y|, and the norms and the sum round no worse
-    rounding = 4 * math.prod(pool.shape) * 2.0**-24 * float(largest)
     exact = best.double()
     for part, near in _rows(where):
         exact[part] = _measured(pool, members, part, near, device)
     if 0 < k < len(members) - 1:
-        passed_over = (best[:, -1].double() - rounding).clamp(min=0).sqrt()
-        exact[:, -1] = torch.minimum(exact[:, -1], passed_over)
+        exact[:, -1] = torch.minimum(exact[:, -1], pairs.at_least(best[:, -1].double()).sqrt())
     return exact.cpu()
 
 
@@ -125,14 +122,73 @@ def _quantile(p: float) -> float:
     return high
 
 
-def _flat(pool: Pool, index: Int[Tensor, "n"], device: torch.device | str) -> Float[Tensor, "n D"]:
-    return pool.take(index).flatten(1).to(device, torch.float32)
+class _Pairs(ABC):
+    """Squared distances between blocks of members, each seen once and compared with many."""
+
+    @abstractmethod
+    def see(self, members: Int[Tensor, "n"]) -> Seen:
+        """What is compared of members, and their squared norms."""
+
+    @abstractmethod
+    def squares(self, x: Seen, y: Seen) -> Float[Tensor, "a b"]:
+        """In float32, of all pairs."""
+
+    @abstractmethod
+    def at_least(self, square: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+        """What squares are without rounding, at least; not below 0."""
 
 
-def _mean(pool: Pool, parts: tuple[Tensor, ...], device: torch.device | str) -> Float[Tensor, "D"]:
-    # distances do not change, but the rounding of the products does
-    sums = [_flat(pool, part, device).sum(0, dtype=torch.float64) for part in parts]
-    return (torch.stack(sums).sum(0) / sum(map(len, parts))).float()
+class _Floats(_Pairs):
+    """In float32, around the mean: distances do not change, but the rounding of the products does."""
+
+    def __init__(self, pool: Pool, parts: Sequence[Tensor], device: torch.device | str) -> None:
+        self.pool, self.device, self.largest = pool, device, torch.zeros((), device=device)
+        total = torch.zeros(math.prod(pool.shape), dtype=torch.float64, device=device)
+        for part in parts:
+            total += self._flat(part).sum(0, dtype=torch.float64)
+        self.centre = (total / sum(map(len, parts))).float()
+
+    def see(self, members: Int[Tensor, "n"]) -> Seen:
+        x = self._flat(members) - self.centre
+        norm = x.square().sum(1)
+        self.largest = torch.maximum(self.largest, norm.max())
+        return x, norm
+
+    def squares(self, x: Seen, y: Seen) -> Float[Tensor, "a b"]:
+        return torch.addmm(x[1][:, None] + y[1], x[0], y[0].T, alpha=-2)
+
+    def at_least(self, square: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+        # |fl(<x, y>) - <x, y>| <= D 2^-24 |x| |y|, and the norms and the sum round no worse
+        return (square - 4 * math.prod(self.pool.shape) * 2.0**-24 * float(self.largest)).clamp(min=0)
+
+    def _flat(self, members: Int[Tensor, "n"]) -> Float[Tensor, "n D"]:
+        return self.pool.take(members).flatten(1).to(self.device, torch.float32)
+
+
+class _Bytes(_Pairs):
+    """In integers: exact, but for the way to float32."""
+
+    LONGEST = 2**15  # numbers in a member such that any squared distance fits 32 bits
+
+    def __init__(self, pool: Pool, device: torch.device | str) -> None:
+        self.pool, self.device = pool, device
+
+    def see(self, members: Int[Tensor, "n"]) -> Seen:
+        stored = self.pool.stored(members).flatten(1)
+        x = signed(stored, torch.empty_like(stored, device=self.device))
+        return x, x.int().square_().sum(1, dtype=torch.int32)
+
+    def squares(self, x: Seen, y: Seen) -> Float[Tensor, "a b"]:
+        square = integer_product(x[0], y[0].T).mul_(-2).add_(x[1][:, None]).add_(y[1])
+        return square.float().mul_(self.pool.affine[0] ** 2)
+
+    def at_least(self, square: Float[Tensor, "m"]) -> Float[Tensor, "m"]:
+        return square * (1 - 2.0**-22)
+
+
+def _pairs(pool: Pool, parts: Sequence[Tensor], device: torch.device | str) -> _Pairs:
+    bytes_ = pool.data.dtype == torch.uint8 and math.prod(pool.shape) <= _Bytes.LONGEST
+    return _Bytes(pool, device) if bytes_ and multiplies_bytes(torch.device(device)) else _Floats(pool, parts, device)
 
 
 def _keep_nearest(best: Tensor, where: Tensor, row: int, square: Float[Tensor, "a b"], column: int) -> None:

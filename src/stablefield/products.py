@@ -111,7 +111,7 @@ class ByteProducts(Products):
     def add_sums(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], members: Tensor) -> None:
         seen = (weight > FAINT).any(0).nonzero().flatten()
         if len(seen) <= PICKED * len(members):
-            sums.add_(weight[:, seen].float() @ members[seen].float())
+            sums.add_(weight[:, seen].float() @ members[seen.to(members.device)].to(weight.device).float())
             return
         for part in torch.arange(len(members)).split(LONGEST):
             some = slice(int(part[0]), int(part[-1]) + 1)
@@ -124,13 +124,15 @@ class ByteProducts(Products):
         if self.last is None or self.last[0] is not members:
             if self.buffer.numel() < members.numel():
                 self.buffer = self.buffer.new_empty(members.numel())
-            here = self.buffer[: members.numel()].view(members.shape)
-            if members.device == here.device:
-                torch.bitwise_xor(members, MIDDLE, out=here)
-            else:
-                here.copy_(members).bitwise_xor_(MIDDLE)
-            self.last = members, here.view(torch.int8)
+            self.last = members, signed(members, self.buffer[: members.numel()].view(members.shape))
         return self.last[1]
+
+
+def signed(members: UInt8[Tensor, "n D"], out: UInt8[Tensor, "n D"]) -> Int8[Tensor, "n D"]:
+    """Bytes without their middle value, in the memory of `out`, on whatever device that is."""
+    if members.device == out.device:
+        return torch.bitwise_xor(members, MIDDLE, out=out).view(torch.int8)
+    return out.copy_(members).bitwise_xor_(MIDDLE).view(torch.int8)
 
 
 def in_digits(x: Float[Tensor, "B D"], digits: int) -> tuple[Int8[Tensor, "k B D"], Float[Tensor, "k B 1"]]:
@@ -169,7 +171,7 @@ def multiplies_bytes(device: torch.device) -> bool:
     left = (torch.arange(3 * 40, device=device).view(3, 40) * 37 % 255 - 127).to(torch.int8)
     right = (torch.arange(40 * 19, device=device).view(40, 19) * 91 % 256 - 128).to(torch.int8)
     try:
-        found = _in_integers(left, right)
+        found = integer_product(left, right)
     except (RuntimeError, AttributeError):
         return False
     return bool((found.double() == left.double() @ right.double()).all())
@@ -177,15 +179,15 @@ def multiplies_bytes(device: torch.device) -> bool:
 
 def _joined(digits: Int8[Tensor, "k B m"], scale: Float[Tensor, "k B 1"], right: Int8[Tensor, "m n"]) -> Tensor:
     """What the digits stand for, times the right factor, (B, n) in float64."""
-    parts = _in_integers(digits.flatten(0, 1), right).unflatten(0, digits.shape[:2])
+    parts = integer_product(digits.flatten(0, 1), right).unflatten(0, digits.shape[:2])
     found = parts[0] * scale[0]
     for part, factor in zip(parts[1:], scale[1:], strict=True):
         found.add_(part * factor)
     return found
 
 
-def _in_integers(left: Int8[Tensor, "a m"], right: Int8[Tensor, "m n"]) -> Tensor:
-    """The product, exactly, in int32."""
+def integer_product(left: Int8[Tensor, "a m"], right: Int8[Tensor, "m n"]) -> Tensor:
+    """The product, exactly, in int32 (as long as its terms fit: `LONGEST` of them surely do)."""
     if left.shape[1] == 1:  # torch 2.13 reads a right factor of one row in the wrong order
         return left.int() * right.int()
     if left.device.type == "cpu":

@@ -82,6 +82,12 @@ class PrunedDataset(SharedOut):
             _put(found, rows[shared], answers.rows(shared))
         return found
 
+    def arithmetic(self, device: torch.device) -> str:
+        if in_integers(self.pool, device):
+            return "bytes as integers, exactly"
+        wide = self.pool.data.dtype == torch.float64
+        return "float64" if wide else "float32 where sigma is large or a member weighs little, else float64"
+
     def known(self, label: int, device: torch.device) -> "_Known":
         """What is known of a class before anything is drawn; found out when first asked for."""
         if (label, device) not in self._known:
@@ -138,8 +144,7 @@ class _Known:
     @property
     def in_integers(self) -> bool:
         """Whether the members are multiplied as bytes."""
-        data = self.own.data
-        return data.dtype == torch.uint8 and math.prod(self.own.shape) <= LONGEST and multiplies_bytes(data.device)
+        return in_integers(self.own, self.projection.centre.device)
 
     def level_of(self, index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """The levels of isolation of some members.
@@ -269,6 +274,11 @@ class Query:
         radius = (square.max().sqrt() + (self.centre - self.shift).norm()) / self.scale
         entry = 2.0**-24 * self.x_t.norm(dim=1) * radius / len(self.centre) ** 0.5
         return entry * self.alpha / self.sigma**2
+
+
+def in_integers(pool: Pool, device: torch.device) -> bool:
+    """Whether the members of a pool are multiplied as bytes on a device."""
+    return pool.data.dtype == torch.uint8 and math.prod(pool.shape) <= LONGEST and multiplies_bytes(device)
 
 
 def _over(query: Query, energy: Float[Tensor, "B n"], known: _Known) -> Sums:

@@ -65,6 +65,10 @@ class TargetEstimator(ABC):
         found = joined(answers)
         return found if noisy.augmentation is None else replace(found, mean=flip(found.mean, noisy.augmentation))
 
+    def arithmetic(self, device: torch.device) -> str:
+        """How members are multiplied on a device, in words; empty where none are."""
+        return "float64"
+
     @abstractmethod
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         """The answer for rows that all carry one label (-1: none)."""
@@ -97,6 +101,9 @@ class SingleSample(TargetEstimator):
 
     def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
         return self.estimate(noisy, ALL, generator)
+
+    def arithmetic(self, device: torch.device) -> str:
+        return ""
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         one = torch.ones(len(noisy.x), dtype=noisy.x.dtype, device=noisy.x.device)

@@ -139,11 +139,13 @@ def summary(config: Config, parts: Parts, folder: Folder, ranks: Ranks | None = 
     numbers = sum(p.numel() for p in parts.denoiser.parameters())
     device = next(parts.denoiser.parameters()).device
     shared = f", on {ranks.total} ranks" if ranks and ranks.total > 1 else ""
+    arithmetic = parts.objective.target.arithmetic(device)
     return "\n".join(
         (
             f"data      {parts.data!r}",
             f"process   {parts.denoiser.process}, times {parts.objective.times}",
             f"target    {parts.objective.target}",
+            *([f"products  {arithmetic}"] if arithmetic else []),
             f"network   {config['network']['kind']}, {numbers:,} parameters, on {device}",
             f"training  {training.images:,} images, {training.batch_size} a step{shared}, seed {training.seed}",
             f"run       {folder.path}",
