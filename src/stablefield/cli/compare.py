@@ -109,6 +109,9 @@ def compare(
     with progress_bar("choosing targets") as progress:
         experiment = experiment.decided(progress)
     print(first)
+    if Arm("auto") in experiment.arms:
+        bands = ", ".join(f"{choice} up to {edge:g}" for edge, choice in experiment.config["target"]["bands"])
+        print(f"auto      by sigma / alpha: {bands}")
     with alone(Folder(out)):
         experiment.write(out)
         _note(out / "yardstick.json", yardstick_of(out).about)
