@@ -107,6 +107,9 @@ def compare(
     with progress_bar("choosing targets") as progress:
         experiment = experiment.decided(progress)
     print(plan)
+    if Arm("auto") in experiment.arms:
+        bands = ", ".join(f"{choice} up to {edge:g}" for edge, choice in experiment.config["target"]["bands"])
+        print(f"auto      by sigma / alpha: {bands}")
     with alone(Folder(out)):
         experiment.write(out)
         _note(out / "yardstick.json", yardstick_of(out, progress_bar).about)
