@@ -19,7 +19,7 @@ from torch import Tensor
 
 MIDDLE = 128  # taken from bytes, to make them signed
 LONGEST = 2**17  # terms of a sum of products of a digit and a byte that surely fit 32 bits
-FAINT = 2.0**-44  # a weight that nobody sees beside a weight of 1
+FAINT = 2.0**-38  # a weight that nobody sees beside a weight of 1, even a million times
 PICKED = 1 / 3  # of a block: so many members, or fewer, are picked out to be summed
 
 
