@@ -1,6 +1,6 @@
 """What the exact target costs when nothing is computed that nobody could see, and how far it is from the full one.
 
-    python benchmarks/exact.py --cifar10 STORE --fashion-mnist FILE --only speed,error,size,search,neighbours
+    python benchmarks/exact.py --cifar10 STORE --fashion-mnist FILE --only speed,step,error,size,search,neighbours
 
 STORE is what `stablefield data convert` makes of CIFAR-10; without it (and without FILE, an IDX of Fashion-MNIST's
 images) those parts are left out. On a GPU, if there is one, with the data on it; elsewhere seconds are processor time
@@ -34,9 +34,14 @@ from stablefield import (
     TargetEstimator,
     Times,
 )
+from stablefield.config import override, resolve
 from stablefield.data import IDX, Digits, FoundNeighbours, NeighbourDistances, Store
+from stablefield.engine import TrainState, train
 from stablefield.process import per_row
+from stablefield.ranks import Ranks
+from stablefield.recipes import read_recipe
 from stablefield.reference import ALL
+from stablefield.run import assemble
 from stablefield.seeding import generator
 
 NOISES: dict[str, Times] = {"EDM, exp(N(-1.2, 1.2))": LogNormal(-1.2, 1.2), "VE, 0.01 to 50": LogUniform(0.01, 50)}
@@ -99,6 +104,25 @@ def speed(pool: Pool, pruned: PrunedDataset) -> None:
                 f"pruned {mean:7.3f} s (median {statistics.median(found):.3f})   "
                 f"{whole / mean:5.1f} and {out / mean:5.1f} times less",
                 flush=True,
+            )
+
+
+def step(store: Path, pool: Pool, pruned: PrunedDataset, images: int = 16) -> None:
+    """What pruned targets take beside a step of the full-width NCSN++."""
+    settings = ["data.kind=store", f"data.path={store}", f"training.batch_size={images}", "target.kind=single"]
+    parts = assemble(resolve(override(read_recipe("cifar10-ncsnpp-edm-stf"), settings)), ranks=Ranks(DEVICE))
+    steps = train(TrainState(parts.denoiser), parts.objective, parts.batches, images=10**12, seed=0)
+    seconds(lambda: next(steps))
+    an_image = statistics.mean(seconds(lambda: next(steps)) for _ in range(2)) / images
+    numbers = sum(p.numel() for p in parts.denoiser.parameters())
+    print(f"  NCSN++ of {numbers / 1e6:.1f} M parameters, {images} images a step: {an_image:.3f} s an image")
+    for name, times in NOISES.items():
+        for size, batches in ((64, 16), (512, 4)):
+            many = [batch(pool, times.draw(size, generator(seed, "t")), seed) for seed in range(batches)]
+            found = statistics.mean(seconds(lambda noisy=noisy: pruned(noisy)) for noisy in many) / size
+            share = f"{found / an_image:.2%} of that"
+            print(f"  {name:23} B = {size:3}   {1e3 * found:.3f} ms an image, {share}", flush=True)
+                f"  {name:23} B = {size:3}   {1e3 * found:.3f} ms an image, {found / an_image:.2%} of that", flush=True
             )
 
 
@@ -211,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path)
     parser.add_argument("--fashion-mnist", type=Path)
-    parser.add_argument("--only", default="neighbours,speed,error,size,search")
+    parser.add_argument("--only", default="neighbours,speed,step,error,size,search")
     options = parser.parse_args()
     only = options.only.split(",")
     torch.set_num_threads(1)
@@ -226,6 +250,9 @@ def main() -> None:
         if "speed" in only:
             print(f"Seconds a batch, {cifar}")
             speed(cifar, pruned)
+        if "step" in only:
+            print(f"\nBeside a training step, {cifar}")
+            step(options.cifar10, cifar, pruned)
         if "search" in only:
             print(f"\nThe nearest neighbours, {cifar}, 64 rows")
             search(cifar, pruned)

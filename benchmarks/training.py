@@ -18,7 +18,6 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +27,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stablefield import FullDataset, Perturbed, Pool, PrunedDataset
+from stablefield import FullDataset, Perturbed, Pool
 from stablefield.config import override, resolve
-from stablefield.data import NeighbourDistances, Shuffled, Store, write, write_zip
+from stablefield.data import Shuffled, Store, write, write_zip
 from stablefield.data.contents import Contents
 from stablefield.engine import TrainState, train
 from stablefield.engine.train import perturb
@@ -72,15 +71,12 @@ def pieces(parts: Parts) -> dict[str, Callable[[], object]]:
         state.images = next(seen)
         return perturb(state, parts.objective.times, parts.batches(state.images).to(device), size, SEED)
 
-    known, pool = noisy(), parts.objective.target.pool
-    everything, pruned = FullDataset(pool), PrunedDataset(pool, NeighbourDistances(pool, device=device))
-    several = cycle([noisy() for _ in range(8)])  # what is pruned depends on the noise
+    known, everything = noisy(), FullDataset(parts.objective.target.pool)
     return {
         "loading": lambda: parts.batches(next(seen)).to(device),
         "loading and noise": noisy,
         "target": lambda: parts.objective.target(known, generator=generator(SEED, "references", next(seen))),
         "target of all 50,000": lambda: everything(known),
-        "the same, pruned": lambda: pruned(next(several)),
     }
 
 
