@@ -122,8 +122,6 @@ def step(store: Path, pool: Pool, pruned: PrunedDataset, images: int = 16) -> No
             found = statistics.mean(seconds(lambda noisy=noisy: pruned(noisy)) for noisy in many) / size
             share = f"{found / an_image:.2%} of that"
             print(f"  {name:23} B = {size:3}   {1e3 * found:.3f} ms an image, {share}", flush=True)
-                f"  {name:23} B = {size:3}   {1e3 * found:.3f} ms an image, {found / an_image:.2%} of that", flush=True
-            )
 
 
 def error(pool: Pool, pruned: PrunedDataset, rows: int) -> None:
