@@ -26,6 +26,19 @@ PICKED = 1 / 3  # of a block: so many members, or fewer, are picked out to be su
 class Products(ABC):
     """Products of rows that stay the same with the members of one block after another, (n, D) or (B, n, D)."""
 
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def ready(self, members: Tensor) -> Tensor:
+        """The members as they are multiplied; of one block they are asked for more than once."""
+        if self.last is None or self.last[0] is not members:
+            self.last = members, self.prepared(members)
+        return self.last[1]
+
+    @abstractmethod
+    def prepared(self, members: Tensor) -> Tensor:
+        """The members of a block as they are multiplied, in memory that the next block may take."""
+
     @abstractmethod
     def squares(self, members: Tensor) -> Tensor:
         """Squared norms, in float64: (n,) or (B, n)."""
@@ -49,18 +62,18 @@ class FloatProducts(Products):
         self, rows: Float[Tensor, "B D"], types: tuple[torch.dtype, torch.dtype] = (torch.float64, torch.float64)
     ) -> None:
         self.rows, self.narrow = rows.to(types[0]), types[1]
+        super().__init__()
         self.buffers = {dtype: rows.new_empty(0, dtype=dtype) for dtype in types}
-        self.last: tuple[Tensor, Tensor] | None = None
 
     def squares(self, members: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(self._wide(members), dim=-1).double().square()
+        return torch.linalg.vector_norm(self.ready(members), dim=-1).double().square()
 
     def inner(self, members: Tensor) -> Float[Tensor, "B n"]:
-        y = self._wide(members)
+        y = self.ready(members)
         return self.rows @ y.T if y.ndim == 2 else (y @ self.rows.unsqueeze(2)).squeeze(2)
 
     def add_sums(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], members: Tensor) -> None:
-        y = self._wide(members)
+        y = self.ready(members)
         if self.narrow != weight.dtype:
             # without those that count for nothing: numbers too small to be normal make products many times slower
             weight = torch.nn.functional.threshold(weight, 1e-30, 0.0).to(self.narrow)
@@ -70,11 +83,8 @@ class FloatProducts(Products):
         else:
             sums.add_(weight @ y if y.ndim == 2 else (weight.unsqueeze(1) @ y).squeeze(1))
 
-    def _wide(self, members: Tensor) -> Tensor:
-        """The members as they are compared; of one block they are asked for more than once."""
-        if self.last is None or self.last[0] is not members:
-            self.last = members, self._widen(members, self.rows.dtype)
-        return self.last[1]
+    def prepared(self, members: Tensor) -> Tensor:
+        return self._widen(members, self.rows.dtype)
 
     def _widen(self, members: Tensor, dtype: torch.dtype) -> Tensor:
         # into memory that is used again: fresh pages would cost more than the product
@@ -97,16 +107,16 @@ class ByteProducts(Products):
 
     def __init__(self, rows: Float[Tensor, "B D"], digits: int) -> None:
         assert rows.shape[1] <= LONGEST
+        super().__init__()
         self.digits, self.scale = in_digits(rows, digits)
         self.middle = MIDDLE * rows.sum(1, keepdim=True)
         self.buffer = torch.empty(0, dtype=torch.uint8, device=rows.device)
-        self.last: tuple[Tensor, Tensor] | None = None
 
     def squares(self, members: UInt8[Tensor, "n D"]) -> Float[Tensor, "n"]:
         return members.double().square().sum(1)
 
     def inner(self, members: UInt8[Tensor, "n D"]) -> Float[Tensor, "B n"]:
-        return _joined(self.digits, self.scale, self._signed(members).T).add_(self.middle)
+        return _joined(self.digits, self.scale, self.ready(members).T).add_(self.middle)
 
     def add_sums(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], members: Tensor) -> None:
         seen = (weight > FAINT).any(0).nonzero().flatten()
@@ -116,16 +126,13 @@ class ByteProducts(Products):
         for part in torch.arange(len(members)).split(LONGEST):
             some = slice(int(part[0]), int(part[-1]) + 1)
             digits, scale = in_digits(weight[:, some], self.WEIGHTS)
-            sums.add_(_joined(digits, scale, self._signed(members)[some]))
+            sums.add_(_joined(digits, scale, self.ready(members)[some]))
         sums.add_(MIDDLE * weight.sum(1, keepdim=True))
 
-    def _signed(self, members: UInt8[Tensor, "n D"]) -> Int8[Tensor, "n D"]:
-        """Bytes without their middle value; of one block they are asked for more than once."""
-        if self.last is None or self.last[0] is not members:
-            if self.buffer.numel() < members.numel():
-                self.buffer = self.buffer.new_empty(members.numel())
-            self.last = members, signed(members, self.buffer[: members.numel()].view(members.shape))
-        return self.last[1]
+    def prepared(self, members: UInt8[Tensor, "n D"]) -> Int8[Tensor, "n D"]:
+        if self.buffer.numel() < members.numel():
+            self.buffer = self.buffer.new_empty(members.numel())
+        return signed(members, self.buffer[: members.numel()].view(members.shape))
 
 
 def signed(members: UInt8[Tensor, "n D"], out: UInt8[Tensor, "n D"]) -> Int8[Tensor, "n D"]:

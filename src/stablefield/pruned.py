@@ -329,9 +329,11 @@ def _together(inside: Bool[Tensor, "B n"], members: int, dim: int) -> Iterator[I
     Where the data are few, all together: members that are not shared cost less than a row alone.
     """
     count = inside.sum(1)
-    many = count > (JOINING * members if members * dim > FEW else 0)
-    if int(count[many].sum()) <= MANY * members and members * dim > FEW:
-        many = torch.zeros_like(many)
+    if members * dim <= FEW:
+        many = count > 0
+    else:
+        many = count > JOINING * members
+        many &= count[many].sum() > MANY * members
     if many.any():
         yield many.nonzero().flatten()
     yield from ((count > 0) & ~many).nonzero()
