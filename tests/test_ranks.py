@@ -55,7 +55,8 @@ def losses(ranks: Ranks, *, steps: int = 6, micro_batch: int | None = None) -> t
 
 def together(ranks: int, out: Path, what: str = "losses", **options: object) -> torch.Tensor:
     """The same by so many processes."""
-    launched(ranks, out, what, **options).check_returncode()
+    done = launched(ranks, out, what, **options)
+    assert done.returncode == 0, done.stderr
     return torch.load(out / "found.pt")
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise OSError(f"could not write {path} ({error}); what was there before is untouched") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """For JSON, which knows no infinity and no nan: they become null."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

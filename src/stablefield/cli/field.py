@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from stablefield.checkpoint import write_text
+from stablefield.checkpoint import finite, write_text
 from stablefield.cli.data import progress_bar
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.data import Store, content_hash, guess_kind, split
@@ -222,11 +222,5 @@ def _two_gaussians(
 def _write(out: Path, about: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
     lines = list(lines)
     write_csv(out / "field.csv", lines)
-    known = [{name: _finite(value) for name, value in line.items()} for line in lines]
-    text = json.dumps({"stablefield": version("stablefield"), **about, "levels": known}, indent=1)
+    text = json.dumps({"stablefield": version("stablefield"), **about, "levels": finite(lines)}, indent=1)
     write_text(out / "field.json", text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity: it becomes null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

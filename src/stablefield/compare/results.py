@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from stablefield.checkpoint import replacing, write_text
+from stablefield.checkpoint import finite, replacing, write_text
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import scores
 from stablefield.compare.statistics import Estimate, images_to_reach, paired, paired_ratio, roughness, value_at
@@ -228,7 +228,7 @@ class Results:
             "scores": [run | line for run, lines in self._lines(self.scores) for line in lines],
             "training": [run | line for run, lines in self._lines(self.training) for line in lines],
         }
-        write_text(out / "results.json", json.dumps(_finite(whole), indent=1) + "\n")
+        write_text(out / "results.json", json.dumps(finite(whole), indent=1) + "\n")
         with replacing(out / "results.csv") as beside, beside.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["arm", "seed", "images", "name", "noise_level", "value"])
@@ -274,12 +274,3 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
 def _known(needed: Mapping[int, float], unit: float = 1.0) -> dict[str, Any]:
     reached = [unit * images for images in needed.values() if isfinite(images)]
     return {"reached": len(reached), "of": len(needed), "mean": fmean(reached) if reached else None}
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no infinity and no nan: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
