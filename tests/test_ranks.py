@@ -70,6 +70,8 @@ def launched(ranks: int, out: Path, what: str, **options: object) -> subprocess.
         f"    found = t.{what}(ranks, {said})\n"
         "    assert ranks.any(ranks.rank == 1) and not ranks.any(False)\n"
         "    if ranks.first: torch.save(found, sys.argv[2])\n"
+        # all is said and they have parted: threads that torch leaves behind now and then abort the interpreter's end
+        "import os; sys.stderr.flush(); os._exit(0)\n"
     )
     (out / "script.py").write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
