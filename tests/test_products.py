@@ -20,6 +20,12 @@ def some_bytes(n: int, d: int, seed: int = 0) -> Tensor:
     return torch.randint(256, (n, d), generator=seeded(seed), dtype=torch.uint8)
 
 
+def signed_affine(pool: Pool) -> tuple[float, float]:
+    """Of bytes less 128."""
+    scale, shift = pool.affine
+    return scale, shift + 128 * scale
+
+
 @given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.floats(-30, 30), st.integers(0, 1000))
 @settings(max_examples=80, deadline=None)
 def test_digits_are_off_by_less_than_their_last_place(k: int, rows: int, dim: int, power: float, seed: int) -> None:
@@ -27,9 +33,10 @@ def test_digits_are_off_by_less_than_their_last_place(k: int, rows: int, dim: in
     x[0] = 0
     digits, scale = in_digits(x, k)
     assert digits.dtype == torch.int8
-    assert int(digits.int().abs().max()) <= 127
-    off = ((digits * scale).sum(0) - x).abs()
-    assert (off <= x.abs().amax(1, keepdim=True) * (254.0**-k + 1e-15)).all()
+    assert digits.shape == (k, rows, dim)
+    place = 256.0 ** torch.arange(k - 1, -1, -1, dtype=torch.float64)
+    off = (scale * torch.einsum("k,kbd->bd", place, digits.double()) - x).abs()
+    assert (off <= x.abs().amax(1, keepdim=True) * (256.0 ** (1 - k) / 254 + 1e-15)).all()
 
 
 @pytest.mark.parametrize("k", [2, 3, 5, 7])
@@ -38,9 +45,9 @@ def test_a_product_with_bytes_is_that_of_the_rounded_row(k: int, dim: int) -> No
     x = 100 * torch.randn(4, dim, generator=seeded(0), dtype=torch.float64)
     members = some_bytes(50, dim)
     found = ByteProducts(x, k).inner(members)
-    off = found - x @ members.double().T
+    off = found - x @ (members.double() - 128).T
     # a byte is at most 128 from the middle, which is multiplied without rounding
-    assert (off.abs() <= 128 * dim * x.abs().amax(1, keepdim=True) * (254.0**-k + 1e-15)).all()
+    assert (off.abs() <= 128 * dim * x.abs().amax(1, keepdim=True) * (256.0 ** (1 - k) / 254 + 1e-15)).all()
 
 
 @pytest.mark.parametrize("share", [0.02, 1.0])
@@ -50,18 +57,18 @@ def test_weighted_sums_over_bytes_are_those_in_float64_whether_few_or_all_count(
     weight[:, int(share * 400) :] = FAINT / 2  # nobody sees those
     weight[4] = 0.0
     sums = torch.ones(5, 30, dtype=torch.float64)
-    wanted = sums + weight @ members.double()
+    wanted = sums + weight @ (members.double() - 128)
     ByteProducts(torch.zeros(5, 30, dtype=torch.float64), 2).add_sums(sums, weight, members)
-    torch.testing.assert_close(sums, wanted, rtol=3e-7, atol=1e-7)
+    torch.testing.assert_close(sums, wanted, rtol=0, atol=1e-7 * 128 * float(weight.sum(1).max()))
     assert (sums[4] == 1).all()
 
 
 def test_members_that_come_anew_in_the_same_place_are_read_anew() -> None:
     x = torch.randn(2, 6, generator=seeded(0), dtype=torch.float64)
-    for products in (FloatProducts(x), ByteProducts(x, 7)):
+    for products, middle in ((FloatProducts(x), 0), (ByteProducts(x, 7), 128)):
         for seed in range(4):
             members = some_bytes(9, 6, seed)
-            torch.testing.assert_close(products.inner(members), x @ members.double().T)
+            torch.testing.assert_close(products.inner(members), x @ (members.double() - middle).T)
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.01, 0.05, 0.5, 3.0, 80.0])
@@ -69,10 +76,10 @@ def test_as_many_digits_are_taken_as_leave_the_weights_alone(sigma: float) -> No
     pool = images(200, side=16)
     noisy = batch(pool, torch.full((8,), sigma))
     members, centre = pool.data.flatten(1), pool.take(torch.arange(200)).flatten(1).mean(0)
-    query = Query.of(noisy, pool, centre)
+    query = Query.of(noisy, signed_affine(pool), centre)
     square = (pool.take(torch.arange(200)).flatten(1).double() - centre).square().sum(1)
     products = ByteProducts(query.x_t, query.digits(square))
-    off = products.inner(members) - query.x_t @ members.double().T
+    off = products.inner(members) - query.x_t @ (members.double() - 128).T
     off = (off - off.mean(1, keepdim=True)) * (query.alpha / query.sigma**2)[:, None]
     assert float(off.abs().max()) < 1e-5  # of a log weight
 
@@ -81,7 +88,8 @@ def test_less_noise_needs_more_digits() -> None:
     pool = images(50)
     square = torch.full((50,), 10.0, dtype=torch.float64)
     level = (1e-8, 0.002, 0.1, 1.0, 50.0)
-    digits = [Query.of(batch(pool, torch.full((3,), sigma)), pool, torch.zeros(64)).digits(square) for sigma in level]
+    batches = [batch(pool, torch.full((3,), sigma)) for sigma in level]
+    digits = [Query.of(noisy, signed_affine(pool), torch.zeros(64)).digits(square) for noisy in batches]
     assert digits == sorted(digits, reverse=True)
     assert digits[0] == 7
     assert digits[-1] < 4
@@ -92,13 +100,14 @@ def test_where_sums_begin_changes_nothing(sigma: float) -> None:
     pool = images(100)
     noisy = batch(pool, torch.full((10,), max(sigma, 1e-12)))
     centre = torch.zeros(64)
-    query = Query.of(noisy, pool, centre)
-    square = (pool.data.flatten(1).double() * query.scale + query.shift).square().sum(1)
+    query = Query.of(noisy, signed_affine(pool), centre)
+    scale, shift = pool.affine
+    square = (pool.data.flatten(1).double() * scale + shift).square().sum(1)
     found = query.byte_sums(square)
     plain = Sums(query.x_t, query.sigma, query.alpha)
     for part in torch.arange(100).split(33):
         found.add(pool.data[part].flatten(1), None, square[part] / query.scale**2)
-        plain.add(pool.data[part].flatten(1), None, square[part] / query.scale**2)
+        plain.add(pool.data[part].flatten(1).double() - 128, None, square[part] / query.scale**2)
     one, other = query.posterior(found), query.posterior(plain)
     torch.testing.assert_close(one.mean, other.mean, rtol=0, atol=1e-6)
     torch.testing.assert_close(one.ess, other.ess, rtol=1e-5, atol=0)

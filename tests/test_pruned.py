@@ -20,6 +20,7 @@ from stablefield import VE, VP, Flow, FullDataset, Perturbed, Pool, Process, Pru
 from stablefield.neighbours import isolation, nearest
 from stablefield.pruned import Query, _heaviest
 from stablefield.reference import ALL
+from stablefield.screen import likely
 from stablefield.shards import Shards
 
 SIX = torch.tensor([[0.0, 0.0], [0.3, 0.1], [1.0, 0.2], [1.1, 1.0], [-0.8, 0.5], [0.1, -0.9]], dtype=torch.float64)
@@ -94,7 +95,7 @@ def test_much_is_pruned_in_those_cases() -> None:
     # so that the test above does not only count out the full data set
     known = pruned(Pool(SIX), lost=0.5, dims=1).known(ALL, CPU)
     assert [int((known.level <= sigma).sum()) for sigma in (0.1, 0.2, 0.4)] == [0, 2, 6]
-    inside = known.survivors(rows(QUERIES, SIX, torch.arange(4), 0.4), Shards(), 0.5 / 18) < math.inf
+    inside = known.survivors(rows(QUERIES, SIX, torch.arange(4), 0.4), Shards(), 0.5 / 3)[1]
     assert inside.sum(1).tolist() == [5, 4, 4, 1]
 
 
@@ -134,7 +135,7 @@ def test_seen_through_a_projection_the_posterior_left_out_is_on_average_what_it_
     screen = known.screen
     source = torch.randint(200, (4000,), generator=g)
     x_t = data[source] + sigma * torch.randn(4000, 8, generator=g, dtype=torch.float64)
-    inside = screen.as_stored(known.survivors(rows(x_t, data, source, sigma), Shards(), lost / 200) < math.inf)
+    inside = screen.as_stored(known.survivors(rows(x_t, data, source, sigma), Shards(), lost)[1])
     w = torch.softmax(-torch.cdist(x_t, data).square() / (2 * sigma**2), 1)
     q = torch.softmax(-torch.cdist(screen.projection(x_t), screen.projection(data)).square() / (2 * sigma**2), 1)
     actual, seeming = ((weight * ~inside).sum(1).double() for weight in (w, q))
@@ -218,11 +219,11 @@ def test_the_precision_is_chosen_such_that_it_does_not_matter(
 def test_where_sigma_is_large_float32_serves_and_where_it_is_small_float64_is_needed() -> None:
     energy = torch.tensor([[3.0, 1.0, math.inf, 2.0]] * 2)
     wanted = [[False] * 4, [True, True, False, True]]
-    assert _heaviest(energy, torch.tensor([1e-7, 1e-4])).tolist() == wanted
+    assert _heaviest(energy, energy < math.inf, torch.tensor([1e-7, 1e-4])).tolist() == wanted
     data = torch.randn(50, 3072, generator=seeded(0))
     pool, square = Pool(data), data.double().square().sum(1)
     for sigma, low, high in ((0.01, 1e-5, math.inf), (30.0, 0.0, 1e-6)):
-        query = Query.of(batch(pool, torch.full((4,), sigma)), pool, torch.zeros(3072))
+        query = Query.of(batch(pool, torch.full((4,), sigma)), pool.affine, torch.zeros(3072))
         assert ((low < query.rounding(square)) & (query.rounding(square) < high)).all()
 
 
@@ -429,3 +430,32 @@ def test_rows_that_cannot_be_answered_are_refused() -> None:
     broken[1] = math.nan
     with pytest.raises(ValueError, match="x_t is not finite in row 1"):
         pruned(pool)(Perturbed(**(vars(noisy) | {"x_t": broken, "label": None})))
+
+
+@pytest.mark.parametrize("total", [1, 3])
+@pytest.mark.parametrize("sigma", [0.2, 0.3, 0.5])
+def test_about_the_fewest_members_are_kept_that_leave_no_more_than_may_be_lost(sigma: float, total: int) -> None:
+    lost, energy = 1e-3, 20 * torch.rand(50, 999, generator=seeded(2), dtype=torch.float64)
+
+    def ask(shards: Shards) -> Tensor:
+        part = energy[:, shards.rank :: shards.total].float()
+        return likely(part, torch.full((50,), sigma), torch.full((50,), 1e-6), lost, 999, shards)
+
+    inside = torch.zeros(50, 999, dtype=torch.bool)
+    for rank, found in enumerate(in_turn(total, ask)):
+        inside[:, rank::total] = found
+    q = torch.softmax(-energy / (2 * sigma**2), 1)
+    assert float((q * ~inside).sum(1).max()) <= lost
+    fewest = (q.sort(1).values.cumsum(1) > lost).sum(1)
+    least_likely = energy.sort(1).values.gather(1, fewest[:, None] - 1)
+    half_a_nat = sigma**2
+    assert (inside.sum(1) <= (energy <= least_likely + half_a_nat).sum(1)).all()
+    assert (inside.sum(1) < 999 / 4).all()
+
+
+def test_what_rounding_may_hide_is_kept() -> None:
+    energy = torch.rand(8, 640, generator=seeded(3)) * 30
+    sigma, none = torch.full((8,), 0.5), torch.zeros(8)
+    kept = [int(likely(energy, sigma, none + off, 1e-4, 640, Shards()).sum()) for off in (0.0, 0.1, 1.0, 10.0, 100.0)]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[2] < kept[-1] == energy.numel()

@@ -176,12 +176,13 @@ class Sums:
             return
         y, norm, energy = self.compare(members, square)
         if mask is not None:
-            energy.masked_fill_(~mask.to(energy.device), torch.inf)
+            # zero or infinity, in float32: to fill what is masked would take many times as long
+            energy.add_(mask.to(energy.device, torch.float32).reciprocal_().sub_(1))
         kept = self._lower(torch.minimum(self.lowest, energy.amin(1)))
         weight = torch.exp_(energy.sub_(_finite(self.lowest)[:, None]).mul_(-self.sharpness[:, None]))
         self.total = self.total * kept + weight.sum(1)
-        self.squares = self.squares * kept**2 + weight.square().sum(1)
-        self.moment = self.moment * kept + (weight * norm).sum(1)
+        self.squares = self.squares * kept**2 + torch.linalg.vector_norm(weight, dim=1).square()
+        self.moment = self.moment * kept + (weight @ norm if norm.ndim == 1 else (weight * norm).sum(1))
         self.weighted.mul_(kept[:, None])
         self.products.add_sums(self.weighted, weight, y)
 
@@ -191,7 +192,8 @@ class Sums:
             raise ValueError(f"x_t is {tuple(self.like.shape)}, which members {tuple(members.shape)} do not fit")
         y = members.flatten(members.ndim - self.like.ndim + 1)
         norm = self.products.squares(y) if square is None else square
-        return y, norm, self.alpha[:, None] * (self.alpha[:, None] * norm - 2 * self.products.inner(y))
+        energy = self.products.inner(y).double().mul_(-2 * self.alpha[:, None])
+        return y, norm, energy.add_(self.alpha.square()[:, None] * norm)
 
     def merge(self, other: "Sums") -> "Sums":
         """Join the sums of another part of the support, for the same x_t, alpha and sigma."""

@@ -2,10 +2,10 @@
 
 Floating members are multiplied in a floating type. Bytes need no such thing: a row is written in digits,
 
-    x = scale_1 d_1 + scale_2 d_2 + ... ,     d_i in -127 .. 127,     scale_(i + 1) = scale_i / 254
+    x = scale (256^(k - 1) d_1 + ... + 256 d_(k - 1) + d_k),     d_i in -128 .. 127
 
 each digit is multiplied with the bytes in integers, without any rounding, and the products are put together in float64.
-So k digits round x, once, to 254^(1 - k) / 254 of its largest entry, and nothing else; the bytes are read as they are
+So k digits round x, once, to 256^(1 - k) / 254 of its largest entry, and nothing else; the bytes are read as they are
 stored, a quarter of the memory of float32. Processors that multiply bytes (VNNI) do that several times faster than
 numbers of either floating type.
 """
@@ -18,8 +18,9 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 MIDDLE = 128  # taken from bytes, to make them signed
-LONGEST = 2**17  # terms of a sum of products of a digit and a byte that surely fit 32 bits
+LONGEST = 2**17 - 1  # terms of a sum of products of a digit and a byte that surely fit 32 bits
 FAINT = 2.0**-38  # a weight that nobody sees beside a weight of 1, even a million times
+SINGLY = 5  # rows, at most, that are multiplied one by one
 PICKED = 1 / 3  # of a block: so many members, or fewer, are picked out to be summed
 
 
@@ -96,7 +97,7 @@ class FloatProducts(Products):
 
 
 class ByteProducts(Products):
-    """With bytes, in integers: rows and weights are rounded to so many digits, and nothing else is rounded.
+    """With bytes less 128, in integers: rows and weights are rounded to so many digits, and nothing else is rounded.
 
     Args:
         rows: in float64.
@@ -109,25 +110,21 @@ class ByteProducts(Products):
         assert rows.shape[1] <= LONGEST
         super().__init__()
         self.digits, self.scale = in_digits(rows, digits)
-        self.middle = MIDDLE * rows.sum(1, keepdim=True)
         self.buffer = torch.empty(0, dtype=torch.uint8, device=rows.device)
 
     def squares(self, members: UInt8[Tensor, "n D"]) -> Float[Tensor, "n"]:
-        return members.double().square().sum(1)
+        return self.ready(members).double().square().sum(1)
 
     def inner(self, members: UInt8[Tensor, "n D"]) -> Float[Tensor, "B n"]:
-        return _joined(self.digits, self.scale, self.ready(members).T).add_(self.middle)
+        return _joined(self.digits, self.scale, self.ready(members).T)
 
     def add_sums(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], members: Tensor) -> None:
-        seen = (weight > FAINT).any(0).nonzero().flatten()
+        y, seen = self.ready(members), (weight.amax(0) > FAINT).nonzero().flatten()
         if len(seen) <= PICKED * len(members):
-            sums.add_(weight[:, seen].float() @ members[seen.to(members.device)].to(weight.device).float())
+            sums.add_(weight[:, seen].float() @ y[seen].float())
             return
-        for part in torch.arange(len(members)).split(LONGEST):
-            some = slice(int(part[0]), int(part[-1]) + 1)
-            digits, scale = in_digits(weight[:, some], self.WEIGHTS)
-            sums.add_(_joined(digits, scale, self.ready(members)[some]))
-        sums.add_(MIDDLE * weight.sum(1, keepdim=True))
+        for some, part in zip(weight.split(LONGEST, 1), y.split(LONGEST), strict=True):
+            sums.add_(_joined(*in_digits(some, self.WEIGHTS), part))
 
     def prepared(self, members: UInt8[Tensor, "n D"]) -> Int8[Tensor, "n D"]:
         if self.buffer.numel() < members.numel():
@@ -142,26 +139,34 @@ def signed(members: UInt8[Tensor, "n D"], out: UInt8[Tensor, "n D"]) -> Int8[Ten
     return out.copy_(members).bitwise_xor_(MIDDLE).view(torch.int8)
 
 
-def in_digits(x: Float[Tensor, "B D"], digits: int) -> tuple[Int8[Tensor, "k B D"], Float[Tensor, "k B 1"]]:
-    """x, a row each, as the sum of scale times digit over the digits, with digits in -127 .. 127.
+def in_digits(x: Float[Tensor, "B D"], digits: int) -> tuple[Int8[Tensor, "k B D"], Float[Tensor, "B 1"]]:
+    """x, a row each, as scale times a number of so many digits to the base 256, the first of them first.
 
-    It is off by at most 254^-digits of the row's largest entry (and the rounding of float64).
+    It is off by at most half the last digit, 256^(1 - digits) / 254 of the row's largest entry (and the rounding of
+    float64).
+
+    Args:
+        digits: at most 7.
 
     >>> x = torch.randn(3, 5, dtype=torch.float64)
     >>> digits, scale = in_digits(x, 6)
-    >>> bool(((digits * scale).sum(0) - x).abs().max() < 1e-13)
+    >>> value = digits[0].double()
+    >>> for digit in digits[1:]:
+    ...     value = 256 * value + digit
+    >>> bool((value * scale - x).abs().max() < 1e-13)
     True
     """
-    scale = x.abs().amax(1, keepdim=True) / 127
-    scale = torch.where(scale > 0, scale, 1.0)
-    rest, found, scales = x.clone(), [], []
-    for _ in range(digits):
-        digit = (rest / scale).round_().clamp_(-127, 127)
-        rest.addcmul_(digit, scale, value=-1)
-        found.append(digit.to(torch.int8))
-        scales.append(scale)
-        scale = scale / 254
-    return torch.stack(found), torch.stack(scales)
+    scale = (x.abs().amax(1, keepdim=True) / (127 * 256 ** (digits - 1))).clamp(min=1e-300)
+    whole = (x / scale).round_().to(torch.int32 if digits <= 4 else torch.int64)
+    # The bytes of a whole number are between 0 and 255. With 128 added to each they are digits plus 128, and flipping
+    # their highest bits takes that away again.
+    middle = sum(MIDDLE * 256**place for place in range(digits - 1))
+    whole.add_(middle).bitwise_xor_(middle)
+    found = torch.empty(digits, *x.shape, dtype=torch.int8, device=x.device)
+    for digit in reversed(found.unbind(0)):
+        digit.copy_(whole)  # its last byte
+        whole.bitwise_right_shift_(8)
+    return found, scale
 
 
 @cache
@@ -184,13 +189,13 @@ def multiplies_bytes(device: torch.device) -> bool:
     return bool((found.double() == left.double() @ right.double()).all())
 
 
-def _joined(digits: Int8[Tensor, "k B m"], scale: Float[Tensor, "k B 1"], right: Int8[Tensor, "m n"]) -> Tensor:
+def _joined(digits: Int8[Tensor, "k B m"], scale: Float[Tensor, "B 1"], right: Int8[Tensor, "m n"]) -> Tensor:
     """What the digits stand for, times the right factor, (B, n) in float64."""
     parts = integer_product(digits.flatten(0, 1), right).unflatten(0, digits.shape[:2])
-    found = parts[0] * scale[0]
-    for part, factor in zip(parts[1:], scale[1:], strict=True):
-        found.add_(part * factor)
-    return found
+    found = parts[0].double()
+    for part in parts[1:]:
+        found.mul_(256).add_(part)
+    return found.mul_(scale)
 
 
 def integer_product(left: Int8[Tensor, "a m"], right: Int8[Tensor, "m n"]) -> Tensor:
@@ -198,6 +203,9 @@ def integer_product(left: Int8[Tensor, "a m"], right: Int8[Tensor, "m n"]) -> Te
     if left.shape[1] == 1:  # torch 2.13 reads a right factor of one row in the wrong order
         return left.int() * right.int()
     if left.device.type == "cpu":
+        if len(left) <= SINGLY and right.stride(0) == 1:
+            # a matrix is repacked before it is multiplied with several rows, which costs more than a few rows alone
+            return torch.cat([torch._int_mm(right.T, row[:, None]).T for row in left])
         return torch._int_mm(left, right)
     # tensor units want more than 16 rows, and lengths in multiples of 8
     rows, columns = len(left), right.shape[1]

@@ -26,15 +26,16 @@ from torch import Tensor
 from stablefield.neighbours import isolation
 from stablefield.posterior import Posterior, Sums, chunk_size
 from stablefield.process import Perturbed
-from stablefield.products import LONGEST, ByteProducts, FloatProducts, multiplies_bytes
+from stablefield.products import LONGEST, MIDDLE, ByteProducts, FloatProducts, multiplies_bytes
 from stablefield.reference import Pool
-from stablefield.screen import Projection, Screen, principal
+from stablefield.screen import Projection, Screen, counted, likely, principal, rounded
 from stablefield.shards import ALONE, Shards
 from stablefield.target import SharedOut, SingleSample, index_of
 
 MANY = 1 / 2  # of the members: beyond that they are taken as they are stored, not picked out
 JOINING = 1 / 16  # of the members: what a row costs that joins others for which all members pass
 FEW = 2**22  # numbers in data that are few: they are passed whole for any row
+LITTLE = 256  # members: what a row costs beside them is more
 HEAVIEST = 512  # members of a row whose weights are computed in float64, if not all are
 
 Distances = Callable[[int], Float[Tensor, "m k"]]  # label -> distances to the nearest others of that class
@@ -100,7 +101,9 @@ class PrunedDataset(SharedOut):
             held = place >= 0
             projection = self._projection(device)
             screen = Screen.of(own, place[held], projection, level[held]) if held.any() else None
-            self._known[label, device] = _Known(label, own, members, level, projection, screen)
+            widest = 0.0 if screen is None else float(screen.energy.max().sqrt())
+            widest = -float(self.shards.least(torch.tensor([-widest], device=device)))
+            self._known[label, device] = _Known(label, own, members, level, projection, screen, widest)
         return self._known[label, device]
 
     def _projection(self, device: torch.device) -> Projection:
@@ -111,13 +114,12 @@ class PrunedDataset(SharedOut):
 
     def _answer(self, noisy: Perturbed, place: Int[Tensor, "B"], known: "_Known") -> tuple[Int[Tensor, "s"], Posterior]:
         """Rows that are not isolated: which of them share their cell with others, and the means over the cells."""
-        energy = known.survivors(noisy, self.shards, self.lost / (3 * len(known.members)))
-        inside = energy < math.inf
-        here = torch.stack([known.among(inside, place).long(), inside.sum(1)])
+        energy, inside = known.survivors(noisy, self.shards, self.lost / 3)
+        here = torch.stack([known.among(inside, place).long(), counted(inside)])
         has_source, count = self.shards.sum(here).unbind(0)
         shared = (has_source > 0) & (count > 1)
-        query = Query.of(noisy, self.pool, known.projection.centre)
-        sums = _over(query, energy.masked_fill(~shared[:, None], math.inf), known)
+        query = Query.of(noisy, known.affine, known.projection.centre)
+        sums = _over(query, energy, inside & shared[:, None], known)
         return shared.nonzero().flatten(), query.posterior(self.shards.merge(sums))
 
 
@@ -132,6 +134,7 @@ class _Known:
         level: sigma / alpha up to which each of these is isolated.
         projection: what members are screened by, the same for all classes.
         screen: the own ones of the class, through a projection; None if there are none.
+        widest: the largest norm of their coordinates, and of those that others hold.
     """
 
     label: int
@@ -140,11 +143,18 @@ class _Known:
     level: Float[Tensor, "m"]
     projection: Projection
     screen: Screen | None
+    widest: float
 
     @property
     def in_integers(self) -> bool:
         """Whether the members are multiplied as bytes."""
         return in_integers(self.own, self.projection.centre.device)
+
+    @property
+    def affine(self) -> tuple[float, float]:
+        """(scale, shift) such that a value that is multiplied stands for scale * value + shift."""
+        scale, shift = self.own.affine
+        return (scale, shift + MIDDLE * scale) if self.in_integers else (scale, shift)
 
     def level_of(self, index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
         """The levels of isolation of some members.
@@ -157,16 +167,14 @@ class _Known:
             raise ValueError(f"member {int(index[strange][0])} of the pool does not carry the label that its row tells")
         return self.level[rank]
 
-    def survivors(self, noisy: Perturbed, shards: Shards, share: float) -> Float[Tensor, "B n"]:
-        """Projected energies of the own members in their order of isolation, infinite where they do not matter."""
-        nobody = torch.full((len(noisy), 1), math.inf, device=noisy.x_t.device)
-        if self.screen is None:
-            shards.least(nobody.amin(1))
-            return nobody[:, :0]
-        seen = self.screen.projection(noisy.x_t, noisy.alpha)
-        energy = self.screen.energies(seen, noisy.sigma, noisy.alpha)
-        least = shards.least(torch.cat([energy, nobody], 1).amin(1))
-        return self.screen.rule_out(energy, least, seen, noisy.sigma, noisy.alpha, share)
+    def survivors(
+        self, noisy: Perturbed, shards: Shards, lost: float
+    ) -> tuple[Float[Tensor, "B n"], Bool[Tensor, "B n"]]:
+        """Projected energies of the own members in their order of isolation, and which of them may matter."""
+        seen = self.projection(noisy.x_t, noisy.alpha)
+        energy = seen[:, :0] if self.screen is None else self.screen.energies(seen, noisy.sigma, noisy.alpha)
+        off = rounded(seen, noisy.alpha, self.widest)
+        return energy, likely(energy, noisy.sigma, off, lost, len(self.members), shards)
 
     def among(self, inside: Bool[Tensor, "B n"], place: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
         """Whether own members, at their places in the order of the pool (-1: not own), are among those inside."""
@@ -177,11 +185,11 @@ class _Known:
             found[rows] = inside[rows, position.to(inside.device)]
         return found
 
-    def blocks(self, mask: Bool[Tensor, "b n"], size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def blocks(self, mask: Bool[Tensor, "b n"], size: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """Stored members, who may use them, and their norms: few are picked out, many pass in the order stored."""
         assert self.screen is not None
         blocks: Iterable[Tensor]
-        wanted = mask.any(0).nonzero().flatten()
+        wanted = mask.view(torch.uint8).amax(0).nonzero().flatten()  # as bytes, many times faster than any()
         if len(wanted) < MANY * len(self.screen):
             position = self.screen.order[wanted.cpu()]
             blocks = (self.own.stored(part) for part in self.screen.members[position].split(size))
@@ -189,7 +197,9 @@ class _Known:
         else:
             blocks = self.own.stored_blocks(self.label, size)
             allowed, square = self.screen.as_stored(mask), self.screen.square
-        yield from zip(blocks, allowed.split(size, 1), square.split(size), strict=True)
+        everyone = bool(counted(allowed).sum() == allowed.numel())
+        masks = [None] * -(-len(square) // size) if everyone else allowed.split(size, 1)
+        yield from zip(blocks, masks, square.split(size), strict=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,9 +221,9 @@ class Query:
     shift: float
 
     @classmethod
-    def of(cls, noisy: Perturbed, pool: Pool, centre: Float[Tensor, "D"]) -> "Query":
-        """The rows of a batch, for members that the pool stores."""
-        (scale, shift), centre, alpha = pool.affine, centre.double(), noisy.alpha.double()
+    def of(cls, noisy: Perturbed, affine: tuple[float, float], centre: Float[Tensor, "D"]) -> "Query":
+        """The rows of a batch, for members whose values stand for (scale, shift) = `affine`."""
+        (scale, shift), centre, alpha = affine, centre.double(), noisy.alpha.double()
         x_t = (noisy.x_t.flatten(1).double() - alpha[:, None] * centre) / scale
         return cls(x_t, noisy.sigma.double() / scale, alpha, noisy.x_t, noisy.x, centre, scale, shift)
 
@@ -249,12 +259,12 @@ class Query:
     def digits(self, square: Float[Tensor, "m"]) -> int:
         """How many leave log weights as they are, to about 1e-6.
 
-        Digits round an entry of x_t to at most 254^-k of the largest, evenly; so the product with a member at a
-        distance r from the centre is off by a third of that times r, and what all members share does not count.
+        k digits round an entry of x_t to at most about 256^-k of the largest, evenly; so the product with a member at
+        a distance r from the centre is off by a third of that times r, and what all members share does not count.
         """
         entry = self.x_t.abs().amax(1) * square.max().sqrt() / self.scale / 3
         finest = (1e-6 * self.sigma**2 / (self.alpha * entry).clamp(min=1e-300)).min()
-        return min(7, max(2, math.ceil(-math.log(max(float(finest), 1e-300)) / math.log(254))))
+        return min(7, max(2, math.ceil(-math.log(max(float(finest), 1e-300)) / math.log(256))))
 
     def posterior(self, sums: Sums) -> Posterior:
         """What sums over stored values, with norms around the centre, say of x."""
@@ -281,17 +291,17 @@ def in_integers(pool: Pool, device: torch.device) -> bool:
     return pool.data.dtype == torch.uint8 and math.prod(pool.shape) <= LONGEST and multiplies_bytes(device)
 
 
-def _over(query: Query, energy: Float[Tensor, "B n"], known: _Known) -> Sums:
-    """Sums over the members that were not ruled out, of those in their order of isolation."""
+def _over(query: Query, energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"], known: _Known) -> Sums:
+    """Sums over the members inside, of those in their order of isolation."""
     if known.screen is None:
         return query.sums()
     square = known.screen.square
     if known.in_integers:
-        return _passed(query, energy < math.inf, known, lambda some: some.byte_sums(square))
+        return _passed(query, inside, known, lambda some: some.byte_sums(square))
     wide = query.narrow == torch.float64
     rounded = torch.full_like(query.sigma, math.inf) if wide else query.rounding(square)
-    exactly = _heaviest(energy, rounded)
-    roughly = (energy < math.inf) & ~exactly
+    exactly = _heaviest(energy, inside, rounded)
+    roughly = inside & ~exactly
     found = _passed(query, exactly, known, Query.sums)
     return found.merge(_passed(query, roughly, known, lambda some: some.sums(query.narrow)))
 
@@ -309,13 +319,15 @@ def _passed(query: Query, inside: Bool[Tensor, "B n"], known: _Known, start: Cal
     return found
 
 
-def _heaviest(energy: Float[Tensor, "B n"], rounded: Float[Tensor, "B"]) -> Bool[Tensor, "B n"]:
-    """Which of the members that are not ruled out need float64.
+def _heaviest(
+    energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"], rounded: Float[Tensor, "B"]
+) -> Bool[Tensor, "B n"]:
+    """Which of the members inside need float64.
 
     None where float32 leaves the weights as they are. Otherwise those that seem to weigh most: what the rest is off by
     counts for its own small share only. And all of them where float32 would lose too much.
     """
-    found = (energy < math.inf) & ~(rounded < 1e-6)[:, None]
+    found = inside & ~(rounded < 1e-6)[:, None]
     some = ((rounded >= 1e-6) & (rounded <= 1e-5)).nonzero().flatten()
     if energy.shape[1] > HEAVIEST and len(some):
         heaviest = energy[some].topk(HEAVIEST, largest=False).indices
@@ -324,19 +336,19 @@ def _heaviest(energy: Float[Tensor, "B n"], rounded: Float[Tensor, "B"]) -> Bool
 
 
 def _together(inside: Bool[Tensor, "B n"], members: int, dim: int) -> Iterator[Int[Tensor, "b"]]:
-    """Rows worth answering together: those with many members, which they share. Others are answered one by one.
+    """Rows worth answering together: those with many members, which they share, and some with little work each.
 
     Where the data are few, all together: members that are not shared cost less than a row alone.
     """
-    count = inside.sum(1)
+    count = counted(inside)
     if members * dim <= FEW:
         many = count > 0
     else:
         many = count > JOINING * members
         many &= count[many].sum() > MANY * members
-    if many.any():
-        yield many.nonzero().flatten()
-    yield from ((count > 0) & ~many).nonzero()
+    little = (count > 0) & (count <= LITTLE) & ~many
+    alone = (count > LITTLE) & ~many
+    yield from filter(len, [many.nonzero().flatten(), *little.nonzero().flatten().split(8), *alone.nonzero()])
 
 
 def _checked(distances: Tensor, members: int) -> Tensor:

@@ -9,9 +9,9 @@ Let S be any set that is chosen by P x_t alone. By the tower property, what the 
 
     E[ sum_{j not in S} w_j | P x_t ] = P(source not in S | P x_t) = sum_{j not in S} q_j
 
-whatever P is. So S = {j : q_j >= max q * lost / m} loses no more than `lost` of the posterior, on average, and is
-found with m k operations instead of m D. A projection onto directions in which the data vary most leaves few members
-in S; how few is all that its quality decides.
+whatever P is. So S of the members with the largest q, as many as leave no more than `lost` of it to the others, loses
+no more than that of the posterior, on average, and is found with m k operations instead of m D. A projection onto
+directions in which the data vary most leaves few members in S; how few is all that its quality decides.
 """
 
 import math
@@ -23,6 +23,10 @@ from torch import Tensor
 
 from stablefield.reference import Pool
 from stablefield.seeding import generator
+from stablefield.shards import Shards
+
+CLOSER = (1 / 64, 1 / 2)  # of the members: where so many are left, it pays to look for more that can go
+BINS = 128  # of half a nat, in which their mass is added up
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,28 +137,72 @@ class Screen:
         most = int(active.max())
         factor = alpha.float()[:, None]
         energy = torch.addmm(factor**2 * self.energy[:most], seen * factor, self.coordinates[:most].T, alpha=-2)
-        return energy.masked_fill_(torch.arange(most, device=energy.device) >= active[:, None], math.inf)
+        fewer = (active < most).nonzero().flatten()
+        isolated = torch.arange(most, device=energy.device) >= active[fewer, None]
+        energy[fewer] = energy[fewer].masked_fill_(isolated, math.inf)
+        return energy
 
-    def rule_out(
-        self,
-        energy: Float[Tensor, "B n"],
-        least: Float[Tensor, "B"],
-        seen: Float[Tensor, "B k"],
-        sigma: Float[Tensor, "B"],
-        alpha: Float[Tensor, "B"],
-        share: float,
-    ) -> Float[Tensor, "B n"]:
-        """The same, infinite also where the projection leaves no chance: q below `share` of the largest.
 
-        Where `share` is lost / m, that loses at most `lost` of the posterior over the m members, on average. The
-        rounding of the float32 products is allowed for.
+def rounded(seen: Float[Tensor, "B k"], alpha: Float[Tensor, "B"], widest: float) -> Float[Tensor, "B"]:
+    """By how much energies may be off, because their products are float32.
 
-        Args:
-            least: the smallest energy of each row (where others hold members too: of theirs too).
-        """
-        alpha, sigma = alpha.float()[:, None], sigma.float()[:, None]
-        widest = self.energy.max().sqrt()
-        rounding = 2.0**-22 * self.coordinates.shape[1] * alpha * widest
-        rounding = rounding * (seen.norm(dim=1, keepdim=True) + alpha * widest)
-        limit = least[:, None] + (rounding - 2 * sigma**2 * math.log(share)).clamp(max=1e30)
-        return torch.where(energy > limit, math.inf, energy)
+    Args:
+        seen: what the projection leaves of x_t.
+        widest: the largest norm of the members' coordinates.
+    """
+    farthest = alpha.float() * widest
+    return 2.0**-22 * seen.shape[1] * farthest * (seen.norm(dim=1) + farthest)
+
+
+def likely(
+    energy: Float[Tensor, "B n"],
+    sigma: Float[Tensor, "B"],
+    off: Float[Tensor, "B"],
+    lost: float,
+    members: int,
+    shards: Shards,
+) -> Bool[Tensor, "B n"]:
+    """Which members are kept, such that all others together have at most `lost` of q.
+
+    Ruled out is first what has less than lost / m of the largest q. Where a good part is left, but not most, all are
+    added up from the far end, which tells how many more can go.
+
+    With energies off by at most r, and s = 2 r / (2 sigma^2), the share of members in q is at most exp(s) times what
+    it seems to be.
+
+    Args:
+        energy: of the members that this rank holds; there may be none. Infinite: ruled out already.
+        off: r, by how much they may be off.
+        lost: a share of q, below 1.
+        members: how many there are, m, whoever holds them.
+        shards: among whom.
+    """
+    sharpness = (0.5 / sigma.double().square()).clamp(1e-30, 1e30).float()
+    slack = 2 * off * sharpness
+    least = shards.least(energy.amin(1) if energy.shape[1] else torch.full_like(off, math.inf))
+    limit = least + ((slack - math.log(lost / members)) / sharpness).clamp(max=1e30)
+    inside = energy <= limit[:, None]
+    count = shards.sum(counted(inside))
+    closer = ((count > CLOSER[0] * members) & (count < CLOSER[1] * members)).nonzero().flatten()
+    if len(closer):
+        nats = (energy[closer] - least[closer, None]).mul_(sharpness[closer, None])
+        inside[closer] &= _likeliest(nats, lost * torch.exp(-slack[closer]), shards)
+    return inside
+
+
+def counted(mask: Bool[Tensor, "B n"]) -> Int[Tensor, "B"]:
+    """How many are true in each row."""
+    return mask.view(torch.uint8).sum(1, dtype=torch.int32).long()  # bytes are added faster than truths
+
+
+def _likeliest(nats: Float[Tensor, "B n"], lost: Float[Tensor, "B"], shards: Shards) -> Bool[Tensor, "B n"]:
+    """Whether members are among the likeliest, about the fewest that leave at most `lost` of the mass to the others.
+
+    Args:
+        nats: by which each is less likely than the likeliest of its row.
+    """
+    place = (nats * 2).clamp_(0, BINS - 1).long()
+    mass = torch.exp(-nats.clamp_(max=80))  # beyond are numbers too small to be normal, which are slow
+    mass = shards.sum(nats.new_zeros(len(nats), BINS).scatter_add_(1, place, mass))
+    tail = mass.flip(1).cumsum(1).flip(1)  # of each bin and those beyond
+    return place < (tail > lost[:, None] * tail[:, :1]).sum(1, keepdim=True)
