@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from itertools import permutations
 from math import inf
 from statistics import median
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import torch
@@ -179,7 +179,7 @@ class _Rows:
         return self._weighted(torch.stack(squares).mean(0))
 
     def seconds(self, target: TargetEstimator) -> float:
-        """What as many rows as a step has here take; the least of some, because the machine may have been busy."""
+        """What as many rows as a step has here take; the least of some, because the machine may be busy."""
         here = torch.arange(self.count) * max(1, len(self.noisy) // self.count) % len(self.noisy)
         return min(_times(target, self.noisy.rows(here)))
 
@@ -203,16 +203,16 @@ def _times(target: TargetEstimator, noisy: Perturbed) -> list[float]:
 
 
 def _seconds(act: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    """What an act takes: of a GPU until it has finished, and else of this thread, which others may have interrupted."""
+    if device.type != "cuda":
+        began = thread_time()
+        act()
+        return thread_time() - began
+    torch.cuda.synchronize(device)
     began = perf_counter()
     act()
-    _wait(device)
+    torch.cuda.synchronize(device)
     return perf_counter() - began
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _edges(parts: Parts) -> list[float]:
