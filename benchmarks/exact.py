@@ -1,20 +1,26 @@
 """What the exact target costs when nothing is computed that nobody could see, and how far it is from the full one.
 
-    python benchmarks/exact.py --cifar10 STORE --fashion-mnist FILE --only speed,step,error,size,search,neighbours
+    python benchmarks/exact.py --cifar10 STORE --fashion-mnist FILE --only speed,step,error,size
 
-STORE is what `stablefield data convert` makes of CIFAR-10; without it (and without FILE, an IDX of Fashion-MNIST's
-images) those parts are left out. On a GPU, if there is one, with the data on it; elsewhere seconds are processor time
-on one thread, so that others on the machine disturb less. Ratios within this run are what counts.
+and also search, neighbours, reading. STORE is what `stablefield data convert` makes of CIFAR-10; without it (and
+without FILE, an IDX of Fashion-MNIST's images) those parts are left out; `reading` writes 1.5 GB to the folder for
+temporary files. On a GPU, if there is one, with the data on it; elsewhere seconds are processor time on one thread, so
+that others on the machine disturb less. Ratios within this run are what counts.
 """
 
 import argparse
+import ctypes
+import itertools
 import math
+import mmap
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import headline
 from torch import Tensor
@@ -33,9 +39,11 @@ from stablefield import (
     SingleSample,
     TargetEstimator,
     Times,
+    ahead,
 )
 from stablefield.config import override, resolve
 from stablefield.data import IDX, Digits, FoundNeighbours, NeighbourDistances, Store
+from stablefield.data.mapping import as_tensor, mapped
 from stablefield.engine import TrainState, train
 from stablefield.process import per_row
 from stablefield.ranks import Ranks
@@ -222,6 +230,44 @@ def _recall(listed: Tensor, nearest: Tensor) -> float:
     return float((listed[:, :, None] == nearest[:, None]).any(1).double().mean())
 
 
+def reading(pool: Pool, copies: int = 10, repeats: int = 7) -> None:
+    """Two rows that need all of the data, mapped from a file: seconds by the clock, with its pages in memory or not."""
+    noisy, told = batch(pool, torch.full((2,), 10.0)), ahead.soon
+    systems = {"told beforehand": told, "not told": lambda part: None}
+    taken: dict[tuple[str, bool], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "data.npy"
+        np.save(path, pool.data.repeat(copies, *[1] * len(pool.shape)).numpy())
+        data = as_tensor(mapped(path))
+        pruned = PrunedDataset(Pool(data))
+        pruned(noisy)
+        for _, (name, soon), cold in itertools.product(range(repeats), systems.items(), (False, True)):
+            ahead.soon = soon
+            if cold:
+                forget(path, data)
+            start = time.perf_counter()
+            pruned(noisy)
+            taken.setdefault((name, cold), []).append(time.perf_counter() - start)
+        ahead.soon = told
+    print(f"  {len(data):,} members, {data.nbytes / 1e9:.1f} GB          in memory              on the disk")
+    for name in systems:
+        times = [taken[name, cold] for cold in (False, True)]
+        spans = (f"{statistics.median(some):6.2f} s ({min(some):.2f} to {max(some):.2f})" for some in times)
+        print(f"  {name:26}", *spans, flush=True)
+
+
+def forget(path: Path, data: Tensor) -> None:
+    """Let a file's pages be in nobody's memory."""
+    advise = ctypes.CDLL(None).madvise
+    assert (
+        advise(ctypes.c_void_p(data.data_ptr() // 4096 * 4096), ctypes.c_size_t(data.nbytes), mmap.MADV_DONTNEED) == 0
+    )
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(file)
+
+
 def measure_distances(pool: Pool) -> None:
     distances = NeighbourDistances(pool, device=DEVICE)
     for what, labels in {"among all": [ALL], "within each class": range(pool.classes)}.items():
@@ -233,7 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path)
     parser.add_argument("--fashion-mnist", type=Path)
-    parser.add_argument("--only", default="neighbours,speed,step,error,size,search")
+    parser.add_argument("--only", default="neighbours,speed,step,error,size,search,reading")
     options = parser.parse_args()
     only = options.only.split(",")
     torch.set_num_threads(1)
@@ -254,6 +300,9 @@ def main() -> None:
         if "search" in only:
             print(f"\nThe nearest neighbours, {cifar}, 64 rows")
             search(cifar, pruned)
+        if "reading" in only:
+            print("\nBytes on the disk")
+            reading(cifar)
     if "error" in only:
         fashion = options.fashion_mnist and IDX(options.fashion_mnist).load()
         pools = {"digits": Digits().load(), "Fashion-MNIST": fashion, "CIFAR-10": cifar}

@@ -13,7 +13,7 @@ import stablefield
 
 HOUSE = Path(stablefield.__file__).parent
 FLOORS = (
-    {"process", "times", "networks", "seeding", "schedule"},
+    {"ahead", "process", "times", "networks", "seeding", "schedule"},
     {"posterior", "parametrize", "reference", "augmentation", "neighbours", "products", "screen", "shards"},
     {"target", "denoise", "pruned", "banded"},
     {"objective", "sample", "likelihood"},

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from stablefield.ahead import in_turn
+
 ALL = -1  # the label of a row of which the network is told nothing: every member may be its source
 
 
@@ -146,7 +148,7 @@ class Pool:
     def stored_blocks(self, label: int, size: int) -> Iterator[Shaped[Tensor, "n *D"]]:
         """The same as they are stored."""
         if label == ALL and self.places is None:
-            return iter(self.data.split(size))
+            return in_turn(self.data, size)
         return map(self.stored, self.members(label).split(size))
 
     def draw(self, n: int, label: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
