@@ -63,15 +63,17 @@ def together(ranks: int, out: Path, what: str = "losses", **options: object) -> 
 def launched(ranks: int, out: Path, what: str, **options: object) -> subprocess.CompletedProcess[str]:
     said = ", ".join(f"{name}={value!r}" for name, value in options.items())
     script = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); import test_ranks as t\n"
+        "import sys, torch, weakref; sys.path.insert(0, sys.argv[1]); import test_ranks as t\n"
         "from stablefield.ranks import joined\n"
         "torch.set_num_threads(1)\n"
-        "with joined(torch.device('cpu')) as ranks:\n"
-        f"    found = t.{what}(ranks, {said})\n"
-        "    assert ranks.any(ranks.rank == 1) and not ranks.any(False)\n"
-        "    if ranks.first: torch.save(found, sys.argv[2])\n"
-        # all is said and they have parted: threads that torch leaves behind now and then abort the interpreter's end
-        "import os; sys.stderr.flush(); os._exit(0)\n"
+        "try:\n"
+        "    with joined(torch.device('cpu')) as ranks:\n"
+        "        group = weakref.ref(torch.distributed.group.WORLD)\n"
+        f"        found = t.{what}(ranks, {said})\n"
+        "        assert ranks.any(ranks.rank == 1) and not ranks.any(False)\n"
+        "        if ranks.first: torch.save(found, sys.argv[2])\n"
+        "finally:\n"
+        "    assert group() is None, 'the group outlives its end'\n"
     )
     (out / "script.py").write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -86,6 +88,28 @@ def launched(ranks: int, out: Path, what: str, **options: object) -> subprocess.
 def test_two_ranks_lose_what_one_does(tmp_path):
     alone = losses(Ranks(torch.device("cpu")))
     torch.testing.assert_close(together(2, tmp_path, micro_batch=3), alone, rtol=1e-5, atol=1e-6)
+
+
+def fail_at_the_end(ranks: Ranks) -> None:
+    """Train, and fail on the first rank, where the module that holds all ranks together is at hand."""
+    module = ranks.wrap(torch.nn.Linear(2, 2))
+    module(torch.ones(3, 2)).sum().backward()
+
+    def act() -> None:
+        raise OSError("no room")
+
+    try:
+        ranks.lead(act)
+    except OSError as error:
+        raise ValueError("it could not be written") from error
+
+
+def test_a_group_ends_with_its_ranks_even_if_they_fail(tmp_path):
+    done = launched(2, tmp_path, "fail_at_the_end")
+    assert done.returncode != 0
+    assert done.stderr.count("ValueError: it could not be written") == 1, done.stderr
+    assert "outlives its end" not in done.stderr
+    assert "SIGABRT" not in done.stderr
 
 
 @pytest.mark.slow

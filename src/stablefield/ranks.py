@@ -5,6 +5,7 @@ Alone there is one rank, nothing is started, and everything here is the identity
 """
 
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+
+# Its functions have the group there is when it is imported as a default, and so keep it. Imported by DDP and optimizers
+# as they begin, it would keep ours beyond its end, with threads that now and then abort the interpreter's
+import torch.distributed.nn.functional
 from accelerate import PartialState
 from accelerate.utils import gather
 from jaxtyping import Int
@@ -139,6 +144,16 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             for harmless in ("Grad strides do not match", ".*broadcast_buffers. is deprecated"):
                 warnings.filterwarnings("ignore", harmless)
             yield Ranks(state.device, state.process_index, state.num_processes)
+    except BaseException as error:
+        _forget(error)
+        raise
     finally:
         state.destroy_process_group()
         PartialState._reset_state()  # another may be begun in this process
+
+
+def _forget(error: BaseException | None) -> None:
+    """Drop the variables of where an error arose: a wrapped module among them would keep the group beyond its end."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
