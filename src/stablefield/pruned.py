@@ -32,7 +32,7 @@ from stablefield.screen import Projection, Screen, counted, likely, principal, r
 from stablefield.shards import ALONE, Shards
 from stablefield.target import SharedOut, SingleSample, index_of
 
-MANY = 1 / 2  # of the members: beyond that they are taken as they are stored, not picked out
+MANY = 3 / 4  # of the members: beyond that they are taken as they are stored, not picked out
 JOINING = 1 / 16  # of the members: what a row costs that joins others for which all members pass
 FEW = 2**22  # numbers in data that are few: they are passed whole for any row
 LITTLE = 256  # members: what a row costs beside them is more
