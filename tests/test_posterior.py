@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stablefield import VE, VP, Cosine, Flow, Perturbed, Posterior, Process, SubVP, posterior, stable_target
-from stablefield.posterior import Sums, chunk_size, stream
+from stablefield.posterior import Sums, chunk_size, exact, stream
 from stablefield.process import per_row
 
 PROCESSES = [VE(), VP(), SubVP(), Cosine(), Flow()]
@@ -478,3 +478,9 @@ def test_blocks_of_another_shape_are_refused_even_if_their_numbers_would_fit() -
     for members in (torch.zeros(5, 4, 3), torch.zeros(5, 12), torch.zeros(2, 5, 4, 3)):
         with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
             stream(noisy.x_t, [(members, None)], sigma=1.0)
+
+
+def test_what_needs_float64_is_done_where_there_is_some() -> None:
+    assert exact(torch.device("mps")) == torch.device("cpu")
+    for there in (torch.device("cpu"), torch.device("cuda", 3)):
+        assert exact(there) == there

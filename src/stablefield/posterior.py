@@ -51,6 +51,10 @@ class Posterior:
         """Some of the rows."""
         return Posterior(*(pick(value, rows) for value in (self.mean, self.ess, self.variance)))
 
+    def to(self, device: torch.device) -> "Posterior":
+        """The same on another device."""
+        return Posterior(*(value.to(device) for value in (self.mean, self.ess, self.variance)))
+
 
 def posterior(
     x_t: Float[Tensor, "B *D"],
@@ -154,10 +158,8 @@ class Sums:
         alpha: float | Tensor = 1.0,
         products: Callable[[Float[Tensor, "B D"]], Products] = FloatProducts,
     ) -> None:
-        # MPS has no float64: there the work is done on the CPU
-        home = "cpu" if x_t.device.type == "mps" else x_t.device
         self.like = x_t
-        self.query = x_t.detach().to(home, torch.float64).flatten(1)
+        self.query = x_t.detach().to(exact(x_t.device), torch.float64).flatten(1)
         self.products = products(self.query)
         self.sigma = _one_a_row("sigma", sigma, self.query)
         self.alpha = _one_a_row("alpha", alpha, self.query)
@@ -236,6 +238,11 @@ class Sums:
 
     def _weight_of(self, energy: Tensor) -> Tensor:
         return torch.exp((_finite(self.lowest) - energy) * self.sharpness)
+
+
+def exact(device: torch.device) -> torch.device:
+    """That device, if it knows float64; else (MPS) the CPU."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def chunk_size(x_t: Tensor, members_of: int = 1, width: int = 8) -> int:

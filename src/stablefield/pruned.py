@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stablefield.neighbours import isolation
-from stablefield.posterior import Posterior, Sums, chunk_size
+from stablefield.posterior import Posterior, Sums, chunk_size, exact
 from stablefield.process import Perturbed
 from stablefield.products import LONGEST, MIDDLE, ByteProducts, FloatProducts, multiplies_bytes
 from stablefield.reference import Pool
@@ -72,6 +72,8 @@ class PrunedDataset(SharedOut):
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         _refuse_what_is_not_finite(noisy)
+        if (home := exact(noisy.x_t.device)) != noisy.x_t.device:
+            return self.estimate(noisy.each(lambda values: values.to(home)), label, generator).to(noisy.x_t.device)
         known, found, index = self.known(label, noisy.x_t.device), _alone(noisy), index_of(noisy, self.pool)
         isolated, place = known.level_of(index).to(noisy.sigma.device), self.shards.place(index)
         uncertain = (isolated <= noisy.sigma.double() / noisy.alpha.double()).nonzero().flatten()
@@ -84,7 +86,7 @@ class PrunedDataset(SharedOut):
         return found
 
     def arithmetic(self, device: torch.device) -> str:
-        if in_integers(self.pool, device):
+        if in_integers(self.pool, exact(device)):
             return "bytes as integers, exactly"
         wide = self.pool.data.dtype == torch.float64
         return "float64" if wide else "float32 where sigma is large or a member weighs little, else float64"

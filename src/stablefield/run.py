@@ -34,6 +34,7 @@ from stablefield.data import (
 )
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.objective import Objective
+from stablefield.posterior import exact
 from stablefield.pruned import PrunedDataset
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool, is_picture
@@ -258,7 +259,7 @@ def _make_target(
     config: Config, order: Shuffled, shards: Shards, device: torch.device, progress: Progress
 ) -> TargetEstimator:
     kind, pool = config["target"]["kind"], order.pool
-    distances = NeighbourDistances(pool, device=device, progress=progress)
+    distances = NeighbourDistances(pool, device=exact(device), progress=progress)
     needs: dict[str, dict[str, Any]] = {
         "single": {},
         "rolling": {"order": order},

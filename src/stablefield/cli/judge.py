@@ -30,9 +30,9 @@ from stablefield.evaluate import (
     summarised,
 )
 from stablefield.evaluate.memorisation import together
-from stablefield.evaluate.pairs import exact
 from stablefield.evaluate.pictures import save_grid
 from stablefield.evaluate.score import MOST_PAIRS
+from stablefield.posterior import exact
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool, distinct, is_picture
 from stablefield.seeding import format_seeds, generator

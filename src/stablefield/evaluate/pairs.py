@@ -14,11 +14,6 @@ from stablefield.seeding import generator
 BLOCK = 1024
 
 
-def exact(device: torch.device) -> torch.device:
-    """That device, if it knows float64; else the CPU."""
-    return torch.device("cpu") if device.type == "mps" else device
-
-
 def squared_distances(x: Float[Tensor, "n F"], y: Float[Tensor, "m F"]) -> Float[Tensor, "n m"]:
     """||x - y||^2 between all rows, zero where it is zero to rounding; float64, best with a mean near zero."""
     scale = x.square().sum(1)[:, None] + y.square().sum(1)

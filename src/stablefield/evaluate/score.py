@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stablefield.evaluate.features import Features
 from stablefield.evaluate.frechet import BLOCK, Statistics, Sums, frechet_distance, merged
-from stablefield.evaluate.pairs import exact, kernel_distance, precision_recall
+from stablefield.evaluate.pairs import kernel_distance, precision_recall
+from stablefield.posterior import exact
 
 MOST_PAIRS = 10_000
 NEIGHBOURS = 3
