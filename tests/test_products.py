@@ -12,7 +12,7 @@ from torch import Tensor
 import stablefield.pruned
 from stablefield import VE, Pool, PrunedDataset
 from stablefield.posterior import Sums
-from stablefield.products import FAINT, ByteProducts, FloatProducts, in_digits, multiplies_bytes
+from stablefield.products import FAINT, ByteProducts, FloatProducts, in_digits, integer_product, multiplies_bytes
 from stablefield.pruned import Query
 
 
@@ -61,6 +61,26 @@ def test_weighted_sums_over_bytes_are_those_in_float64_whether_few_or_all_count(
     ByteProducts(torch.zeros(5, 30, dtype=torch.float64), 2).add_sums(sums, weight, members)
     torch.testing.assert_close(sums, wanted, rtol=0, atol=1e-7 * 128 * float(weight.sum(1).max()))
     assert (sums[4] == 1).all()
+
+
+@pytest.mark.skipif(not multiplies_bytes(torch.device("cpu")), reason="bytes are not multiplied in integers here")
+@pytest.mark.parametrize("rows", [1, 3, 5, 6])
+@pytest.mark.parametrize("between", [1, 2, 3, 64, 100])
+@pytest.mark.parametrize("columns", [1, 2, 17])
+def test_integer_products_are_right_in_every_shape_and_order(rows: int, between: int, columns: int) -> None:
+    left, right = (some_bytes(*shape).view(torch.int8) for shape in ((rows, between), (between, columns)))
+    wanted = left.long() @ right.long()
+    for stored in (right, right.T.contiguous().T):
+        assert torch.equal(integer_product(left, stored).long(), wanted)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+@pytest.mark.parametrize("members", [1, 2, 100])
+def test_members_may_be_a_single_byte(rows: int, members: int) -> None:
+    pool = Pool(some_bytes(members, 1))
+    noisy = batch(pool, torch.full((rows,), 0.5))
+    wanted = by_differences(noisy, pool.take(torch.arange(members)))
+    torch.testing.assert_close(PrunedDataset(pool)(noisy).mean.double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_members_that_come_anew_in_the_same_place_are_read_anew() -> None:

@@ -203,8 +203,9 @@ def integer_product(left: Int8[Tensor, "a m"], right: Int8[Tensor, "m n"]) -> Te
     if left.shape[1] == 1:  # torch 2.13 reads a right factor of one row in the wrong order
         return left.int() * right.int()
     if left.device.type == "cpu":
-        if len(left) <= SINGLY and right.stride(0) == 1:
+        if len(left) <= SINGLY and right.stride(0) == 1 and right.shape[1] > 1:
             # a matrix is repacked before it is multiplied with several rows, which costs more than a few rows alone
+            # (a single column, turned, torch 2.13 would read in the wrong order)
             return torch.cat([torch._int_mm(right.T, row[:, None]).T for row in left])
         return torch._int_mm(left, right)
     # tensor units want more than 16 rows, and lengths in multiples of 8
