@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from stablefield.engine import Descent, train
 from stablefield.engine.fit import descent_of, fit
 from stablefield.neighbours import nearest
 from stablefield.pruned import PrunedDataset
-from stablefield.ranks import Ranks, joined
+from stablefield.ranks import Ranks, _forget, joined
 from stablefield.run import Folder, assemble
 from stablefield.schedule import LearningRate
 from stablefield.shards import Shards
@@ -110,6 +111,23 @@ def test_a_group_ends_with_its_ranks_even_if_they_fail(tmp_path):
     assert done.stderr.count("ValueError: it could not be written") == 1, done.stderr
     assert "outlives its end" not in done.stderr
     assert "SIGABRT" not in done.stderr
+
+
+def test_errors_that_are_each_others_cause_are_forgotten_once():
+    def fail():
+        kept = torch.ones(3)
+        met.append(weakref.ref(kept))
+        raise OSError("no room")
+
+    met = []
+    with pytest.raises(OSError, match="no room") as raised:
+        fail()
+    # as `raise error.__cause__` leaves them
+    raised.value.__context__ = ValueError()
+    raised.value.__context__.__cause__ = raised.value
+    assert met[0]() is not None
+    _forget(raised.value)
+    assert met[0]() is None
 
 
 @pytest.mark.slow

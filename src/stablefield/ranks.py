@@ -154,6 +154,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 def _forget(error: BaseException | None) -> None:
     """Drop the variables of where an error arose: a wrapped module among them would keep the group beyond its end."""
-    while error is not None:
+    met = set[int]()  # where a cause is raised anew, errors are each other's
+    while error is not None and id(error) not in met:
+        met.add(id(error))
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
