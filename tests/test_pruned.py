@@ -453,6 +453,17 @@ def test_about_the_fewest_members_are_kept_that_leave_no_more_than_may_be_lost(s
     assert (inside.sum(1) < 999 / 4).all()
 
 
+def test_however_many_members_there_are_no_more_is_lost() -> None:
+    # a sum of a million equal numbers in float32, one after the other, is off by some thousandths
+    near, far, beyond = torch.zeros(1, 1000), torch.full((1, 10**6), 7.3), torch.full((1, 2 * 10**6), 60.0)
+    energy, sigma = torch.cat([near, far, beyond], 1), torch.full((1,), 0.5**0.5)
+    weight = torch.exp(-energy.double())
+    share = float(weight[:, 1000:].sum() / weight.sum())
+    for lost, kept in ((0.999 * share, len(energy[0]) - 2 * 10**6), (1.001 * share, 1000)):
+        inside = likely(energy, sigma, torch.zeros(1), lost, energy.shape[1], Shards())
+        assert int(inside.sum()) == kept
+
+
 def test_what_rounding_may_hide_is_kept() -> None:
     energy = torch.rand(8, 640, generator=seeded(3)) * 30
     sigma, none = torch.full((8,), 0.5), torch.zeros(8)

@@ -202,7 +202,9 @@ def _likeliest(nats: Float[Tensor, "B n"], lost: Float[Tensor, "B"], shards: Sha
         nats: by which each is less likely than the likeliest of its row.
     """
     place = (nats * 2).clamp_(0, BINS - 1).long()
-    mass = torch.exp(-nats.clamp_(max=80))  # beyond are numbers too small to be normal, which are slow
-    mass = shards.sum(nats.new_zeros(len(nats), BINS).scatter_add_(1, place, mass))
-    tail = mass.flip(1).cumsum(1).flip(1)  # of each bin and those beyond
+    # beyond 80 are numbers too small to be normal, which are slow; float32 would lose a part of a sum of millions
+    mass = torch.exp(-nats.clamp_(max=80)).double()
+    mass = shards.sum(mass.new_zeros(len(nats), BINS).scatter_add_(1, place, mass))
+    # of each bin and those beyond; a GPU that must give the same bits again has no cumsum of floating numbers
+    tail = mass @ mass.new_ones(BINS, BINS).tril()
     return place < (tail > lost[:, None] * tail[:, :1]).sum(1, keepdim=True)
