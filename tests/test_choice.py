@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 import tomllib
 from pathlib import Path
 
@@ -208,3 +209,14 @@ def test_an_experiment_decides_once_for_all_its_runs(tmp_path: Path, monkeypatch
     assert bands[0]
     assert bands[0] == bands[1] == bands[2]
     assert Run(again, tmp_path, Arm("single"), 0).config["target"] == {"kind": "single"}
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_what_another_device_does_is_waited_for_and_timed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # it works while this thread has nothing to do
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: time.sleep(0.05))
+    assert trying._seconds(lambda: None, torch.device(kind)) >= 0.05
+
+
+def test_on_a_cpu_the_time_of_others_does_not_count() -> None:
+    assert trying._seconds(lambda: time.sleep(0.05), torch.device("cpu")) < 0.05

@@ -203,15 +203,15 @@ def _times(target: TargetEstimator, noisy: Perturbed) -> list[float]:
 
 
 def _seconds(act: Callable[[], object], device: torch.device) -> float:
-    """What an act takes: of a GPU until it has finished, and else of this thread, which others may have interrupted."""
-    if device.type != "cuda":
+    """What an act takes: on a CPU of this thread, which others may have interrupted; else until the device is done."""
+    if device.type == "cpu":
         began = thread_time()
         act()
         return thread_time() - began
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     began = perf_counter()
     act()
-    torch.cuda.synchronize(device)
+    torch.accelerator.synchronize(device)
     return perf_counter() - began
 
 
