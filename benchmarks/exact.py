@@ -237,7 +237,7 @@ def reading(pool: Pool, copies: int = 10, repeats: int = 7) -> None:
     taken: dict[tuple[str, bool], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.npy"
-        np.save(path, pool.data.repeat(copies, *[1] * len(pool.shape)).numpy())
+        np.save(path, pool.data.cpu().repeat(copies, *[1] * len(pool.shape)).numpy())
         data = as_tensor(mapped(path))
         pruned = PrunedDataset(Pool(data))
         pruned(noisy)
@@ -246,7 +246,7 @@ def reading(pool: Pool, copies: int = 10, repeats: int = 7) -> None:
             if cold:
                 forget(path, data)
             start = time.perf_counter()
-            pruned(noisy)
+            pruned(noisy).mean.cpu()  # which waits for a GPU
             taken.setdefault((name, cold), []).append(time.perf_counter() - start)
         ahead.soon = told
     print(f"  {len(data):,} members, {data.nbytes / 1e9:.1f} GB          in memory              on the disk")
