@@ -114,6 +114,11 @@ def speed(pool: Pool, pruned: PrunedDataset) -> None:
                 flush=True,
             )
 
+    for rows in (1, 2, 4, 8):
+        noisy = batch(pool, torch.full((rows,), 10.0))
+        taken = statistics.median(seconds(lambda noisy=noisy: pruned(noisy)) for _ in range(9))
+        print(f"  sigma = 10, where all members matter, {rows} rows: {1e3 * taken:.0f} ms", flush=True)
+
 
 def step(store: Path, pool: Pool, pruned: PrunedDataset, images: int = 16) -> None:
     """What pruned targets take beside a step of the full-width NCSN++."""
