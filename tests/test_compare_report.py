@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from PIL import Image
 
 from stablefield.checkpoint import replacing
 from stablefield.compare import Arm, Experiment, Results, findings, write_report
-from stablefield.config import override, resolve
+from stablefield.compare.experiment import NUMBER
+from stablefield.config import overlay, override, resolve
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -35,11 +37,13 @@ def line(images: int, **changed: float) -> dict:
     }
 
 
-def made(out: Path, gains: dict[str, float], seeds: int = 4, pace: float = 2.1) -> Path:
+TWO = (Arm("single"), Arm("reference", 64))
+
+
+def made(out: Path, gains: dict[str, float], seeds: int = 4, pace: float = 2.1, arms: tuple[Arm, ...] = TWO) -> Path:
     """An experiment whose second arm is so many times the first, up to a little luck; no training needed."""
     source = np.random.default_rng(0)
     config = resolve(override({}, ["training.images=16000", "training.batch_size=10", "data.holdout=100"]))
-    arms = (Arm("single"), Arm("reference", 64))
     experiment = Experiment(
         config, arms, tuple(range(seeds)), looks=5, samples=50, rows=8, command="stablefield <compare>"
     )
@@ -284,3 +288,16 @@ document.body.dataset.shown = [...document.images].filter(i => i.naturalWidth > 
     found = dict(re.findall(r'data-(width|shown)="(\d+)"', page))
     assert int(found["width"]) <= width  # nothing sticks out
     assert int(found["shown"]) == 14
+
+
+def test_every_target_that_can_be_compared_is_told_of_in_words(tmp_path):
+    arms = tuple(Arm(kind, 64 if key else None) for kind, key in NUMBER.items())
+    out = made(tmp_path, {"frechet": 0.8}, seeds=1, arms=arms)
+    experiment = Experiment.read(out)
+    bands = [[2.5, "single"], [inf, "reference:64"]]
+    config = resolve(overlay(experiment.config.sections, {"target": {"kind": "auto", "bands": bands}}))
+    replace(experiment, config=config).write(out)
+    write_report(out, tmp_path / "summary.md")
+    said = (tmp_path / "summary.md").read_text()
+    assert all(f"{arm.title}: " in said for arm in arms)
+    assert "single up to 2.5, reference:64 beyond" in said

@@ -59,10 +59,7 @@ class Banded(TargetEstimator):
             self.part(choice)
 
     def __repr__(self) -> str:
-        edges = [edge for edge, _ in self.bands]
-        said = [f"{choice} up to {edge:g}" for edge, choice in self.bands[:-1]]
-        last = [f"{self.bands[-1][1]} {'beyond' if edges[:-1] else 'everywhere'}"] if edges else ["undecided"]
-        return f"Banded({self.pool!r}, {', '.join(said + last)})"
+        return f"Banded({self.pool!r}, {in_words(self.bands)})"
 
     def arithmetic(self, device: torch.device) -> str:
         said = {choice: self.part(choice).arithmetic(device) for _, choice in self.bands}
@@ -123,3 +120,12 @@ class Banded(TargetEstimator):
         if choice == "full":
             return FullDataset(self.pool)
         raise ValueError(f"a band's target is single, reference:NUMBER, pruned or full, not {choice!r}")
+
+
+def in_words(bands: Bands) -> str:
+    """Which target serves up to which sigma / alpha."""
+    if not bands:
+        return "undecided"
+    *before, (_, last) = bands
+    said = [f"{choice} up to {edge:g}" for edge, choice in before]
+    return ", ".join([*said, f"{last} {'beyond' if said else 'everywhere'}"])

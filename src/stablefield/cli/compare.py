@@ -15,6 +15,7 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stablefield.banded import in_words
 from stablefield.checkpoint import write_text
 from stablefield.cli.data import progress_bar
 from stablefield.cli.train import layered
@@ -108,8 +109,7 @@ def compare(
         experiment = experiment.decided(progress)
     print(plan)
     if Arm("auto") in experiment.arms:
-        bands = ", ".join(f"{choice} up to {edge:g}" for edge, choice in experiment.config["target"]["bands"])
-        print(f"auto      by sigma / alpha: {bands}")
+        print(f"auto      by sigma / alpha: {in_words(experiment.config['target']['bands'])}")
     with alone(Folder(out)):
         experiment.write(out)
         _note(out / "yardstick.json", yardstick_of(out, progress_bar).about)

@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from stablefield.banded import in_words
 from stablefield.compare.experiment import Arm
 from stablefield.compare.findings import change, percent_of
 from stablefield.compare.results import GOALS, Results
 from stablefield.compare.statistics import Estimate
+from stablefield.config import Config
 
 AT_EQUAL_TIME = ("frechet", "held_out_loss")
 
@@ -49,7 +51,7 @@ def methods(results: Results) -> list[tuple[str, str]]:
             f"{training['learning_rate']:g} after {training['ramp']:,} images; scored is the average of the weights, "
             f"half-life {half_life:,.0f} images or {training['ema_ramp_up']:g} of those seen",
         ),
-        ("targets", "; ".join(_told(arm, about["trained"]) for arm in experiment.arms)),
+        ("targets", "; ".join(_told(arm, about["trained"], config) for arm in experiment.arms)),
         (
             "pairing",
             "runs with one seed share initial weights, order of images, times and noise, and differ in the target",
@@ -84,15 +86,16 @@ def methods(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _told(arm: Arm, members: int) -> str:
+def _told(arm: Arm, members: int, config: Config) -> str:
     """What an arm teaches, in words."""
-    number = arm.number or 0
+    number, bands = arm.number or 0, config["target"].get("bands", ())
     told = {
         "single": "the x that x_t was made from",
         "reference": f"the weighted mean over that x and {number - 1:,} others, drawn anew at each step",
         "neighbours": f"the weighted mean over the {number:,} nearest to x_t if that x is among them, else that x",
         "full": f"E[x | x_t] over all {members:,} members of the data",
         "pruned": f"E[x | x_t] over all {members:,} members of the data, but for those whose share could not be seen",
+        "auto": f"another of these at each sigma / alpha: {in_words(bands)}",
     }
     return f"{arm.title}: {told[arm.kind]}"
 
