@@ -9,7 +9,6 @@ that others on the machine disturb less. Ratios within this run are what counts.
 """
 
 import argparse
-import ctypes
 import itertools
 import math
 import mmap
@@ -263,10 +262,7 @@ def reading(pool: Pool, copies: int = 10, repeats: int = 7) -> None:
 
 def forget(path: Path, data: Tensor) -> None:
     """Let a file's pages be in nobody's memory."""
-    advise = ctypes.CDLL(None).madvise
-    assert (
-        advise(ctypes.c_void_p(data.data_ptr() // 4096 * 4096), ctypes.c_size_t(data.nbytes), mmap.MADV_DONTNEED) == 0
-    )
+    ahead.advise(data, mmap.MADV_DONTNEED)
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)

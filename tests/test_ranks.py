@@ -224,7 +224,7 @@ def test_two_ranks_with_half_of_the_references_each_lose_what_one_with_all_does(
     found = together(2, tmp_path, "sharded_losses", kind=kind)
     torch.testing.assert_close(found[:, :, 0], alone[:, :, 0], rtol=1e-5, atol=1e-6)
     # rows that are answered together share their number of digits, and log weights are right to about 1e-6
-    torch.testing.assert_close(found[:, :, 1], alone[:, :, 1], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[:, :, 1], alone[:, :, 1], rtol=3e-5, atol=0)
 
 
 def test_alone_shared_out_references_are_those_of_the_run_without():

@@ -30,11 +30,14 @@ def in_turn(data: Shaped[Tensor, "n *D"], size: int) -> Iterator[Shaped[Tensor, 
 
 def soon(data: Shaped[Tensor, "n *D"]) -> None:
     """Tell the system that these will be looked at. It may do nothing; nothing is copied, and nothing waits."""
-    advise = _madvise()
-    if advise is None or data.device.type != "cpu" or not data.is_contiguous():
-        return
+    if _madvise() is not None and data.device.type == "cpu" and data.is_contiguous():
+        advise(data, mmap.MADV_WILLNEED)
+
+
+def advise(data: Shaped[Tensor, "n *D"], advice: int) -> None:
+    """Tell a system that listens what to do with the pages of data that lie in memory in one piece."""
     begin = data.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    advise(ctypes.c_void_p(begin), ctypes.c_size_t(data.data_ptr() + data.nbytes - begin), mmap.MADV_WILLNEED)
+    _madvise()(ctypes.c_void_p(begin), ctypes.c_size_t(data.data_ptr() + data.nbytes - begin), advice)
 
 
 @cache

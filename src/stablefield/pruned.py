@@ -301,8 +301,8 @@ def _over(query: Query, energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"
     if known.in_integers:
         return _passed(query, inside, known, lambda some: some.byte_sums(square))
     wide = query.narrow == torch.float64
-    rounded = torch.full_like(query.sigma, math.inf) if wide else query.rounding(square)
-    exactly = _heaviest(energy, inside, rounded)
+    rounding = torch.full_like(query.sigma, math.inf) if wide else query.rounding(square)
+    exactly = _heaviest(energy, inside, rounding)
     roughly = inside & ~exactly
     found = _passed(query, exactly, known, Query.sums)
     return found.merge(_passed(query, roughly, known, lambda some: some.sums(query.narrow)))
