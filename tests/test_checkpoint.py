@@ -1,7 +1,10 @@
 """A checkpoint is whole or it is refused, and a failed write takes nothing with it."""
 
+import itertools
+import shutil
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -33,6 +36,30 @@ def test_what_is_read_is_what_was_saved_bit_for_bit(written):
         assert found.tensors[name].dtype == tensor.dtype
         assert found.tensors[name].shape == tensor.shape
         assert torch.equal(found.tensors[name], tensor)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path):
+    path, done = tmp_path / "checkpoint.safetensors", threading.Event()
+    for number in range(2):
+        save(tmp_path / str(number), {"x": torch.full((1000,), float(number))}, config={}, images=number)
+
+    def replace() -> None:
+        for number in itertools.cycle(range(2)):
+            shutil.copyfile(tmp_path / str(number), tmp_path / "beside")
+            (tmp_path / "beside").replace(path)
+            if done.is_set():
+                return
+
+    shutil.copyfile(tmp_path / "0", path)
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        for _ in range(1000):
+            found = read(path)
+            assert (found.tensors["x"] == found.images).all()
+    finally:
+        done.set()
+        thread.join()
 
 
 @settings(max_examples=60, deadline=None)

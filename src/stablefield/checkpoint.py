@@ -96,8 +96,20 @@ def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
     Raises:
         CheckpointError: there is none, it is another program's, cut short, or damaged.
     """
-    if not path.is_file():
-        raise CheckpointError(f"there is no checkpoint {path}")
+    while True:
+        if not path.is_file():
+            raise CheckpointError(f"there is no checkpoint {path}")
+        before = path.stat()
+        try:
+            return _read(path, device)
+        except CheckpointError:
+            # the header is read first, and then the tensors: a run that saves in between has put another file here
+            after = path.stat()
+            if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+                raise
+
+
+def _read(path: Path, device: str | torch.device) -> Checkpoint:
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}
