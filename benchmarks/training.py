@@ -68,8 +68,7 @@ def pieces(parts: Parts) -> dict[str, Callable[[], object]]:
     seen = iter(range(0, 10**12, size))
 
     def noisy() -> Perturbed:
-        state.images = next(seen)
-        return perturb(state, parts.objective.times, parts.batches(state.images).to(device), size, SEED)
+        return perturb(state, parts.objective.times, parts.batches, next(seen), SEED)
 
     known, everything = noisy(), FullDataset(parts.objective.target.pool)
     return {

@@ -154,6 +154,28 @@ def test_what_a_row_is_taught_depends_on_no_other_row() -> None:
         same(banded(pool)(noisy.rows(part), generator=torch.Generator().manual_seed(0)), whole.rows(part))
 
 
+def test_several_steps_are_answered_as_each_would_be() -> None:
+    pool = cloud()
+    noisy = batch(pool, torch.logspace(-1.5, 1, 40)[torch.randperm(40)], told=True)
+    # one of them without a row in most bands
+    steps = [noisy.rows(slice(0, 25)), noisy.rows(slice(25, 26)), noisy.rows(slice(26, 40))]
+    target = banded(pool)
+    found = target.several(steps, [torch.Generator().manual_seed(step) for step in range(3)])
+    for step, (rows, together) in enumerate(zip(steps, found, strict=True)):
+        same(target(rows, generator=torch.Generator().manual_seed(step)), together)
+
+
+def test_a_generator_moves_on_by_what_one_target_draws() -> None:
+    pool = cloud()
+    noisy = batch(pool, torch.logspace(-1.5, 1, 40))
+    one, other = torch.Generator().manual_seed(0), torch.Generator().manual_seed(0)
+    banded(pool)(noisy, generator=one)
+    ReferenceBatch(pool, 3)(noisy, generator=other)
+    assert torch.equal(one.get_state(), other.get_state())
+    first, second = (banded(pool)(noisy, generator=one).mean for _ in range(2))
+    assert not torch.equal(first, second)
+
+
 def test_flips_are_undone_and_other_maps_keep_their_source() -> None:
     pool = cloud()
     plain = batch(pool, torch.logspace(-1.5, 1, 40))

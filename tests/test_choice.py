@@ -4,12 +4,15 @@ import copy
 import math
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from stablefield import FullDataset, Perturbed, Posterior
 from stablefield.checkpoint import read
 from stablefield.cli import app
 from stablefield.compare import Arm, Experiment
@@ -209,6 +212,31 @@ def test_an_experiment_decides_once_for_all_its_runs(tmp_path: Path, monkeypatch
     assert bands[0]
     assert bands[0] == bands[1] == bands[2]
     assert Run(again, tmp_path, Arm("single"), 0).config["target"] == {"kind": "single"}
+
+
+def test_a_pass_over_the_data_counts_as_often_as_a_run_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    call = FullDataset.__call__
+
+    def counted(self: FullDataset, noisy: Perturbed, **known: Any) -> Posterior:
+        passes.append(len(noisy))
+        return call(self, noisy, **known)
+
+    def clock(act: Callable[[], object], device: torch.device) -> float:
+        before = len(passes)
+        act()
+        return 8.0 * len(passes[before:]) + sum(passes[before:])
+
+    monkeypatch.setattr(FullDataset, "__call__", counted)
+    monkeypatch.setattr(trying, "_seconds", clock)
+    for at_once, steps in ((32, 1), (255, 7), (256, 8)):
+        config = configured(f"target.at_once={at_once}", "target.bands=[[inf, 'full']]")
+        target = (parts := assemble(config)).objective.target
+        batches = [choosing.batch_of_the_run(config, parts, number) for number in range(2 * steps)]
+        assert target.steps(32) == steps
+        assert trying.seconds_of_targets(target, batches) == 32 + 8 / steps
+        # and the fewest rows that so many steps have at a level
+        assert trying.measure(config, parts).once["full"] == (8 + max(1, round(steps * 32 / 64))) / steps
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

@@ -81,6 +81,6 @@ def test_a_run_with_the_pruned_target_has_them_before_it_begins(cache: Path, mea
     parts = assemble(config)
     assert isinstance(parts.objective.target, PrunedDataset)
     assert parts.objective.target.dims == 8
-    assert repr(parts.objective.target).endswith("uint8), lost=1e-08, dims=8, sharded=False)")
+    assert repr(parts.objective.target).endswith("uint8), lost=1e-08, dims=8, sharded=False, at_once=1024)")
     assert measured == [-1]
-    assert config["target"] == {"kind": "pruned", "lost": 1e-8, "dims": 8, "sharded": False}
+    assert config["target"] == {"kind": "pruned", "lost": 1e-8, "dims": 8, "sharded": False, "at_once": 1024}

@@ -1,5 +1,7 @@
 """Training is a function of the seed and the images seen: it can stop anywhere and go on as if it had not."""
 
+from math import inf
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from stablefield import (
     EDM,
     MLP,
     VE,
+    Banded,
     EDMWeight,
     FullDataset,
     LogNormal,
@@ -14,6 +17,7 @@ from stablefield import (
     Objective,
     Pool,
     Preconditioned,
+    PrunedDataset,
     ReferenceBatch,
     SingleSample,
     TrainState,
@@ -26,7 +30,15 @@ from stablefield.engine import Descent
 from stablefield.schedule import EMA, LearningRate
 
 POOL = Pool(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3)
-TARGETS = [SingleSample(), ReferenceBatch(POOL, 8), FullDataset(POOL), NearestNeighbours(POOL, 5)]
+MIXED = ((0.3, "reference:8"), (0.6, "full"), (inf, "pruned"))
+TARGETS = [
+    SingleSample(),
+    ReferenceBatch(POOL, 8),
+    FullDataset(POOL),
+    NearestNeighbours(POOL, 5),
+    PrunedDataset(POOL, at_once=50),  # three steps of 16 rows
+    Banded(POOL, bands=MIXED, at_once=48),
+]
 
 
 def start(target, label_dim=3):
@@ -59,6 +71,39 @@ def test_a_run_that_was_stopped_and_saved_goes_on_bit_for_bit(target, tmp_path):
 
     assert before + after == losses
     assert same(second, whole)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: FullDataset(POOL, at_once=n),
+        lambda n: PrunedDataset(POOL, at_once=n),
+        lambda n: Banded(POOL, bands=MIXED, at_once=n),
+    ],
+    ids=["full", "pruned", "auto"],
+)
+def test_how_many_rows_are_answered_at_once_changes_nothing_but_rounding(make):
+    losses = []
+    for at_once in (1, 16, 40, 10**4):
+        state, objective = start(make(at_once))
+        steps = train(state, objective, Shuffled(POOL, 16), images=16 * 7, seed=2)
+        losses.append(torch.stack([step.report.loss for step in steps]))
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("at_once", "rows"), [(50, [48] * 3), (31, [16] * 7), (16 * 7, [112]), (10**3, [62 * 16])])
+def test_members_pass_once_for_so_many_steps(at_once, rows):
+    asked = []
+
+    class Counted(FullDataset):
+        def estimate(self, noisy, label, generator):
+            asked.append(len(noisy))
+            return super().estimate(noisy, label, generator)
+
+    state, objective = start(Counted(POOL, at_once=at_once), label_dim=0)
+    list(train(state, objective, Shuffled(Pool(POOL.data), 16), images=16 * 7))
+    assert asked == rows
 
 
 def test_the_order_of_weights_in_memory_survives_a_stop():

@@ -16,6 +16,7 @@ from torch import Tensor
 from stablefield import (
     VE,
     VP,
+    Banded,
     Cosine,
     Flow,
     FullDataset,
@@ -24,6 +25,7 @@ from stablefield import (
     Pool,
     Posterior,
     Process,
+    PrunedDataset,
     ReferenceBatch,
     SingleSample,
     SubVP,
@@ -434,6 +436,23 @@ def test_a_row_of_which_nothing_is_told_uses_everything(estimator: Callable[...,
     target = estimator() if estimator is SingleSample else estimator(Pool(data, labels))
     found, wanted = (target(b, generator=torch.Generator().manual_seed(0)) for b in (untold, noisy))
     same(found, wanted, 0.0)
+
+
+@pytest.mark.parametrize("estimator", [lambda _: SingleSample(), *ESTIMATORS])
+def test_several_steps_are_answered_as_each_would_be(estimator: Callable[[Pool], TargetEstimator]) -> None:
+    data, labels = cloud()
+    noisy = batch(VP(), data, n=30, labels=labels)
+    steps = [noisy.rows(slice(0, 11)), noisy.rows(slice(11, 12)), noisy.rows(slice(12, 30))]
+    target = estimator(Pool(data, labels))
+    found = target.several(steps, [torch.Generator().manual_seed(step) for step in range(3)])
+    for step, (rows, together) in enumerate(zip(steps, found, strict=True)):
+        same(together, target(rows, generator=torch.Generator().manual_seed(step)), 1e-6)
+
+
+def test_no_row_at_once_is_refused() -> None:
+    for target in (FullDataset, PrunedDataset, Banded):
+        with pytest.raises(ValueError, match="at_once is a number of rows, at least 1, and not 0"):
+            target(Pool(SIX), at_once=0)
 
 
 def test_what_a_row_is_taught_does_not_depend_on_the_other_rows() -> None:

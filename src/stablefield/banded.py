@@ -11,7 +11,7 @@ mean of each row is over its own source and noise, and that draw.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ from stablefield.posterior import Posterior
 from stablefield.process import Perturbed
 from stablefield.pruned import Distances, PrunedDataset
 from stablefield.reference import Pool
-from stablefield.target import FullDataset, ReferenceBatch, SingleSample, TargetEstimator, joined
+from stablefield.target import FullDataset, ReferenceBatch, SingleSample, TargetEstimator, joined, refuse_none
 
 Bands = tuple[tuple[float, str], ...]
 
@@ -38,6 +38,7 @@ class Banded(TargetEstimator):
             edge belongs below it. Targets are written `single`, `reference:256`, `pruned` and `full`. None: they are
             still to be decided (`engine.choice`), and nothing can be asked.
         budget: what deciding may spend on the targets, as a share of a training step.
+        at_once: how many rows `pruned` and `full` answer together, as of theirs.
 
     Raises:
         ValueError: edges that do not ascend to infinity, an unknown target, or more references than there are members.
@@ -47,9 +48,11 @@ class Banded(TargetEstimator):
     distances: Distances | None = None
     bands: Bands = ()
     budget: float = 0.02
+    at_once: int = 1024
     _parts: dict[str, TargetEstimator] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
+        refuse_none(self.at_once)
         if not self.budget >= 0:
             raise ValueError(f"budget is a share of a training step, 0 or more, and not {self.budget}")
         edges = [edge for edge, _ in self.bands]
@@ -65,15 +68,29 @@ class Banded(TargetEstimator):
         said = {choice: self.part(choice).arithmetic(device) for _, choice in self.bands}
         return "; ".join(f"{choice}: {how}" for choice, how in said.items() if how)
 
-    def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
+        return self.several([noisy], [generator])[0]
+
+    def steps(self, rows: int) -> int:
+        return max((self.part(choice).steps(rows) for _, choice in self.bands), default=1)
+
+    def several(
+        self, batches: Sequence[Perturbed], generators: Sequence[torch.Generator | None]
+    ) -> Sequence[Posterior]:
         if not self.bands:
             raise ValueError("which target serves which noise is not decided: say bands, or let engine.choice decide")
-        answers = [
-            # each from where the generator stands: what a row is taught does not depend on which bands others are in
-            (rows, self.part(choice).estimate(noisy.rows(rows), label, generator and generator.clone_state()))
-            for choice, rows in self._rows(noisy).items()
-        ]
-        return joined(answers)
+        starts = [_start(generator) for generator in generators]
+        answers: list[list[tuple[Tensor, Posterior]]] = [[] for _ in batches]
+        rows = [self._rows(noisy) for noisy in batches]
+        for choice in {choice: None for present in rows for choice in present}:
+            steps = [step for step, present in enumerate(rows) if choice in present]
+            found = self.part(choice).several(
+                [batches[step].rows(rows[step][choice]) for step in steps],
+                [starts[step].clone_state() for step in steps],
+            )
+            for step, answer in zip(steps, found, strict=True):
+                answers[step].append((rows[step][choice], answer))
+        return [joined(parts) for parts in answers]
 
     @property
     def measures(self) -> bool:
@@ -116,10 +133,17 @@ class Banded(TargetEstimator):
         if choice == "single":
             return SingleSample()
         if choice == "pruned":
-            return PrunedDataset(self.pool, self.distances)
+            return PrunedDataset(self.pool, self.distances, at_once=self.at_once)
         if choice == "full":
-            return FullDataset(self.pool)
+            return FullDataset(self.pool, at_once=self.at_once)
         raise ValueError(f"a band's target is single, reference:NUMBER, pruned or full, not {choice!r}")
+
+
+def _start(generator: torch.Generator | None) -> torch.Generator:
+    """Where all targets of a step draw from, whichever bands its rows are in; the generator itself moves on."""
+    start = torch.Generator() if generator is None else generator.clone_state()
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return start.manual_seed(seed) if generator is None else start
 
 
 def in_words(bands: Bands) -> str:

@@ -26,14 +26,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stablefield.process import pick
+from stablefield.process import Rows
 from stablefield.products import FloatProducts, Products
 
 Block = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
-class Posterior:
+class Posterior(Rows):
     """The posterior over a support, a row each.
 
     Attributes:
@@ -46,14 +46,6 @@ class Posterior:
     mean: Float[Tensor, "B *D"]
     ess: Float[Tensor, "B"]
     variance: Float[Tensor, "B"]
-
-    def rows(self, rows: Int[Tensor, "b"] | slice) -> "Posterior":
-        """Some of the rows."""
-        return Posterior(*(pick(value, rows) for value in (self.mean, self.ess, self.variance)))
-
-    def to(self, device: torch.device) -> "Posterior":
-        """The same on another device."""
-        return Posterior(*(value.to(device) for value in (self.mean, self.ess, self.variance)))
 
 
 def posterior(

@@ -19,9 +19,9 @@ t runs from 0 (data) to 1, for VE without end.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -34,8 +34,33 @@ def per_row(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
+Record = TypeVar("Record", bound="Rows")
+
+
 @dataclass(frozen=True, eq=False)
-class Perturbed:
+class Rows:
+    """A record of what is known of some rows: tensors with a row each, or None."""
+
+    def each(self: Record, change: Callable[[Tensor], Tensor]) -> Record:
+        """The record with all that is known changed alike."""
+        known = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(value) for name, value in known.items() if value is not None})
+
+    def rows(self: Record, rows: Int[Tensor, "b"] | slice) -> Record:
+        """Some of the rows."""
+        return self.each(lambda value: pick(value, rows))
+
+    @classmethod
+    def joined(cls: type[Record], records: Sequence[Record]) -> Record:
+        """The rows of some records, in which the same is known, as one record."""
+        if len(records) == 1:
+            return records[0]
+        values = {field.name: [getattr(record, field.name) for record in records] for field in fields(cls)}
+        return cls(**{name: None if some[0] is None else torch.cat(some) for name, some in values.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbed(Rows):
     """A batch on its way: what it was, what was added, what came out. The record that travels.
 
     `index` says which members of the data set the rows of `x` are (on the CPU, where references are drawn),
@@ -56,16 +81,6 @@ class Perturbed:
 
     def __len__(self) -> int:
         return len(self.x)
-
-    def rows(self, rows: Int[Tensor, "b"] | slice) -> "Perturbed":
-        """Some of the rows."""
-        return self.each(lambda value: pick(value, rows))
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Perturbed":
-        """The record with all that is known of the rows changed alike."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if v is None else change(v) for name, v in values.items()}
-        return Perturbed(**changed)
 
 
 def pick(values: Shaped[Tensor, "B *D"], rows: Int[Tensor, "b"] | slice) -> Tensor:

@@ -51,7 +51,9 @@ class PrunedDataset(SharedOut):
         lost: the share of the posterior that may be missing, on average over the rows.
         dims: coordinates to screen by.
         sharded: in a run, whether ranks that train together share the members out; alone it changes nothing.
-        shards: among whom they are.
+        at_once: in a run, how many rows of a rank are answered together, from as many steps as have so many. All
+            members pass for one row as for many.
+        shards: among whom the members are.
     """
 
     pool: Pool
@@ -59,12 +61,14 @@ class PrunedDataset(SharedOut):
     lost: float = 1e-8
     dims: int = 64
     sharded: bool = False
+    at_once: int = 1024
     shards: Shards = field(default=ALONE, repr=False)
     _known: dict[tuple[int, torch.device], "_Known"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.lost < 1:
             raise ValueError(f"lost is a share of the posterior, between 0 and 1, and not {self.lost}")
         if self.dims < 1:
@@ -73,7 +77,8 @@ class PrunedDataset(SharedOut):
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         _refuse_what_is_not_finite(noisy)
         if (home := exact(noisy.x_t.device)) != noisy.x_t.device:
-            return self.estimate(noisy.each(lambda values: values.to(home)), label, generator).to(noisy.x_t.device)
+            found = self.estimate(noisy.each(lambda values: values.to(home)), label, generator)
+            return found.each(lambda values: values.to(noisy.x_t.device))
         known, found, index = self.known(label, noisy.x_t.device), _alone(noisy), index_of(noisy, self.pool)
         isolated, place = known.level_of(index).to(noisy.sigma.device), self.shards.place(index)
         uncertain = (isolated <= noisy.sigma.double() / noisy.alpha.double()).nonzero().flatten()
@@ -370,7 +375,7 @@ def _refuse_what_is_not_finite(noisy: Perturbed) -> None:
 def _alone(noisy: Perturbed) -> Posterior:
     """The sources, in memory where other answers can be written over them."""
     single, dtype = SingleSample()(noisy), torch.promote_types(noisy.x_t.dtype, torch.float32)
-    return Posterior(*(value.to(dtype, copy=True) for value in (single.mean, single.ess, single.variance)))
+    return single.each(lambda values: values.to(dtype, copy=True))
 
 
 def _put(found: Posterior, rows: Int[Tensor, "b"], answers: Posterior) -> None:

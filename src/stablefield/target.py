@@ -25,6 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Int
@@ -40,11 +41,9 @@ from stablefield.shards import ALONE, Shards
 
 
 class TargetEstimator(ABC):
-    """Answers what x was, on average, for each row of a batch.
+    """Answers what x was, on average, for each row of a batch."""
 
-    A subclass says it for rows that share a label; here the batch is split into those and put together again.
-    """
-
+    @abstractmethod
     def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
         """The posterior mean for each row, and how many members shared in it.
 
@@ -52,6 +51,26 @@ class TargetEstimator(ABC):
             ValueError: rows without an index into the pool, or that are not the members they are said to be; a label
                 without members, data that do not fit.
         """
+
+    def steps(self, rows: int) -> int:
+        """Of how many steps, of so many rows each, the answers are best asked for together (`several`)."""
+        return 1
+
+    def several(
+        self, batches: Sequence[Perturbed], generators: Sequence[torch.Generator | None]
+    ) -> Sequence[Posterior]:
+        """The answers to the batches of several steps, each with its own generator."""
+        return [self(noisy, generator=each) for noisy, each in zip(batches, generators, strict=True)]
+
+    def arithmetic(self, device: torch.device) -> str:
+        """How members are multiplied on a device, in words; empty where none are."""
+        return "float64"
+
+
+class ByLabel(TargetEstimator):
+    """One that says it for rows that share a label; here a batch is split into those and put together again."""
+
+    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
         # each label draws from a generator of its own: what a row is taught does not depend on who else is in the batch
         seed = int(torch.randint(2**62, (), generator=generator))
         plain, shares = _undone(noisy), _shares(noisy)
@@ -65,29 +84,41 @@ class TargetEstimator(ABC):
         found = joined(answers)
         return found if noisy.augmentation is None else replace(found, mean=flip(found.mean, noisy.augmentation))
 
-    def arithmetic(self, device: torch.device) -> str:
-        """How members are multiplied on a device, in words; empty where none are."""
-        return "float64"
-
     @abstractmethod
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         """The answer for rows that all carry one label (-1: none)."""
 
 
-class SharedOut(TargetEstimator):
-    """One whose members several ranks may hold, each some of them: all answer everyone's rows together.
+class SharedOut(ByLabel):
+    """One for which all members pass: the fewer times, the better.
 
-    All must ask at once, for equally many rows each.
+    So the rows of several steps are answered together, and nothing but rounding depends on which. And several ranks
+    may hold the members, each some of them: then all answer everyone's rows together. All must ask at once, for equally
+    many rows each.
     """
 
     pool: Pool
+    at_once: int
     shards: Shards
+
+    def __post_init__(self) -> None:
+        refuse_none(self.at_once)
 
     def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
         if self.shards.total == 1:
             return super().__call__(noisy, generator=generator)
         everyone = self.shards.everyone(noisy)
         return super().__call__(everyone, generator=generator).rows(self.shards.mine(len(everyone)))
+
+    def steps(self, rows: int) -> int:
+        return max(1, self.at_once // rows)
+
+    def several(
+        self, batches: Sequence[Perturbed], generators: Sequence[torch.Generator | None]
+    ) -> Sequence[Posterior]:
+        found = self(Perturbed.joined(batches), generator=generators[0])  # which draws nothing
+        ends = accumulate(map(len, batches))
+        return [found.rows(slice(end - len(noisy), end)) for noisy, end in zip(batches, ends, strict=True)]
 
     @cached_property
     def own(self) -> Pool:
@@ -99,19 +130,16 @@ class SharedOut(TargetEstimator):
 class SingleSample(TargetEstimator):
     """Denoising score matching: the source itself (Vincent 2011). Unbiased, and as noisy as it gets."""
 
-    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
-        return self.estimate(noisy, ALL, generator)
-
     def arithmetic(self, device: torch.device) -> str:
         return ""
 
-    def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
+    def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
         one = torch.ones(len(noisy.x), dtype=noisy.x.dtype, device=noisy.x.device)
         return Posterior(noisy.x.detach(), one, torch.zeros_like(one))
 
 
 @dataclass(frozen=True)
-class ReferenceBatch(TargetEstimator):
+class ReferenceBatch(ByLabel):
     """The Stable Target Field: the source and size - 1 others, drawn once for the batch (Xu et al. 2023, algorithm 1).
 
     One ordered draw r_1 .. r_n without replacement serves all rows. A row whose source is among r_1 .. r_(n-1) uses
@@ -156,11 +184,13 @@ class FullDataset(SharedOut):
 
     Attributes:
         sharded: in a run, whether ranks that train together share the members out; alone it changes nothing.
-        shards: among whom they are.
+        at_once: in a run, how many rows of a rank are answered together, from as many steps as have so many.
+        shards: among whom the members are.
     """
 
     pool: Pool
     sharded: bool = False
+    at_once: int = 1024
     shards: Shards = field(default=ALONE, repr=False)
 
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
@@ -177,7 +207,7 @@ class FullDataset(SharedOut):
 
 
 @dataclass(frozen=True)
-class NearestNeighbours(TargetEstimator):
+class NearestNeighbours(ByLabel):
     """The k members nearest to x_t if the source is one of them, and else the source alone.
 
     "The k nearest" is a cell that does not look at the source, so this is unbiased; "the k nearest and the source"
@@ -258,8 +288,15 @@ def _undone(noisy: Perturbed) -> Perturbed:
 
 def joined(answers: Sequence[tuple[Int[Tensor, "_"], Posterior]]) -> Posterior:
     """What was found for parts of a batch, in the order of the batch."""
-    fields = zip(*((found.mean, found.ess, found.variance) for _, found in answers), strict=True)
-    return Posterior(*map(torch.cat, fields)).rows(torch.cat([rows for rows, _ in answers]).argsort())
+    return Posterior.joined([found for _, found in answers]).rows(torch.cat([rows for rows, _ in answers]).argsort())
+
+
+def refuse_none(at_once: int) -> None:
+    """Raises:
+    ValueError: no row is to be answered at once.
+    """
+    if at_once < 1:
+        raise ValueError(f"at_once is a number of rows, at least 1, and not {at_once}")
 
 
 def index_of(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:

@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stablefield.process import Rows
 from stablefield.reference import Pool
 from stablefield.seeding import generator
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class Batch(Rows):
     """Clean data, and what is known of them.
 
     Attributes:

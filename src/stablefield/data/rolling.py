@@ -27,11 +27,11 @@ from stablefield.data.batches import Shuffled
 from stablefield.posterior import Posterior
 from stablefield.process import Perturbed
 from stablefield.reference import ALL, Pool, first_seen
-from stablefield.target import TargetEstimator, from_references
+from stablefield.target import ByLabel, from_references
 
 
 @dataclass(frozen=True)
-class Rolling(TargetEstimator):
+class Rolling(ByLabel):
     """The Stable Target Field with the members seen last as references (proof at the top of this file).
 
     It is a function of the order and the images seen, so nothing has to be saved: a run that goes on reads its bank

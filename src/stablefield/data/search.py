@@ -14,11 +14,11 @@ from torch import Tensor
 from stablefield.posterior import Posterior
 from stablefield.process import Perturbed, per_row
 from stablefield.reference import Pool
-from stablefield.target import TargetEstimator, from_nearest
+from stablefield.target import ByLabel, from_nearest
 
 
 @dataclass(frozen=True)
-class FoundNeighbours(TargetEstimator):
+class FoundNeighbours(ByLabel):
     """The k members that an index of faiss finds for x_t if the source is one of them, and else the source alone.
 
     Attributes:

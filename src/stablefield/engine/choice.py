@@ -26,7 +26,7 @@ from stablefield.engine.trial import Level, Trial, batch_of_the_run, measure, se
 from stablefield.ranks import Ranks
 from stablefield.run import Folder, Parts
 
-BATCHES = 8  # of the run, by which real costs are measured
+BATCHES = 8  # of the run, at least, by which real costs are measured
 WORTH = 1e-3  # of DSM's variance: what more time must gain
 
 Plan = tuple[str, ...]  # a target for each level
@@ -113,7 +113,8 @@ def choose(config: Config, parts: Parts, progress: Progress = silent) -> Choice:
     target = parts.objective.target
     assert isinstance(target, Banded)
     step, trial = seconds_of_a_step(config, parts), measure(config, parts, progress)
-    batches = [batch_of_the_run(config, parts, number) for number in range(BATCHES)]
+    many = max(BATCHES, target.part("full").steps(len(parts.batches(0))))
+    batches = [batch_of_the_run(config, parts, number) for number in range(many)]
 
     def cost(plan: Plan, enough: float) -> float:
         return seconds_of_targets(target.with_bands(bands_of(trial.levels, plan)), batches, enough)

@@ -36,6 +36,7 @@ MAY_CHANGE = {
     *(f"training.{key}" for key in ("images", "save_every", "keep", "log_every", "sample_every")),
     *(f"training.{key}" for key in ("device", "micro_batch", "compile", "deterministic")),
     "target.sharded",
+    "target.at_once",
     "data.path",
 }
 

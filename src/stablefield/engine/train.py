@@ -4,6 +4,9 @@ One clock, the number of images seen, says all: which batch comes next, which no
 for a row (its noise, its augmentation) is drawn for the number of its image, what all rows share (times, references)
 for the step. So a run that continues from a saved `TrainState` goes on bit for bit as if it had never stopped, and
 several ranks do together what one would do alone, but for the order of sums and for dropout.
+
+What is taught depends on no weight. So a target for which all data pass answers several steps beforehand, and those
+that do are the same steps wherever a run was stopped.
 """
 
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stablefield.augmentation import permutes
-from stablefield.data import Batch, Batches
+from stablefield.data import Batches
 from stablefield.engine.state import TrainState
 from stablefield.objective import LossReport, Objective
 from stablefield.posterior import Posterior
@@ -92,16 +95,14 @@ def train(
     descent, ranks = descent or Descent(), ranks or Ranks(state.device)
     model = ranks.wrap(state.denoiser)
     state.denoiser.train()
+    lessons = _lessons(state, objective, batches, seed, objective.target.steps(batches.size // ranks.total))
     while state.images < images:
-        batch = batches(state.images).to(state.device)
-        noisy = perturb(state, objective.times, batch, batches.size, seed)
-        # all ranks draw the same references, whichever rows they hold
-        target = objective.target(noisy, generator=generator(seed, "references", state.images))
+        noisy, target = next(lessons)
         report = _differentiate(state, model, objective, noisy, target, descent, derive(seed, "dropout", ranks.rank))
         now = descent.rate(state.images + batches.size)
         norm, taken = _descend(state, now, descent.clip)
         state.count(batches.size, taken)
-        told = batch.augmentation
+        told = noisy.augmentation
         alone = None if told is None else (~permutes(told)).float().mean()
         yield StepReport(state.images, report, now, norm, taken, alone)
         if state.in_a_row > descent.patience:
@@ -112,9 +113,33 @@ def train(
             )
 
 
-def perturb(state: TrainState, times: Times, batch: Batch, total: int, seed: int) -> Perturbed:
-    """A batch on its way: times drawn for the step, noise for each image."""
-    t = times.draw(total, generator(seed, "times", state.images))[batch.number - state.images]
+def _lessons(
+    state: TrainState, objective: Objective, batches: Batches, seed: int, together: int
+) -> Iterator[tuple[Perturbed, Posterior]]:
+    """The rows of each step from now on, and what they are taught; so many steps are answered together.
+
+    They are counted off from the first step of the run, so that it does not matter where one began to look.
+    """
+
+    def several(first: int) -> list[tuple[Perturbed, Posterior]]:
+        steps = [first + step * batches.size for step in range(together)]
+        noisy = [perturb(state, objective.times, batches, images, seed) for images in steps]
+        # all ranks draw the same references, whichever rows they hold
+        generators = [generator(seed, "references", images) for images in steps]
+        return list(zip(noisy, objective.target.several(noisy, generators), strict=True))
+
+    passed = state.images // batches.size % together
+    first = state.images - passed * batches.size
+    yield from several(first)[passed:]
+    while True:
+        first += together * batches.size
+        yield from several(first)
+
+
+def perturb(state: TrainState, times: Times, batches: Batches, images: int, seed: int) -> Perturbed:
+    """The batch after so many images, on its way: times drawn for the step, noise for each image."""
+    batch = batches(images).to(state.device)
+    t = times.draw(batches.size, generator(seed, "times", images))[batch.number - images]
     shape, dtype = batch.x.shape[1:], batch.x.dtype
     noise = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in batch.generators(seed, "noise")])
     return state.denoiser.process.perturb(

@@ -5,13 +5,12 @@ Nothing here touches the run: steps are taken by a copy of the denoiser, and all
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import permutations
 from math import inf
 from statistics import median
 from time import perf_counter, thread_time
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -89,29 +88,32 @@ def measure(config: Config, parts: Parts, progress: Progress = silent) -> Trial:
     each = min(max(ROWS, round(batch * max(SHARES))), 256)
     noisy = _spread(config, parts, each)
     sizes = [f"reference:{size}" for size in SIZES if size < len(parts.pool)]
+    every = ("single", *sizes, "pruned", "full")
+    steps = {of: target.part(of).steps(batch) for of in every}
+    counts = [{of: _count(batch * steps[of] * share, each) for of in every} for share in SHARES]
     variances, times = list[dict[str, float]](), list[dict[str, float]]()
     full: dict[int, float] = {}
-    for number, share in enumerate(SHARES):
+    for number, (share, count) in enumerate(zip(SHARES, counts, strict=True)):
         progress(number, len(SHARES))
-        rows = _Rows(noisy.rows(slice(number * each, (number + 1) * each)), parts, _count(batch, share))
+        rows = _Rows(noisy.rows(slice(number * each, (number + 1) * each)), parts)
         single = share * rows.variance
         # where the source is all there is to know, references are nothing but slower
         wanted = sizes if single > 0 else []
         left = {of: min(single, share * rows.left(target.part(of))) for of in wanted}
         variances.append({"single": single, **left, "pruned": 0.0, "full": 0.0})
-        if rows.count not in full:  # it takes as long whatever the noise is
-            full[rows.count] = rows.seconds(target.part("full"))
-        took = {of: rows.seconds(target.part(of)) for of in ("single", *wanted, "pruned")} | {"full": full[rows.count]}
+        took = {of: rows.seconds(target.part(of), count[of]) for of in ("single", *wanted, "pruned")}
+        if count["full"] not in full:  # it takes as long whatever the noise is
+            full[count["full"]] = rows.seconds(target.part("full"), count["full"])
+        took["full"] = full[count["full"]]
         times.append({of: max(0.0, seconds - took["single"]) for of, seconds in took.items()})
     progress(len(SHARES), len(SHARES))
-    used = {of for time in times for of in time}
-    once = {of: min(time.get(of, inf) for time in times) for of in ("single", *sizes, "pruned", "full") if of in used}
+    least = {of: min(time.get(of, inf) for time in times) for of in every if any(of in time for time in times)}
     levels = []
-    for share, edge, variance, time in zip(SHARES, _edges(parts), variances, times, strict=True):
-        # so much the more where a step has less than one row here
-        scale = batch * share / _count(batch, share)
-        seconds = {of: scale * (time[of] - once[of]) for of in variance}
+    for share, edge, count, variance, time in zip(SHARES, _edges(parts), counts, variances, times, strict=True):
+        # so much the more where a step has less than one row here, or more than were on trial
+        seconds = {of: batch * share / count[of] * (time[of] - least[of]) for of in variance}
         levels.append(Level(share, edge, variance, seconds))
+    once = {of: seconds / steps[of] for of, seconds in least.items()}
     return Trial(tuple(levels), once)
 
 
@@ -132,10 +134,14 @@ def seconds_of_a_step(config: Config, parts: Parts) -> float:
 
 
 def seconds_of_targets(target: TargetEstimator, batches: Sequence[Perturbed], enough: float = inf) -> float:
-    """What a target costs a batch more than single samples do; cut short where it is more than enough for certain."""
-    total = 0.0
-    for noisy in batches:
-        total += max(0.0, median(_times(target, noisy)) - median(_times(SingleSample(), noisy)))
+    """What a target costs a batch more than single samples do; cut short where it is more than enough for certain.
+
+    It is asked as in a run: about as many batches together as it likes.
+    """
+    total, together = 0.0, target.steps(len(batches[0]))
+    for start in range(0, len(batches), together):
+        some = batches[start : start + together]
+        total += max(0.0, median(_times(target, some)) - median(_times(SingleSample(), some)))
         if total > enough * len(batches):
             break
     return total / len(batches)
@@ -151,15 +157,10 @@ def batch_of_the_run(config: Config, parts: Parts, number: int) -> Perturbed:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Rows at one level, with their exact means.
-
-    Attributes:
-        count: how many a step has here, on average and at least one.
-    """
+    """Rows at one level, with their exact means."""
 
     noisy: Perturbed
     parts: Parts
-    count: int
 
     @cached_property
     def exact(self) -> Posterior:
@@ -178,10 +179,9 @@ class _Rows:
         squares = [(mean - self.exact.mean).double().square().flatten(1).sum(1) for mean in means]
         return self._weighted(torch.stack(squares).mean(0))
 
-    def seconds(self, target: TargetEstimator) -> float:
-        """What as many rows as a step has here take; the least of some, because the machine may be busy."""
-        here = torch.arange(self.count) * max(1, len(self.noisy) // self.count) % len(self.noisy)
-        return min(_times(target, self.noisy.rows(here)))
+    def seconds(self, target: TargetEstimator, count: int) -> float:
+        """What so many of the rows take together; the least of some, because the machine may be busy."""
+        return min(_times(target, [self.noisy.rows(torch.arange(count) * (len(self.noisy) // count))]))
 
     def _weighted(self, squares: Float[Tensor, "B"]) -> float:
         """The mean of squares of distances, weighted as by the loss."""
@@ -190,15 +190,16 @@ class _Rows:
         return float(torch.where(squares > 0, weight * squares.double(), 0.0).mean())
 
 
-def _count(batch: int, share: float) -> int:
-    return max(1, round(batch * share))
+def _count(rows: float, most: int) -> int:
+    return min(max(1, round(rows)), most)
 
 
-def _times(target: TargetEstimator, noisy: Perturbed) -> list[float]:
+def _times(target: TargetEstimator, batches: Sequence[Perturbed]) -> list[float]:
     """Some repeats, or one of what takes long."""
-    act, found = partial(target, noisy, generator=generator(0, "choice", "time")), list[float]()
+    generators = [generator(0, "choice", "time") for _ in batches]
+    act, found = partial(target.several, batches, generators), list[float]()
     while len(found) < REPEATS and sum(found) < 1:
-        found.append(_seconds(act, noisy.x_t.device))
+        found.append(_seconds(act, batches[0].x_t.device))
     return found
 
 
@@ -226,7 +227,7 @@ def _spread(config: Config, parts: Parts, each: int) -> Perturbed:
     """So many rows of the run at each level, evenly spread within it."""
     total = each * len(SHARES)
     steps = -(-total // len(parts.batches(0)))
-    batch = _joined([parts.batches(step * parts.batches.size) for step in range(steps)], total)
+    batch = Batch.joined([parts.batches(step * parts.batches.size) for step in range(steps)]).rows(slice(0, total))
     inside = (torch.arange(each, dtype=torch.float64) + 0.5) / each
     share = torch.tensor(SHARES, dtype=torch.float64)
     level = ((share.cumsum(0) - share)[:, None] + share[:, None] * inside).flatten()
@@ -239,10 +240,3 @@ def _perturbed(config: Config, parts: Parts, batch: Batch, t: Float[Tensor, "B"]
     noise = torch.randn(batch.x.shape, generator=source, dtype=batch.x.dtype).to(batch.x.device)
     known = {name: getattr(batch, name) for name in ("label", "index", "augmentation", "number")}
     return parts.denoiser.process.perturb(batch.x, t.to(batch.x), noise, **known)
-
-
-def _joined(batches: Sequence[Batch], total: int) -> Batch:
-    """The first rows of some batches as one."""
-    known = {field.name: [getattr(batch, field.name) for batch in batches] for field in fields(Batch)}
-    joined: dict[str, Any] = {name: None if v[0] is None else torch.cat(v)[:total] for name, v in known.items()}
-    return Batch(**joined)
