@@ -17,6 +17,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,25 +92,40 @@ def written_out(noisy: Perturbed, support: Tensor) -> Tensor:
     return (weight[:, :, None] * support.flatten(1)).sum(1)
 
 
+def groups(pool: Pool, pruned: PrunedDataset, times: Times, size: int, number: int = 4) -> list[list[Perturbed]]:
+    """Batches of so many rows, by as many as a run asks for at once."""
+    together = pruned.steps(size)
+    seeds = torch.arange(number * together).split(together)
+    return [[batch(pool, times.draw(size, generator(seed, "t")), seed) for seed in some.tolist()] for some in seeds]
+
+
+def as_in_a_run(pruned: PrunedDataset, some: list[Perturbed]) -> float:
+    """Seconds that a batch takes if all of these are answered at once."""
+    return seconds(lambda: pruned.several(some, [None] * len(some))) / len(some)
+
+
 def speed(pool: Pool, pruned: PrunedDataset) -> None:
     full, references = FullDataset(pool), pool.take(torch.arange(1024)).to(DEVICE)
-    print(f"  products of pruned targets: {pruned.arithmetic(DEVICE)}")
+    print(f"  products of pruned targets: {pruned.arithmetic(DEVICE)}; {pruned.at_once:,} rows at once in a run")
+    print(
+        "                                     written out                        pruned   times less than   pruned, in"
+    )
+    print("                                      n = 1,024   all N streamed    in a run     both of them   steps alone")
     for name, times in NOISES.items():
-        for size, batches in ((64, 16), (512, 4)):
-            many = [batch(pool, times.draw(size, generator(seed, "t")), seed) for seed in range(batches)]
-            pruned(many[0])
-            found, plain, typed = [], [], []
-            for number, noisy in enumerate(many):  # in turns, so that what slows the machine down slows all down
-                found.append(seconds(lambda noisy=noisy: pruned(noisy)))
-                if number % (len(many) // 4) == 0:
-                    plain.append(seconds(lambda noisy=noisy: full(noisy)))
-                    part = noisy.rows(slice(0, 64))
-                    typed.append(size // 64 * seconds(lambda part=part: written_out(part, references)))
-            mean, whole, out = map(statistics.mean, (found, plain, typed))
+        for size in (64, 512):
+            many = groups(pool, pruned, times, size)
+            pruned(many[0][0])
+            found, apart, plain, typed = list[float](), list[float](), list[float](), list[float]()
+            for some in many:  # in turns, so that what slows the machine down slows all down
+                found.append(as_in_a_run(pruned, some))
+                apart += [seconds(lambda noisy=noisy: pruned(noisy)) for noisy in some[:4]]
+                first, part = some[0], some[0].rows(slice(0, 64))
+                plain.append(seconds(lambda first=first: full(first)))
+                typed.append(size // 64 * seconds(lambda part=part: written_out(part, references)))
+            mean, alone, whole, out = map(statistics.mean, (found, apart, plain, typed))
             print(
-                f"  {name:23} B = {size:3}   all N streamed {whole:7.2f} s   written out, n = 1,024 {out:7.2f} s   "
-                f"pruned {mean:7.3f} s (median {statistics.median(found):.3f})   "
-                f"{whole / mean:5.1f} and {out / mean:5.1f} times less",
+                f"  {name:23} B = {size:3}   {out:8.2f} s   {whole:12.2f} s   {mean:7.3f} s   "
+                f"{out / mean:5.1f} and {whole / mean:5.1f}   {alone:9.3f} s",
                 flush=True,
             )
 
@@ -129,9 +145,9 @@ def step(store: Path, pool: Pool, pruned: PrunedDataset, images: int = 16) -> No
     numbers = sum(p.numel() for p in parts.denoiser.parameters())
     print(f"  NCSN++ of {numbers / 1e6:.1f} M parameters, {images} images a step: {an_image:.3f} s an image")
     for name, times in NOISES.items():
-        for size, batches in ((64, 16), (512, 4)):
-            many = [batch(pool, times.draw(size, generator(seed, "t")), seed) for seed in range(batches)]
-            found = statistics.mean(seconds(lambda noisy=noisy: pruned(noisy)) for noisy in many) / size
+        for size in (64, 512):
+            many = groups(pool, pruned, times, size)
+            found = statistics.mean(as_in_a_run(pruned, some) for some in many) / size
             share = f"{found / an_image:.2%} of that"
             print(f"  {name:23} B = {size:3}   {1e3 * found:.3f} ms an image, {share}", flush=True)
 
@@ -235,29 +251,54 @@ def _recall(listed: Tensor, nearest: Tensor) -> float:
 
 
 def reading(pool: Pool, copies: int = 10, repeats: int = 7) -> None:
-    """Two rows that need all of the data, mapped from a file: seconds by the clock, with its pages in memory or not."""
+    """Data mapped from a file whose pages are in memory or not: seconds by the clock.
+
+    The copies are moved sideways, and taken to be as far from each other as the images are.
+    """
     noisy, told = batch(pool, torch.full((2,), 10.0)), ahead.soon
     systems = {"told beforehand": told, "not told": lambda part: None}
     taken: dict[tuple[str, bool], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.npy"
-        np.save(path, pool.data.cpu().repeat(copies, *[1] * len(pool.shape)).numpy())
-        data = as_tensor(mapped(path))
-        pruned = PrunedDataset(Pool(data))
+        np.save(path, tiled(pool, copies * len(pool)).data.cpu().numpy())
+        data, distances = as_tensor(mapped(path)), NeighbourDistances(pool, device=DEVICE)
+        pruned = PrunedDataset(Pool(data, levels=pool.levels), lambda label: distances(label).repeat(copies, 1))
         pruned(noisy)
         for _, (name, soon), cold in itertools.product(range(repeats), systems.items(), (False, True)):
             ahead.soon = soon
-            if cold:
-                forget(path, data)
-            start = time.perf_counter()
-            pruned(noisy).mean.cpu()  # which waits for a GPU
-            taken.setdefault((name, cold), []).append(time.perf_counter() - start)
+            taken.setdefault((name, cold), []).append(by_the_clock(path, data, cold, lambda: pruned(noisy)))
         ahead.soon = told
-    print(f"  {len(data):,} members, {data.nbytes / 1e9:.1f} GB          in memory              on the disk")
-    for name in systems:
-        times = [taken[name, cold] for cold in (False, True)]
-        spans = (f"{statistics.median(some):6.2f} s ({min(some):.2f} to {max(some):.2f})" for some in times)
-        print(f"  {name:26}", *spans, flush=True)
+        print(f"  {len(data):,} members, {data.nbytes / 1e9:.1f} GB          in memory              on the disk")
+        print("  two rows for which all pass")
+        for name in systems:
+            print(f"    {name:26}", *(spread(taken[name, cold]) for cold in (False, True)), flush=True)
+        some, *_ = groups(Pool(pool.data, levels=pool.levels), pruned, NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)
+        ways: dict[str, list[Callable[[], object]]] = {
+            "one after the other": [partial(pruned, noisy) for noisy in some],
+            "at once, as in a run": [lambda: pruned.several(some, [None] * len(some))],
+        }
+        print(f"  {len(some)} steps of 64 rows of EDM's noise, seconds a step")
+        for name, calls in ways.items():
+            for _, cold in itertools.product(range(3), (False, True)):
+                spent = sum(by_the_clock(path, data, cold, call) for call in calls)
+                taken.setdefault((name, cold), []).append(spent / len(some))
+            print(f"    {name:26}", *(spread(taken[name, cold]) for cold in (False, True)), flush=True)
+
+
+def by_the_clock(path: Path, data: Tensor, cold: bool, work: Callable[[], object]) -> float:
+    """Seconds of one call that reads from a file, with none of its pages in memory if it shall be cold."""
+    if cold:
+        forget(path, data)
+    start = time.perf_counter()
+    work()
+    if DEVICE.type != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def spread(times: list[float]) -> str:
+    """The median, the least and the most."""
+    return f"{statistics.median(times):6.2f} s ({min(times):.2f} to {max(times):.2f})"
 
 
 def forget(path: Path, data: Tensor) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import stablefield.neighbours
 import stablefield.pruned
 from stablefield import VE, VP, Flow, FullDataset, Perturbed, Pool, Process, PrunedDataset
 from stablefield.neighbours import isolation, nearest
+from stablefield.posterior import Sums
 from stablefield.pruned import Query, _heaviest
 from stablefield.reference import ALL
 from stablefield.screen import likely
@@ -265,6 +267,47 @@ def test_shared_out_among_ranks_the_answers_are_the_same(total: int, told: bool)
     torch.testing.assert_close(torch.cat([mean for _, mean in answers]), alone.mean, rtol=0, atol=1e-6)
     for target, _ in answers:  # each holds its part
         assert len(target.own) <= 301 // total + 1
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("total", [1, 2])
+def test_rows_are_screened_a_few_at_a_time_and_answered_together(
+    total: int, integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, asked = images(), list[int]()
+    passed = stablefield.pruned._passed
+
+    def counted(query: Query, inside: Tensor, *known: Any) -> Sums:
+        asked.append(len(inside))
+        return passed(query, inside, *known)
+
+    monkeypatch.setattr(stablefield.pruned, "_passed", counted)
+    monkeypatch.setattr(stablefield.pruned, "multiplies_bytes", lambda device: integers)
+
+    def answers() -> Tensor:
+        def ask(shards: Shards) -> Tensor:
+            target = PrunedDataset(pool, lambda label: nearest(pool, label), shards=shards)
+            return target(noisy.rows(shards.mine(32))).mean
+
+        return torch.cat(in_turn(total, ask))
+
+    # of small sigma first: so the first rows are screened among fewer members than the last
+    noisy = batch(pool, torch.logspace(-1, 1.5, 32))
+    whole = answers()
+    once = len(asked) // (1 if integers else 2)  # with floating numbers in two ways
+    assert once == total
+    uncertain = asked[0]
+    for screened, answered, passes in (
+        (1, 32, 1),
+        (3, 32, 1),
+        (100, 5, -(-uncertain // 5)),
+        (2, 4, -(-uncertain // 4)),
+    ):
+        asked.clear()
+        monkeypatch.setattr(stablefield.pruned, "SCREENED", screened * 300)
+        monkeypatch.setattr(stablefield.pruned, "ANSWERED", answered * 300)
+        torch.testing.assert_close(answers(), whole, rtol=0, atol=1e-5)
+        assert len(asked) == total * passes * (1 if integers else 2)
 
 
 def test_each_member_is_held_by_one_rank() -> None:

@@ -15,7 +15,7 @@ inequality more than p of the mass is missing in at most a share lost / p of the
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -33,6 +33,8 @@ from stablefield.shards import ALONE, Shards
 from stablefield.target import SharedOut, SingleSample, index_of
 
 MANY = 3 / 4  # of the members: beyond that they are taken as they are stored, not picked out
+SCREENED = 2**25  # energies of rows, 128 MB, that are looked at together
+ANSWERED = 2**28  # truths about members, 256 MB, of the rows that are answered together
 JOINING = 1 / 16  # of the members: what a row costs that joins others for which all members pass
 FEW = 2**22  # numbers in data that are few: they are passed whole for any row
 LITTLE = 256  # members: what a row costs beside them is more
@@ -82,10 +84,7 @@ class PrunedDataset(SharedOut):
         known, found, index = self.known(label, noisy.x_t.device), _alone(noisy), index_of(noisy, self.pool)
         isolated, place = known.level_of(index).to(noisy.sigma.device), self.shards.place(index)
         uncertain = (isolated <= noisy.sigma.double() / noisy.alpha.double()).nonzero().flatten()
-        # so many rows together that their energies take at most 128 MB
-        size = max(1, 2**25 // len(known.members))
-        for start in range(0, len(uncertain), size):
-            rows = uncertain[start : start + size]
+        for rows in filter(len, uncertain.split(max(1, ANSWERED // len(known.members)))):
             shared, answers = self._answer(noisy.rows(rows), place[rows.cpu()], known)
             _put(found, rows[shared], answers.rows(shared))
         return found
@@ -108,7 +107,7 @@ class PrunedDataset(SharedOut):
             held = place >= 0
             projection = self._projection(device)
             screen = Screen.of(own, place[held], projection, level[held]) if held.any() else None
-            widest = 0.0 if screen is None else float(screen.energy.max().sqrt())
+            widest = 0.0 if screen is None else screen.widest
             widest = -float(self.shards.least(torch.tensor([-widest], device=device)))
             self._known[label, device] = _Known(label, own, members, level, projection, screen, widest)
         return self._known[label, device]
@@ -121,12 +120,16 @@ class PrunedDataset(SharedOut):
 
     def _answer(self, noisy: Perturbed, place: Int[Tensor, "B"], known: "_Known") -> tuple[Int[Tensor, "s"], Posterior]:
         """Rows that are not isolated: which of them share their cell with others, and the means over the cells."""
-        energy, inside = known.survivors(noisy, self.shards, self.lost / 3)
-        here = torch.stack([known.among(inside, place).long(), counted(inside)])
-        has_source, count = self.shards.sum(here).unbind(0)
-        shared = (has_source > 0) & (count > 1)
         query = Query.of(noisy, known.affine, known.projection.centre)
-        sums = _over(query, energy, inside & shared[:, None], known)
+        here, masks = list[Tensor](), list[tuple[Tensor, ...]]()
+        for rows in torch.arange(len(noisy), device=noisy.x_t.device).split(max(1, SCREENED // len(known.members))):
+            energy, inside = known.survivors(noisy.rows(rows), self.shards, self.lost / 3)
+            here.append(torch.stack([known.among(inside, place[rows.cpu()]).long(), counted(inside)]))
+            masks.append(_by_arithmetic(query.rows(rows), energy, inside, known))
+        has_source, count = self.shards.sum(torch.cat(here, 1)).unbind(0)
+        shared, sums = (has_source > 0) & (count > 1), query.sums()
+        for start, parts in zip(_starts(query, known), zip(*masks, strict=True), strict=True):
+            sums.merge(_passed(query, _stacked(parts).logical_and_(shared[:, None]), known, start))
         return shared.nonzero().flatten(), query.posterior(self.shards.merge(sums))
 
 
@@ -298,25 +301,32 @@ def in_integers(pool: Pool, device: torch.device) -> bool:
     return pool.data.dtype == torch.uint8 and math.prod(pool.shape) <= LONGEST and multiplies_bytes(device)
 
 
-def _over(query: Query, energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"], known: _Known) -> Sums:
-    """Sums over the members inside, of those in their order of isolation."""
-    if known.screen is None:
-        return query.sums()
-    square = known.screen.square
-    if known.in_integers:
-        return _passed(query, inside, known, lambda some: some.byte_sums(square))
+def _by_arithmetic(
+    query: Query, energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"], known: _Known
+) -> tuple[Bool[Tensor, "B n"], ...]:
+    """The members inside, those apart that are multiplied in another way (`_starts`)."""
+    if known.in_integers or known.screen is None:
+        return (inside,)
     wide = query.narrow == torch.float64
-    rounding = torch.full_like(query.sigma, math.inf) if wide else query.rounding(square)
+    rounding = torch.full_like(query.sigma, math.inf) if wide else query.rounding(known.screen.square)
     exactly = _heaviest(energy, inside, rounding)
-    roughly = inside & ~exactly
-    found = _passed(query, exactly, known, Query.sums)
-    return found.merge(_passed(query, roughly, known, lambda some: some.sums(query.narrow)))
+    return exactly, inside & ~exactly
+
+
+def _starts(query: Query, known: _Known) -> list[Callable[[Query], Sums]]:
+    """In which sums the members go, that are multiplied in one way or the other."""
+    if known.screen is None:
+        return [Query.sums]
+    if known.in_integers:
+        return [partial(Query.byte_sums, square=known.screen.square)]
+    return [Query.sums, partial(Query.sums, energies=query.narrow)]
 
 
 def _passed(query: Query, inside: Bool[Tensor, "B n"], known: _Known, start: Callable[[Query], Sums]) -> Sums:
     """Sums over the members inside, multiplied as `start` makes them for some of the rows."""
-    assert known.screen is not None
     found = query.sums()
+    if known.screen is None:
+        return found
     for rows in _together(inside, len(known.screen), len(query.centre)):
         some = query.rows(rows)
         passed, size = start(some), chunk_size(some.x_t, width=known.own.data.itemsize if known.in_integers else 8)
@@ -324,6 +334,14 @@ def _passed(query: Query, inside: Bool[Tensor, "B n"], known: _Known, start: Cal
             passed.add(block.flatten(1), allowed, square / query.scale**2)
         found.put(rows, passed)
     return found
+
+
+def _stacked(masks: Sequence[Bool[Tensor, "_ _"]]) -> Bool[Tensor, "B n"]:
+    """Masks of some rows each, over more or fewer of the first members, as one."""
+    if len(masks) == 1:
+        return masks[0]
+    width = max(mask.shape[1] for mask in masks)
+    return torch.cat([torch.nn.functional.pad(mask, (0, width - mask.shape[1])) for mask in masks])
 
 
 def _heaviest(

@@ -87,8 +87,7 @@ class Screen:
         order: positions in `members`, by ascending level of isolation.
         place: of each member in that order.
         level: sigma / alpha up to which each is isolated, in that order.
-        coordinates: of each, in that order.
-        energy: squared norm of each, in that order.
+        seen: coordinates of each, and their squared norm, in that order.
         square: squared distance of each member from the centre, in all dimensions, in the order of the pool.
     """
 
@@ -97,8 +96,7 @@ class Screen:
     order: Int[Tensor, "m"]
     place: Int[Tensor, "m"]
     level: Float[Tensor, "m"]
-    coordinates: Float[Tensor, "m k"]
-    energy: Float[Tensor, "m"]
+    seen: Float[Tensor, "m _"]
     square: Float[Tensor, "m"]
 
     @classmethod
@@ -106,20 +104,24 @@ class Screen:
         """See members of a pool once, on the device of the projection."""
         level, order = level.sort(stable=True)
         device, here, (scale, shift) = projection.centre.device, projection.to(pool.data.device), pool.affine
-        coordinates = projection.basis.new_empty(len(members), projection.basis.shape[1])
-        square = coordinates.new_empty(len(members), dtype=torch.float64)
+        seen = projection.basis.new_empty(len(members), projection.basis.shape[1] + 1)
+        square = seen.new_empty(len(members), dtype=torch.float64)
         # into memory of their own at once: small results kept between large blocks would leave holes of those
         for part in torch.arange(len(members)).split(1024):
             # in float64: where sigma is small, what float32 rounds of a byte's value is too much for a squared norm
             block = pool.stored(members[part]).double() * scale + shift
             some = slice(int(part[0]), int(part[-1]) + 1)
-            coordinates[some], square[some] = here(block), here.square(block)
-        coordinates = coordinates[order.to(device)]
-        energy = coordinates.square().sum(1)
-        return cls(projection, members, order, order.argsort(), level.to(device), coordinates, energy, square)
+            seen[some, :-1], square[some] = here(block), here.square(block)
+        seen[:, -1] = seen[:, :-1].square().sum(1)
+        return cls(projection, members, order, order.argsort(), level.to(device), seen[order.to(device)], square)
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @property
+    def widest(self) -> float:
+        """The largest norm of coordinates."""
+        return float(self.seen[:, -1].max().sqrt())
 
     def as_stored(self, mask: Bool[Tensor, "B n"]) -> Bool[Tensor, "B m"]:
         """A mask over the first members in order, as one over all in the order in which the pool has them."""
@@ -134,12 +136,10 @@ class Screen:
         `seen` is what the projection leaves of x_t. Infinite where a member is isolated at the row's sigma / alpha.
         """
         active = torch.searchsorted(self.level, sigma.double() / alpha.double(), right=True)
-        most = int(active.max())
         factor = alpha.float()[:, None]
-        energy = torch.addmm(factor**2 * self.energy[:most], seen * factor, self.coordinates[:most].T, alpha=-2)
-        fewer = (active < most).nonzero().flatten()
-        isolated = torch.arange(most, device=energy.device) >= active[fewer, None]
-        energy[fewer] = energy[fewer].masked_fill_(isolated, math.inf)
+        energy = torch.cat([-2 * factor * seen, factor.square()], 1) @ self.seen[: int(active.max())].T
+        for row, first in zip(energy, active.tolist(), strict=True):
+            row[first:] = math.inf  # a mask for all of them would take as long as the product
         return energy
 
 
