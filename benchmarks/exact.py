@@ -133,6 +133,26 @@ def speed(pool: Pool, pruned: PrunedDataset) -> None:
         noisy = batch(pool, torch.full((rows,), 10.0))
         taken = statistics.median(seconds(lambda noisy=noisy: pruned(noisy)) for _ in range(9))
         print(f"  sigma = 10, where all members matter, {rows} rows: {1e3 * taken:.0f} ms", flush=True)
+    screening(pool, pruned)
+
+
+def screening(pool: Pool, pruned: PrunedDataset) -> None:
+    """What the screen takes of it, and what its product would take in bfloat16."""
+    some, *_ = groups(pool, pruned, NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)
+    noisy, known = Perturbed.joined(some), pruned.known(ALL, DEVICE)
+    rows = (known.level_of(noisy.index).to(DEVICE) <= noisy.sigma).nonzero().flatten()
+    asked, members = noisy.rows(rows), known.screen.seen
+    seen = torch.nn.functional.pad(known.projection(asked.x_t), (0, 1))
+    narrow = seen.bfloat16(), members.bfloat16()
+    parts = {
+        "screening": lambda: known.survivors(asked, pruned.shards, pruned.lost / 3),
+        "its product": lambda: seen @ members.T,
+        "the same in bfloat16": lambda: narrow[0] @ narrow[1].T,
+    }
+    taken = {name: min(seconds(work) for _ in range(9)) for name, work in parts.items()}
+    whole = as_in_a_run(pruned, some) * len(some)
+    said = ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in taken.items())
+    print(f"  {len(noisy):,} rows of EDM's noise {1e3 * whole:.0f} ms, of which ({len(rows)} rows) {said}", flush=True)
 
 
 def step(store: Path, pool: Pool, pruned: PrunedDataset, images: int = 16) -> None:
