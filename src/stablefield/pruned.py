@@ -34,7 +34,7 @@ from stablefield.target import SharedOut, SingleSample, index_of
 
 MANY = 3 / 4  # of the members: beyond that they are taken as they are stored, not picked out
 SCREENED = 2**25  # energies of rows, 128 MB, that are looked at together
-ANSWERED = 2**28  # truths about members, 256 MB, of the rows that are answered together
+ANSWERED = 2**27  # truths about members, 128 MB and some copies, of the rows that are answered together
 JOINING = 1 / 16  # of the members: what a row costs that joins others for which all members pass
 FEW = 2**22  # numbers in data that are few: they are passed whole for any row
 LITTLE = 256  # members: what a row costs beside them is more
@@ -121,15 +121,19 @@ class PrunedDataset(SharedOut):
     def _answer(self, noisy: Perturbed, place: Int[Tensor, "B"], known: "_Known") -> tuple[Int[Tensor, "s"], Posterior]:
         """Rows that are not isolated: which of them share their cell with others, and the means over the cells."""
         query = Query.of(noisy, known.affine, known.projection.centre)
-        here, masks = list[Tensor](), list[tuple[Tensor, ...]]()
+        starts = _starts(query, known)
+        here, masks = list[Tensor](), [list[Tensor]() for _ in starts]
         for rows in torch.arange(len(noisy), device=noisy.x_t.device).split(max(1, SCREENED // len(known.members))):
             energy, inside = known.survivors(noisy.rows(rows), self.shards, self.lost / 3)
             here.append(torch.stack([known.among(inside, place[rows.cpu()]).long(), counted(inside)]))
-            masks.append(_by_arithmetic(query.rows(rows), energy, inside, known))
+            for some, mask in zip(masks, _by_arithmetic(query.rows(rows), energy, inside, known), strict=True):
+                some.append(mask)
         has_source, count = self.shards.sum(torch.cat(here, 1)).unbind(0)
         shared, sums = (has_source > 0) & (count > 1), query.sums()
-        for start, parts in zip(_starts(query, known), zip(*masks, strict=True), strict=True):
-            sums.merge(_passed(query, _stacked(parts).logical_and_(shared[:, None]), known, start))
+        for start, some in zip(starts, masks, strict=True):
+            inside = _stacked(some).logical_and_(shared[:, None])
+            some.clear()  # or they would be held twice
+            sums.merge(_passed(query, inside, known, start))
         return shared.nonzero().flatten(), query.posterior(self.shards.merge(sums))
 
 

@@ -192,7 +192,8 @@ def likely(
 
 def counted(mask: Bool[Tensor, "B n"]) -> Int[Tensor, "B"]:
     """How many are true in each row."""
-    return mask.view(torch.uint8).sum(1, dtype=torch.int32).long()  # bytes are added faster than truths
+    # bytes are added faster than truths; but all of them are copied to be added in a wider type, so some rows at a time
+    return torch.cat([part.sum(1, dtype=torch.int32) for part in mask.view(torch.uint8).split(32)]).long()
 
 
 def _likeliest(nats: Float[Tensor, "B n"], lost: Float[Tensor, "B"], shards: Shards) -> Bool[Tensor, "B n"]:

@@ -130,12 +130,12 @@ class SharedOut(ByLabel):
 class SingleSample(TargetEstimator):
     """Denoising score matching: the source itself (Vincent 2011). Unbiased, and as noisy as it gets."""
 
-    def arithmetic(self, device: torch.device) -> str:
-        return ""
-
     def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
         one = torch.ones(len(noisy.x), dtype=noisy.x.dtype, device=noisy.x.device)
         return Posterior(noisy.x.detach(), one, torch.zeros_like(one))
+
+    def arithmetic(self, device: torch.device) -> str:
+        return ""
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Run:
         self.arm, self.seed, self.folder = arm, seed, experiment.folder(out, arm, seed)
         self.config = arm.configured(experiment.config, seed)
         self.parts = assemble(self.config)
-        self.state, self.descent = begun(self.config, self.parts), descent_of(self.config.training)
+        self.state = begun(self.config, self.parts)
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.sweep()
         self.saver = Saver(self.folder, self.config, self.parts)
@@ -55,6 +55,15 @@ class Run:
         self.folder.rewind(self.images)
         compile_network(self.config, self.parts)
         write_text(self.folder.config, self.config.toml())
+        # one for all turns: what is taught in steps of the next turn may be known already
+        self.steps = train(
+            self.state,
+            self.parts.objective,
+            self.parts.batches,
+            images=experiment.goals[-1],
+            seed=self.config.training.seed,
+            descent=descent_of(self.config.training),
+        )
         self.when = perf_counter()
 
     @property
@@ -69,10 +78,9 @@ class Run:
         """
         if self.images >= goal:
             return
-        training, began, before, steps = self.config.training, perf_counter(), self.images, []
-        objective, batches = self.parts.objective, self.parts.batches
-        for step in train(self.state, objective, batches, images=goal, seed=training.seed, descent=self.descent):
-            steps.append(step)
+        began, before, steps = perf_counter(), self.images, list[StepReport]()
+        while self.images < goal:
+            steps.append(next(self.steps))
             if stop():
                 break
         line = noted(steps)  # waits for the device
