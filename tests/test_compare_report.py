@@ -195,6 +195,26 @@ def test_what_slows_the_machine_down_slows_no_target_down_more(tmp_path):
         assert after.by_then(arm) == pytest.approx(before.by_then(arm))
 
 
+@pytest.mark.parametrize("images", [3_000, 16_000, 150_000, 640_000])
+def test_what_is_paid_beforehand_counts_for_the_steps_that_it_was_paid_for(images):
+    config = resolve(override({}, [f"training.images={images}", "training.batch_size=72", "network.kind=mlp"]))
+    arms = Arm("single"), Arm("full")
+    experiment = Experiment(config, arms, (0, 1), looks=3)
+    assert experiment.stretch == 14 * 72  # of 1,024 rows
+    training = {(arm, seed): [] for arm in arms for seed in (0, 1)}
+    for (arm, _), lines in training.items():
+        before = 0
+        for goal in experiment.goals:
+            # a step takes 1 s, and that all data pass 7 s for 14 steps, at the first of them
+            steps = range(before, goal, 72)
+            spent = len(steps) + (7 * sum(step % (14 * 72) == 0 for step in steps) if arm == arms[1] else 0)
+            lines.append({"Progress/kimg": goal / 1000, "Timing/sec_per_kimg": 1000 * spent / (goal - before)})
+            before = goal
+    results = Results(experiment, {}, training, {}, {})
+    assert results.seconds(arms[0]) == pytest.approx(1000 / 72)
+    assert results.overhead(arms[1]) == pytest.approx(0.5)
+
+
 def test_an_experiment_without_any_time_is_compared_at_equal_images_alone(tmp_path):
     out = made(tmp_path, {"frechet": 0.8})
     for place in out.rglob("metrics.jsonl"):

@@ -118,9 +118,19 @@ class Experiment:
 
     @cached_property
     def goals(self) -> tuple[int, ...]:
-        """Image counts at which another arm has its turn: about a hundred, and every mark."""
-        turn = self._steps(min(self.images / 100, 5_000))
+        """Image counts at which another arm has its turn: up to a hundred, and every mark."""
+        turn = -(-self._steps(min(self.images / 100, 5_000)) // self.stretch) * self.stretch
         return tuple(sorted({*range(turn, self.images, turn), *self.marks}))
+
+    @cached_property
+    def stretch(self) -> int:
+        """Images of the steps whose targets are asked for together, in the arm that asks for most.
+
+        Turns are of whole stretches, and so are times: what is asked for beforehand is paid for at once.
+        """
+        configs = [arm.configured(self.config, self.seeds[0]) for arm in self.arms]
+        size = self.config.training.batch_size
+        return size * max(1, *(config["target"].get("at_once", 1) // size for config in configs))
 
     def _steps(self, images: float) -> int:
         size = self.config.training.batch_size

@@ -120,29 +120,40 @@ class Results:
         curves = [self.curve(arm, seed, "frechet")[1] for seed in self.experiment.seeds]
         return Estimate.of([rough for curve in curves if isfinite(rough := roughness(curve))])
 
+    def paces(self, arm: Arm, seed: int) -> dict[int, float]:
+        """Seconds per thousand images of a run, in each stretch that it has come through (or in the first)."""
+        stretch = self.experiment.stretch
+        spent, seen, before = dict[int, float](), dict[int, float](), 0.0
+        for line in self.training[arm, seed]:
+            thousands = line["Progress/kimg"]
+            number = (round(1000 * thousands) - 1) // stretch  # that of the turn's last image
+            seen[number] = seen.get(number, 0.0) + thousands - before
+            spent[number] = spent.get(number, 0.0) + line["Timing/sec_per_kimg"] * (thousands - before)
+            before = thousands
+        whole = [number for number in seen if 1000 * before >= (number + 1) * stretch]
+        return {number: spent[number] / seen[number] for number in whole or seen}
+
     def seconds(self, arm: Arm) -> float:
-        """Per thousand images: the median over all turns; nan before any."""
-        turns = [line["Timing/sec_per_kimg"] for seed in self.experiment.seeds for line in self.training[arm, seed]]
-        return median(turns) if turns else float("nan")
+        """Per thousand images: the median over all stretches; nan before any."""
+        found = [pace for seed in self.experiment.seeds for pace in self.paces(arm, seed).values()]
+        return median(found) if found else float("nan")
 
     def overhead(self, arm: Arm) -> float:
-        """Seconds an image, relative to the baseline: the median over turns, compared pair by pair."""
+        """Seconds an image, relative to the baseline: the median over stretches, compared pair by pair."""
         ratios = [
-            mine["Timing/sec_per_kimg"] / theirs[mine["Progress/kimg"]] - 1
+            pace / theirs[number] - 1
             for seed in self.experiment.seeds
-            for theirs in [
-                {line["Progress/kimg"]: line["Timing/sec_per_kimg"] for line in self.training[self.baseline, seed]}
-            ]
-            for mine in self.training[arm, seed]
-            if mine["Progress/kimg"] in theirs
+            for theirs in [self.paces(self.baseline, seed)]
+            for number, pace in self.paces(arm, seed).items()
+            if number in theirs
         ]
         return median(ratios) if ratios else float("nan")
 
     def pace(self, arm: Arm) -> float:
         """Seconds of training per thousand images, all arms by one clock; nan before any turn.
 
-        The baseline's median, and what this arm takes beside it, turn by turn: what slows the machine down now and then
-        slows no arm down more than another.
+        The baseline's median, and what this arm takes beside it, stretch by stretch: what slows the machine down now
+        and then slows no arm down more than another.
         """
         return self.seconds(self.baseline) * (1 + self.overhead(arm))
 
