@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import stablefield.checkpoint
 from stablefield.checkpoint import CheckpointError, read, save
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -60,6 +61,21 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path):
     finally:
         done.set()
         thread.join()
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_told_to_be_missing(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.safetensors"
+    save(path, {"x": torch.zeros(3)}, config={}, images=1)
+
+    def removed(*_):
+        path.unlink()
+        raise CheckpointError("cut short")
+
+    monkeypatch.setattr(stablefield.checkpoint, "_read", removed)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        read(path)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        read(tmp_path)
 
 
 @settings(max_examples=60, deadline=None)

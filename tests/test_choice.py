@@ -235,8 +235,22 @@ def test_a_pass_over_the_data_counts_as_often_as_a_run_makes_it(monkeypatch: pyt
         batches = [choosing.batch_of_the_run(config, parts, number) for number in range(2 * steps)]
         assert target.steps(32) == steps
         assert trying.seconds_of_targets(target, batches) == 32 + 8 / steps
-        # and the fewest rows that so many steps have at a level
-        assert trying.measure(config, parts).once["full"] == (8 + max(1, round(steps * 32 / 64))) / steps
+        found = trying.measure(config, parts)
+        assert sum(level.seconds["full"] for level in found.levels) == pytest.approx(32)
+        assert found.once["full"] == (8 + 1) / steps  # with its first row
+
+
+@pytest.mark.parametrize(
+    ("size", "at_once", "batches"), [(144, 1024, 14), (200, 1024, 10), (64, 128, 8), (32, 1024, 32)]
+)
+def test_real_costs_are_measured_on_whole_look_aheads(
+    size: int, at_once: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+    monkeypatch.setattr(choosing, "BATCHES", 8)
+    monkeypatch.setattr(choosing, "seconds_of_targets", lambda target, some, enough: asked.append(len(some)) or 0.0)
+    chosen(f"training.batch_size={size}", f"target.at_once={at_once}")
+    assert set(asked) == {batches}
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

@@ -513,3 +513,28 @@ def test_what_rounding_may_hide_is_kept() -> None:
     kept = [int(likely(energy, sigma, none + off, 1e-4, 640, Shards()).sum()) for off in (0.0, 0.1, 1.0, 10.0, 100.0)]
     assert kept == sorted(kept)
     assert kept[0] < kept[2] < kept[-1] == energy.numel()
+
+
+# ---- the caller's precision
+
+
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_what_others_want_of_float32_changes_no_target(
+    precision: str, integers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stablefield.pruned, "multiplies_bytes", lambda device: integers)
+    pool = images(400, side=16)
+    noisy = batch(pool, torch.logspace(-1.5, 1.5, 24))
+    alone = pruned(pool)(noisy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = pruned(pool)(noisy)
+            assert (noisy.x_t.flatten(1) @ noisy.x_t.flatten(1).T).dtype == torch.bfloat16  # as the caller had it
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for name in ("mean", "ess", "variance"):
+        assert torch.equal(getattr(found, name), getattr(alone, name))

@@ -7,6 +7,7 @@ w_k, so E[target | x_t] is a finite sum over sources and draws.
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import combinations, permutations, product
 
 import pytest
@@ -449,10 +450,19 @@ def test_several_steps_are_answered_as_each_would_be(estimator: Callable[[Pool],
         same(together, target(rows, generator=torch.Generator().manual_seed(step)), 1e-6)
 
 
-def test_no_row_at_once_is_refused() -> None:
+def test_no_rows_at_once_and_more_than_can_be_waited_for_are_refused() -> None:
     for target in (FullDataset, PrunedDataset, Banded):
-        with pytest.raises(ValueError, match="at_once is a number of rows, at least 1, and not 0"):
-            target(Pool(SIX), at_once=0)
+        for rows in (0, -3, 10**6):
+            with pytest.raises(ValueError, match=f"at_once is a number of rows, from 1 to 65,536, and not {rows:,}"):
+                target(Pool(SIX), at_once=rows)
+
+
+def test_steps_of_which_not_the_same_is_known_are_not_answered_together() -> None:
+    data, labels = cloud()
+    noisy = batch(VE(), data, n=4, labels=labels)
+    for steps in ([noisy, replace(noisy, label=None)], [replace(noisy, label=None), noisy]):
+        with pytest.raises(TypeError):
+            FullDataset(Pool(data, labels)).several(steps, [None, None])
 
 
 def test_what_a_row_is_taught_does_not_depend_on_the_other_rows() -> None:

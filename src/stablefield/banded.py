@@ -23,7 +23,7 @@ from stablefield.posterior import Posterior
 from stablefield.process import Perturbed
 from stablefield.pruned import Distances, PrunedDataset
 from stablefield.reference import Pool
-from stablefield.target import FullDataset, ReferenceBatch, SingleSample, TargetEstimator, joined, refuse_none
+from stablefield.target import FullDataset, ReferenceBatch, SingleSample, TargetEstimator, check_at_once, joined
 
 Bands = tuple[tuple[float, str], ...]
 
@@ -52,7 +52,7 @@ class Banded(TargetEstimator):
     _parts: dict[str, TargetEstimator] = field(default_factory=dict, init=False, compare=False)
 
     def __post_init__(self) -> None:
-        refuse_none(self.at_once)
+        check_at_once(self.at_once)
         if not self.budget >= 0:
             raise ValueError(f"budget is a share of a training step, 0 or more, and not {self.budget}")
         edges = [edge for edge, _ in self.bands]

@@ -7,6 +7,7 @@ whole. A checksum over all of it is written too, and compared when it is read.
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,16 +98,24 @@ def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
         CheckpointError: there is none, it is another program's, cut short, or damaged.
     """
     while True:
-        if not path.is_file():
-            raise CheckpointError(f"there is no checkpoint {path}")
-        before = path.stat()
+        before = _written(path)
         try:
             return _read(path, device)
         except CheckpointError:
             # the header is read first, and then the tensors: a run that saves in between has put another file here
-            after = path.stat()
-            if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            if _written(path) == before:
                 raise
+
+
+def _written(path: Path) -> tuple[int, int]:
+    """What tells a file from another that takes its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"there is no checkpoint {path}")
+    return found.st_ino, found.st_mtime_ns
 
 
 def _read(path: Path, device: str | torch.device) -> Checkpoint:

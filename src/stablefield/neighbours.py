@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stablefield.products import integer_product, multiplies_bytes, signed
+from stablefield.products import full_precision, integer_product, multiplies_bytes, signed
 from stablefield.reference import ALL, Pool
 
 Seen = tuple[Tensor, Tensor]
 Progress = Callable[[int, int], None]  # (done, of how many)
 
 
+@full_precision()
 def nearest(
     pool: Pool,
     label: int = ALL,

@@ -21,7 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -52,11 +52,14 @@ class Rows:
 
     @classmethod
     def joined(cls: type[Record], records: Sequence[Record]) -> Record:
-        """The rows of some records, in which the same is known, as one record."""
+        """The rows of some records as one record; in all of them the same must be known."""
         if len(records) == 1:
             return records[0]
-        values = {field.name: [getattr(record, field.name) for record in records] for field in fields(cls)}
-        return cls(**{name: None if some[0] is None else torch.cat(some) for name, some in values.items()})
+        found: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            values = [getattr(record, name) for record in records]
+            found[name] = None if all(value is None for value in values) else torch.cat(values)
+        return cls(**found)
 
 
 @dataclass(frozen=True, eq=False)

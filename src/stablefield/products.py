@@ -11,7 +11,10 @@ numbers of either floating type.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -167,6 +170,24 @@ def in_digits(x: Float[Tensor, "B D"], digits: int) -> tuple[Int8[Tensor, "k B D
         digit.copy_(whole)  # its last byte
         whole.bitwise_right_shift_(8)
     return found, scale
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products in the types that they are asked for in: float32 is not taken for TF32 or, in autocast, for less."""
+    settings: list[tuple[Any, str, Any]] = [(torch.backends.cuda.matmul, "allow_tf32", False)]
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9, and on a CPU too
+        matmuls = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 (untyped)
+        settings = [(matmul, "fp32_precision", "ieee") for matmul in matmuls]
+    before = [(of, name, getattr(of, name)) for of, name, _ in settings]
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        try:
+            for setting in settings:
+                setattr(*setting)
+            yield
+        finally:
+            for setting in before:
+                setattr(*setting)
 
 
 @cache

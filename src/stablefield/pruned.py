@@ -26,7 +26,7 @@ from torch import Tensor
 from stablefield.neighbours import isolation
 from stablefield.posterior import Posterior, Sums, chunk_size, exact
 from stablefield.process import Perturbed
-from stablefield.products import LONGEST, MIDDLE, ByteProducts, FloatProducts, multiplies_bytes
+from stablefield.products import LONGEST, MIDDLE, ByteProducts, FloatProducts, full_precision, multiplies_bytes
 from stablefield.reference import Pool
 from stablefield.screen import Projection, Screen, counted, likely, principal, rounded
 from stablefield.shards import ALONE, Shards
@@ -76,6 +76,7 @@ class PrunedDataset(SharedOut):
         if self.dims < 1:
             raise ValueError(f"dims must be at least 1, not {self.dims}")
 
+    @full_precision()
     def estimate(self, noisy: Perturbed, label: int, generator: torch.Generator | None) -> Posterior:
         _refuse_what_is_not_finite(noisy)
         if (home := exact(noisy.x_t.device)) != noisy.x_t.device:

@@ -39,6 +39,8 @@ from stablefield.reference import ALL, Pool
 from stablefield.seeding import derive
 from stablefield.shards import ALONE, Shards
 
+MOST = 2**16  # rows that are answered at once
+
 
 class TargetEstimator(ABC):
     """Answers what x was, on average, for each row of a batch."""
@@ -102,7 +104,7 @@ class SharedOut(ByLabel):
     shards: Shards
 
     def __post_init__(self) -> None:
-        refuse_none(self.at_once)
+        check_at_once(self.at_once)
 
     def __call__(self, noisy: Perturbed, *, generator: torch.Generator | None = None) -> Posterior:
         if self.shards.total == 1:
@@ -291,12 +293,12 @@ def joined(answers: Sequence[tuple[Int[Tensor, "_"], Posterior]]) -> Posterior:
     return Posterior.joined([found for _, found in answers]).rows(torch.cat([rows for rows, _ in answers]).argsort())
 
 
-def refuse_none(at_once: int) -> None:
+def check_at_once(rows: int) -> None:
     """Raises:
-    ValueError: no row is to be answered at once.
+    ValueError: no row is to be answered at once, or more than could be waited for.
     """
-    if at_once < 1:
-        raise ValueError(f"at_once is a number of rows, at least 1, and not {at_once}")
+    if not 1 <= rows <= MOST:
+        raise ValueError(f"at_once is a number of rows, from 1 to {MOST:,}, and not {rows:,}")
 
 
 def index_of(noisy: Perturbed, pool: Pool) -> Int[Tensor, "B"]:

@@ -183,7 +183,7 @@ def _equal_time(results: Results) -> Table:
         f"After equal time, {_number(results.deadline)} s of training",
         "When the fastest target has seen its last image, on a line in log images between two looks; changes against "
         f"{results.baseline.title} are pair by pair. Time is that of training alone, without preparing and scoring, by "
-        f"one clock: {results.baseline.title}'s median, and what the others take beside it, turn by turn.",
+        f"one clock: {results.baseline.title}'s median, and what the others take beside it, stretch by stretch.",
         ["target", "images", "Frechet", "held-out loss", "Frechet, change", "held-out loss, change"],
         [row(arm) for arm in results.experiment.arms],
     )
@@ -207,7 +207,7 @@ def _costs(results: Results) -> Table:
         "Deviation of the Frechet distance over seeds at the end, and from look to look (relative, from second "
         "differences over the last half of the run, so that a bend counts too); Tr Cov of a gradient, "
         "and the target's share of it; seconds per thousand "
-        "images, the median over turns, and against the baseline, pair by pair.",
+        "images, the median over stretches of the runs, and against the baseline, pair by pair.",
         [
             "target",
             "over seeds",

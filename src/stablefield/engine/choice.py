@@ -113,8 +113,8 @@ def choose(config: Config, parts: Parts, progress: Progress = silent) -> Choice:
     target = parts.objective.target
     assert isinstance(target, Banded)
     step, trial = seconds_of_a_step(config, parts), measure(config, parts, progress)
-    many = max(BATCHES, target.part("full").steps(len(parts.batches(0))))
-    batches = [batch_of_the_run(config, parts, number) for number in range(many)]
+    together = target.part("full").steps(len(parts.batches(0)))
+    batches = [batch_of_the_run(config, parts, number) for number in range(-(-BATCHES // together) * together)]
 
     def cost(plan: Plan, enough: float) -> float:
         return seconds_of_targets(target.with_bands(bands_of(trial.levels, plan)), batches, enough)

@@ -88,12 +88,11 @@ def measure(config: Config, parts: Parts, progress: Progress = silent) -> Trial:
     each = min(max(ROWS, round(batch * max(SHARES))), 256)
     noisy = _spread(config, parts, each)
     sizes = [f"reference:{size}" for size in SIZES if size < len(parts.pool)]
-    every = ("single", *sizes, "pruned", "full")
-    steps = {of: target.part(of).steps(batch) for of in every}
-    counts = [{of: _count(batch * steps[of] * share, each) for of in every} for share in SHARES]
-    variances, times = list[dict[str, float]](), list[dict[str, float]]()
+    steps = {of: target.part(of).steps(batch) for of in ("single", *sizes, "pruned", "full")}
+    variances, times, counts = list[dict[str, float]](), list[dict[str, float]](), list[dict[str, int]]()
+    one: dict[str, float] = {}  # what the first row costs at least
     full: dict[int, float] = {}
-    for number, (share, count) in enumerate(zip(SHARES, counts, strict=True)):
+    for number, share in enumerate(SHARES):
         progress(number, len(SHARES))
         rows = _Rows(noisy.rows(slice(number * each, (number + 1) * each)), parts)
         single = share * rows.variance
@@ -101,19 +100,23 @@ def measure(config: Config, parts: Parts, progress: Progress = silent) -> Trial:
         wanted = sizes if single > 0 else []
         left = {of: min(single, share * rows.left(target.part(of))) for of in wanted}
         variances.append({"single": single, **left, "pruned": 0.0, "full": 0.0})
+        count = {of: _count(batch * steps[of] * share, each) for of in variances[-1]}
         took = {of: rows.seconds(target.part(of), count[of]) for of in ("single", *wanted, "pruned")}
         if count["full"] not in full:  # it takes as long whatever the noise is
             full[count["full"]] = rows.seconds(target.part("full"), count["full"])
+            one["full"] = rows.seconds(target.part("full"), 1)
         took["full"] = full[count["full"]]
-        times.append({of: max(0.0, seconds - took["single"]) for of, seconds in took.items()})
+        for of in ("single", *wanted, "pruned"):
+            one[of] = min(one.get(of, inf), rows.seconds(target.part(of), 1))
+        times.append(took)
+        counts.append(count)
     progress(len(SHARES), len(SHARES))
-    least = {of: min(time.get(of, inf) for time in times) for of in every if any(of in time for time in times)}
     levels = []
-    for share, edge, count, variance, time in zip(SHARES, _edges(parts), counts, variances, times, strict=True):
-        # so much the more where a step has less than one row here, or more than were on trial
-        seconds = {of: batch * share / count[of] * (time[of] - least[of]) for of in variance}
+    for share, edge, variance, took, count in zip(SHARES, _edges(parts), variances, times, counts, strict=True):
+        row = {of: max(0.0, took[of] - one[of]) / (count[of] - 1) for of in took}
+        seconds = {of: batch * share * max(0.0, row[of] - row["single"]) for of in took}
         levels.append(Level(share, edge, variance, seconds))
-    once = {of: seconds / steps[of] for of, seconds in least.items()}
+    once = {of: max(0.0, seconds - one["single"]) / steps[of] for of, seconds in one.items()}
     return Trial(tuple(levels), once)
 
 
@@ -191,7 +194,8 @@ class _Rows:
 
 
 def _count(rows: float, most: int) -> int:
-    return min(max(1, round(rows)), most)
+    """So many rows, and at least two: one more than the first."""
+    return min(max(2, round(rows)), most)
 
 
 def _times(target: TargetEstimator, batches: Sequence[Perturbed]) -> list[float]:
