@@ -118,7 +118,7 @@ class SharedOut(ByLabel):
     def several(
         self, batches: Sequence[Perturbed], generators: Sequence[torch.Generator | None]
     ) -> Sequence[Posterior]:
-        found = self(Perturbed.joined(batches), generator=generators[0])  # which draws nothing
+        found = self(Perturbed.joined(batches), generator=generators[0])  # what is drawn is not used
         ends = accumulate(map(len, batches))
         return [found.rows(slice(end - len(noisy), end)) for noisy, end in zip(batches, ends, strict=True)]
 
