@@ -104,6 +104,20 @@ def test_every_arm_is_asked_about_the_same_x_t(tmp_path):
         assert torch.equal(torch.cat(first), torch.cat(other))
 
 
+def test_what_is_asked_for_beforehand_is_kept_from_turn_to_turn(tmp_path, monkeypatch):
+    experiment, asked, call = planned(tmp_path), [], FullDataset.__call__
+
+    def counted(self, noisy, **known):
+        asked.append(len(noisy))
+        return call(self, noisy, **known)
+
+    monkeypatch.setattr(FullDataset, "__call__", counted)
+    run = Run(experiment, tmp_path, Arm.parse("full"), 0)
+    for goal in (8, 40, 96):
+        run.advance(goal, lambda: False)
+    assert asked == [1024]
+
+
 def test_one_reference_is_dsm_bit_for_bit_scores_included(done):
     experiment, out = done
     single, alone, more = (Arm.parse(text) for text in ("single", "reference:1", "reference:16"))
