@@ -215,6 +215,18 @@ def test_what_is_paid_beforehand_counts_for_the_steps_that_it_was_paid_for(image
     assert results.overhead(arms[1]) == pytest.approx(0.5)
 
 
+def test_a_stretch_counts_from_its_last_image_on(tmp_path):
+    config = resolve(override({}, ["training.images=50000", "training.batch_size=77", "network.kind=mlp"]))
+    arms = Arm("single"), Arm("full")
+    experiment = Experiment(config, arms, (0,), looks=2)
+    assert experiment.stretch == 1001  # 1.001 thousands are a little less than that, as floating numbers are
+    for images, stretches in ((924, [0]), (1001, [0]), (1078, [0]), (2002, [0, 1])):
+        turns = [end for end in (924, 1001, 1078, 2002) if end <= images]
+        lines = [{"Progress/kimg": end / 1000, "Timing/sec_per_kimg": 10.0} for end in turns]
+        results = Results(experiment, {}, {(arm, 0): lines for arm in arms}, {}, {})
+        assert list(results.paces(arms[0], 0)) == stretches
+
+
 def test_an_experiment_without_any_time_is_compared_at_equal_images_alone(tmp_path):
     out = made(tmp_path, {"frechet": 0.8})
     for place in out.rglob("metrics.jsonl"):

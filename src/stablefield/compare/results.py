@@ -123,14 +123,14 @@ class Results:
     def paces(self, arm: Arm, seed: int) -> dict[int, float]:
         """Seconds per thousand images of a run, in each stretch that it has come through (or in the first)."""
         stretch = self.experiment.stretch
-        spent, seen, before = dict[int, float](), dict[int, float](), 0.0
+        spent, seen, before = dict[int, float](), dict[int, int](), 0
         for line in self.training[arm, seed]:
-            thousands = line["Progress/kimg"]
-            number = (round(1000 * thousands) - 1) // stretch  # that of the turn's last image
-            seen[number] = seen.get(number, 0.0) + thousands - before
-            spent[number] = spent.get(number, 0.0) + line["Timing/sec_per_kimg"] * (thousands - before)
-            before = thousands
-        whole = [number for number in seen if 1000 * before >= (number + 1) * stretch]
+            images = round(1000 * line["Progress/kimg"])
+            number = (images - 1) // stretch  # that of the turn's last image
+            seen[number] = seen.get(number, 0) + images - before
+            spent[number] = spent.get(number, 0.0) + line["Timing/sec_per_kimg"] * (images - before)
+            before = images
+        whole = [number for number in seen if before >= (number + 1) * stretch]
         return {number: spent[number] / seen[number] for number in whole or seen}
 
     def seconds(self, arm: Arm) -> float:
