@@ -310,7 +310,9 @@ def _by_arithmetic(
     query: Query, energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"], known: _Known
 ) -> tuple[Bool[Tensor, "B n"], ...]:
     """The members inside, those apart that are multiplied in another way (`_starts`)."""
-    if known.in_integers or known.screen is None:
+    if known.screen is None:
+        return ()
+    if known.in_integers:
         return (inside,)
     wide = query.narrow == torch.float64
     rounding = torch.full_like(query.sigma, math.inf) if wide else query.rounding(known.screen.square)
@@ -319,9 +321,9 @@ def _by_arithmetic(
 
 
 def _starts(query: Query, known: _Known) -> list[Callable[[Query], Sums]]:
-    """In which sums the members go, that are multiplied in one way or the other."""
+    """In which sums the members go, that are multiplied in one way or the other; none where there are no members."""
     if known.screen is None:
-        return [Query.sums]
+        return []
     if known.in_integers:
         return [partial(Query.byte_sums, square=known.screen.square)]
     return [Query.sums, partial(Query.sums, energies=query.narrow)]
@@ -329,9 +331,8 @@ def _starts(query: Query, known: _Known) -> list[Callable[[Query], Sums]]:
 
 def _passed(query: Query, inside: Bool[Tensor, "B n"], known: _Known, start: Callable[[Query], Sums]) -> Sums:
     """Sums over the members inside, multiplied as `start` makes them for some of the rows."""
+    assert known.screen is not None
     found = query.sums()
-    if known.screen is None:
-        return found
     for rows in _together(inside, len(known.screen), len(query.centre)):
         some = query.rows(rows)
         passed, size = start(some), chunk_size(some.x_t, width=known.own.data.itemsize if known.in_integers else 8)

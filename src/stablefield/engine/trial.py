@@ -104,10 +104,10 @@ def measure(config: Config, parts: Parts, progress: Progress = silent) -> Trial:
         took = {of: rows.seconds(target.part(of), count[of]) for of in ("single", *wanted, "pruned")}
         if count["full"] not in full:  # it takes as long whatever the noise is
             full[count["full"]] = rows.seconds(target.part("full"), count["full"])
-            one["full"] = rows.seconds(target.part("full"), 1)
         took["full"] = full[count["full"]]
         for of in ("single", *wanted, "pruned"):
             one[of] = min(one.get(of, inf), rows.seconds(target.part(of), 1))
+        one["full"] = one.get("full") or rows.seconds(target.part("full"), 1)
         times.append(took)
         counts.append(count)
     progress(len(SHARES), len(SHARES))
