@@ -5,6 +5,14 @@
 (<class 'stablefield.target.ReferenceBatch'>, <function posterior at ...>)
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    # `python -m stablefield` begins with the current folder first on the path: a torch.py that lies there is not torch
+    _word = sys.orig_argv[-len(sys.argv)]
+    if (_word.partition("m")[2] if _word.startswith("-") else _word).partition(".")[0] == "stablefield":
+        del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
 
 from stablefield.banded import Banded

@@ -56,7 +56,7 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run a command; what the user can mend is said without a traceback."""
-    sys.path.insert(0, "")  # --network module:Class is looked for in the current folder, too
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # processes that this one starts: no modules of the current folder
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
