@@ -1,5 +1,9 @@
-"""Image data sets of the Hugging Face hub, through the package `datasets`."""
+"""Image data sets of the Hugging Face hub, through the package `datasets`.
 
+Some data sets come with a script that older versions of the package run to load them. Nothing here ever lets them.
+"""
+
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +19,8 @@ from stablefield.data.images import Pictures, alike
 
 @dataclass(frozen=True)
 class HuggingFace(Pictures):
-    """A data set of the hub, or one that `save_to_disk` wrote. Needs the extra `datasets`.
+    """A data set of the hub, or one that `save_to_disk` wrote. Needs the extra `datasets`. A data set that is loaded by
+    a script of its own is refused.
 
     Attributes:
         path: its name, as "mnist" or "user/name", or a folder.
@@ -63,7 +68,30 @@ class HuggingFace(Pictures):
             raise ValueError(
                 "data sets of the Hugging Face hub need the extra `datasets`: pip install 'stablefield[datasets]'"
             ) from None
+        self._refuse_code(datasets)
         if (Path(self.path) / "state.json").is_file() or (Path(self.path) / "dataset_dict.json").is_file():
             found = datasets.load_from_disk(self.path)
             return found[self.split] if isinstance(found, datasets.DatasetDict) else found
-        return datasets.load_dataset(self.path, self.config, split=self.split)
+        if int(datasets.__version__.partition(".")[0]) < 3:
+            raise ValueError(
+                f"datasets {datasets.__version__} imports what the script of a data set asks for before it refuses the "
+                "script: pip install 'datasets>=3'"
+            )
+        # versions from 4 on know no scripts, and no such argument
+        takes = inspect.signature(datasets.load_dataset).parameters
+        scripts = {"trust_remote_code": False} if "trust_remote_code" in takes else {}
+        return datasets.load_dataset(self.path, self.config, split=self.split, **scripts)
+
+    def _refuse_code(self, datasets: Any) -> None:
+        """Raises:
+        ValueError: a script, a folder with one, or the name of one of the readers of `datasets`, which look for files
+            in the current folder (in versions before 5, "pandas" unpickles them).
+        """
+        path = Path(self.path)
+        if path.suffix == ".py" or any(path.glob("*.py")):
+            raise ValueError(
+                f"{self.path} is loaded by a Python script, which is never run: save the data with `save_to_disk`, or "
+                "remove the script if the data do not need it"
+            )
+        if self.path in getattr(datasets.packaged_modules, "_PACKAGED_DATASETS_MODULES", ("pandas",)):
+            raise ValueError(f"{self.path!r} is a reader of files and not a data set; write ./{self.path} for a folder")
