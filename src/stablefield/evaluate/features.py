@@ -6,6 +6,8 @@ features, so all carry an identity, weights included.
 """
 
 import hashlib
+import io
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -80,30 +82,36 @@ class Pixels(Features):
 
 
 class Exported(Features):
-    """A network from a file: exported by `torch.export` (.pt2), or TorchScript (.pt, .pth).
+    """A network from a file: TorchScript (.pt, .pth), or exported by `torch.export` (.pt2) if the file is trusted.
 
     It is asked about float32 data in [-1, 1], (n, *D), and answers (n, ...); whatever preparation it needs belongs
-    into the file. The number of rows must be left open when it is exported.
+    into the file. The number of rows must be left open when it is exported. TorchScript is interpreted by torch, which
+    computes and does no more, except for the few operations that read and write files: a file with one of them is
+    refused. A `.pt2` file can make Python run any code.
 
     Args:
-        path: the file; it holds a program, so it should come from somebody you trust.
+        path: the file.
         device: where to run it.
+        trusted: open files that can run code, too.
 
     Raises:
-        ValueError: no such file, or no exported network in it.
+        ValueError: no such file, no network in it, or one that can run code.
     """
 
-    def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
+    def __init__(self, path: Path, device: str | torch.device = "cpu", *, trusted: bool = False) -> None:
         if not path.is_file():
             raise ValueError(f"there is no file {path}, and features are pixels, classifier, inception or a file")
+        content = path.read_bytes()
         self.name = path.name
-        self.identity = f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+        self.identity = f"{path.name}:{hashlib.sha256(content).hexdigest()[:16]}"
         self.device = torch.device(device)
         try:
-            self.network = _opened(path, self.device)
+            self.network = _opened(path, content, self.device, trusted)
+        except Untrusted:
+            raise
         except Exception as error:  # a foreign format: anything may go wrong
             raise ValueError(
-                f"{path} holds no exported network (.pt2 by torch.export.save, .pt or .pth by torch.jit.save): "
+                f"{path} holds no exported network (.pt or .pth by torch.jit.save, .pt2 by torch.export.save): "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
             ) from None
 
@@ -118,10 +126,55 @@ class Exported(Features):
         return found
 
 
-def _opened(path: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
-    if path.suffix != ".pt2":
-        return torch.jit.load(path, map_location=device).eval()
-    from torch.export.passes import move_to_device_pass
+class Untrusted(ValueError):
+    """A file that could run code when it is opened or used."""
 
-    network: nn.Module = move_to_device_pass(torch.export.load(path), device).module()
-    return network
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(
+            f"{path} {why}; if you trust whoever made it, open it by --trust-features at the terminal, trusted=True in "
+            "Python; otherwise ask for TorchScript (torch.jit.save) that only computes"
+        )
+
+
+def _opened(path: Path, content: bytes, device: torch.device, trusted: bool) -> Callable[[Tensor], Tensor]:
+    if path.suffix == ".pt2":
+        if not trusted:
+            raise Untrusted(path, "is a network of torch.export, and such a file can run any code")
+        from torch.export.passes import move_to_device_pass
+
+        network: nn.Module = move_to_device_pass(torch.export.load(io.BytesIO(content)), device).module()
+        return network
+    if not trusted and (found := _beyond_computing(content)):
+        raise Untrusted(path, f"is TorchScript that contains {found}, by which a file can do more than compute")
+    return torch.jit.load(io.BytesIO(content), map_location=device).eval()
+
+
+# what TorchScript can name that reads or writes files, asks other processes, or leaves torch's own operations
+BEYOND = re.compile(
+    r"\b(?:from_file|save|load_tensor|rpc_\w+)\b|\btorch\s*\.\s*classes\b|\bops\s*\.\s*(?!(?:aten|prim)\b)\w+"
+)
+
+
+def _beyond_computing(content: bytes) -> str | None:
+    """The first thing in a TorchScript archive that does more than compute; None if there is none.
+
+    The archive is read by the reader that will load it, so that both see the same; names can be written in no other
+    way but letter by letter, or as a string for `getattr`, where escapes are refused.
+
+    Raises:
+        RuntimeError: It is not an archive.
+    """
+    if not content.startswith(b"PK\x03\x04"):
+        raise RuntimeError("it is not a ZIP archive, as TorchScript is")
+    reader = torch._C.PyTorchFileReader(io.BytesIO(content))
+    records = reader.get_all_records()
+    if "model.json" in records:
+        return "the layout of torch before 1.1"
+    for name in records:
+        if name.endswith(".py"):
+            code = reader.get_record(name).decode(errors="replace")
+            if found := BEYOND.search(code):
+                return found[0]
+            if "getattr" in code and "\\" in code:
+                return "getattr beside an escaped string"
+    return None
