@@ -7,13 +7,19 @@
 A section names a part by its `kind`; the other keys are the fields of that part's class, with its defaults. So a
 configuration has no defaults of its own, but for what suits the process (`FAMILIES`) and the data (`SPREADS`). What a
 part needs at run time (the pool, the shape of the data) is not configured.
+
+A network may be anyone's own, as `module:Class`. Such a name is code, and it is imported only if the caller allows that
+very name: where a configuration comes from (a checkpoint, a TOML file, a recipe) never decides it.
 """
 
 import difflib
 import inspect
+import os
+import sys
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import _MISSING_TYPE, dataclass, is_dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import _MISSING_TYPE, dataclass, field, is_dataclass
 from dataclasses import fields as fields_of
 from functools import cache
 from importlib import import_module
@@ -230,6 +236,8 @@ SUITS: dict[str, dict[str, Any]] = {
     "ncsnpp": NCSNPP,
 }
 
+Allowed = str | type[torch.nn.Module]  # `module:Class`, or the class itself
+
 RUNTIME = {"self", "pool", "distances", "shards", "order", "shape", "label_dim", "grid"}
 
 
@@ -239,9 +247,15 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """A configuration in which everything is said: sections of plain values, and the way to the parts they name."""
+    """A configuration in which everything is said: sections of plain values, and the way to the parts they name.
+
+    Attributes:
+        sections: The values.
+        allowed: Classes outside this package that it may name, as given to `resolve`.
+    """
 
     sections: dict[str, dict[str, Any]]
+    allowed: tuple[Allowed, ...] = field(default=(), compare=False)
 
     def __getitem__(self, section: str) -> dict[str, Any]:
         return self.sections[section]
@@ -249,7 +263,7 @@ class Config:
     def make(self, section: str, **runtime: Any) -> Any:
         """The part that a section names, with what it needs at run time."""
         values = {key: value for key, value in self.sections[section].items() if key != "kind"}
-        part = _part(section, self.sections[section].get("kind", section))
+        part = _part(section, self.sections[section].get("kind", section), self.allowed)
         return part(**dict(_schema(part).model_validate(values)), **runtime)
 
     @property
@@ -271,24 +285,38 @@ class Config:
         return sorted(f"{section}.{key}" for section, key in keys if self[section].get(key) != other[section].get(key))
 
 
-def resolve(raw: Mapping[str, Any]) -> Config:
+def resolve(raw: Mapping[str, Any], *, allow: Iterable[Allowed] = ()) -> Config:
     """A configuration in which everything is said, from one that says what is special.
 
+    Args:
+        raw: The sections.
+        allow: Classes outside this package that the configuration may name, each as `module:Class` (which is imported
+            if the configuration names it) or as the class itself. Any other such name is refused.
+
     Raises:
-        ConfigError: unknown sections, kinds or keys (naming the nearest), wrong types, values out of range, and parts
-            that do not go together. All mistakes are reported at once.
+        ConfigError: unknown sections, kinds or keys (naming the nearest), wrong types, values out of range, names of
+            classes that are not allowed, and parts that do not go together. All mistakes are reported at once.
     """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"a configuration is a table of sections, not {raw!r}")
     complaints: list[str] = []
+    allowed = (allow,) if isinstance(allow, str | type) else tuple(allow)
     for section in raw.keys() - PARTS.keys():
         complaints.append(f"{section}: there is no such section{_nearest(section, PARTS)}")
     family = FAMILIES.get(_kind_said(raw, "process", "ve"), FAMILIES["ve"])
     suits = _suits(raw)
-    sections = {name: _section(name, raw.get(name, {}), family, suits, complaints) for name in PARTS}
+    sections = {name: _section(name, raw.get(name, {}), family, suits, allowed, complaints) for name in PARTS}
     if not complaints:
-        complaints += _conflicts(Config(sections))
+        complaints += _conflicts(Config(sections, allowed))
     if complaints:
         raise ConfigError("\n".join(complaints))
-    return Config(sections)
+    return Config(sections, allowed)
+
+
+def typed(settings: Iterable[str], allow: Iterable[str] | None = None) -> tuple[Allowed, ...]:
+    """Names of classes that a user typed, and so allows: by `--allow`, or as the `network.kind` of a setting."""
+    kind = override({}, settings).get("network", {}).get("kind")
+    return (*(allow or ()), *([kind] if isinstance(kind, str) and ":" in kind else []))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -331,7 +359,11 @@ def overlay(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(raw)
     for section, values in wanted.items():
         before = merged.get(section, {})
-        other = not isinstance(values, dict) or values.get("kind", before.get("kind")) != before.get("kind")
+        other = (
+            not isinstance(values, dict)
+            or not isinstance(before, dict)
+            or values.get("kind", before.get("kind")) != before.get("kind")
+        )
         merged[section] = values if other else {**before, **values}
     if _kind_said(merged, "process", "ve") != _kind_said(raw, "process", "ve"):
         for section in FAMILIES["ve"].keys() - wanted.keys():
@@ -360,7 +392,12 @@ def _suits(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(
-    section: str, said: Any, family: Mapping[str, str], suits: Mapping[str, Any], complaints: list[str]
+    section: str,
+    said: Any,
+    family: Mapping[str, str],
+    suits: Mapping[str, Any],
+    allowed: Collection[Allowed],
+    complaints: list[str],
 ) -> dict[str, Any]:
     """One section with every key said; what is wrong with it is added to the complaints."""
     if not isinstance(said, dict):
@@ -370,7 +407,7 @@ def _section(
     has_kinds = section not in kinds
     kind = said.get("kind", family.get(section, next(iter(kinds)))) if has_kinds else section
     try:
-        part = _part(section, kind)
+        part = _part(section, kind, allowed)
     except ConfigError as error:
         complaints.append(str(error))
         return {}
@@ -391,24 +428,56 @@ def _section(
     return {"kind": kind, **said_all} if has_kinds else said_all
 
 
-def _part(section: str, kind: str) -> Callable[..., Any]:
-    """The class behind a name; for a network also `module:Class`, anyone's own."""
-    if section == "network" and ":" in str(kind):
-        return _foreign(kind)
-    if kind not in PARTS[section]:
+def _part(section: str, kind: Any, allowed: Collection[Allowed] = ()) -> Callable[..., Any]:
+    """The class behind a name; for a network also `module:Class`, anyone's own, if it is allowed."""
+    if section == "network" and isinstance(kind, str) and ":" in kind:
+        return _foreign(kind, allowed)
+    if not isinstance(kind, str) or kind not in PARTS[section]:
         kinds = ", ".join(PARTS[section])
         raise ConfigError(f"{section}.kind: {kind!r} is none of {kinds}{_close(str(kind), PARTS[section])}")
     return PARTS[section][kind]
 
 
-def _foreign(name: str) -> Callable[..., Any]:
+def _foreign(name: str, allowed: Collection[Allowed]) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise ConfigError(f"network.kind: {name!r} does not have the form module:Class")
+    for each in allowed:
+        if isinstance(each, type) and _is_named(each, module, attribute):
+            return _network(name, each)
+    if name not in allowed:
+        raise ConfigError(
+            f"network.kind: {name!r} names code outside this package, and importing it runs it; if you trust it, allow "
+            f"this name: --allow {name} at the terminal, allow=[{attribute}] (the class) or allow=[{name!r}] in Python"
+        )
     try:
-        found = getattr(import_module(module), attribute)
+        with _current_folder():
+            found = getattr(import_module(module), attribute)
     except AttributeError:
         raise ConfigError(f"network.kind: the module {module!r} has no {attribute!r}") from None
     except Exception as error:  # a module may fail in any way
         raise ConfigError(f"network.kind: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    return _network(name, found)
+
+
+def _is_named(found: type, module: str, attribute: str) -> bool:
+    """Whether a class goes by this name: where it was defined, or where a module that is loaded holds it."""
+    held = getattr(sys.modules.get(module), "__dict__", {}).get(attribute)  # getattr of a lazy module may import
+    return held is found or (found.__module__, found.__name__) == (module, attribute)
+
+
+@contextmanager
+def _current_folder() -> Iterator[None]:
+    """Search the current folder for modules too, after all other places."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:  # this entry, and not an equal one of the user's; what the module added to the path stays
+        sys.path[:] = [entry for entry in sys.path if entry is not folder]
+
+
+def _network(name: str, found: Any) -> Callable[..., Any]:
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise ConfigError(f"network.kind: {name!r} is no torch.nn.Module")
     return found

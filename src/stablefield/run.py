@@ -11,6 +11,7 @@ runs/digits/config.toml               everything that was configured, and everyt
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from stablefield.banded import Banded
 from stablefield.checkpoint import Checkpoint, CheckpointError, read, write_text
-from stablefield.config import Config, ConfigError, resolve
+from stablefield.config import Allowed, Config, ConfigError, resolve
 from stablefield.data import (
     Augmentation,
     Batches,
@@ -371,14 +372,18 @@ class Trained:
     checksum: str
 
 
-def open_run(run: str | Path, *, weights: str = "average", device: str = "auto") -> Trained:
+def open_run(
+    run: str | Path, *, weights: str = "average", device: str = "auto", allow: Iterable[Allowed] = ()
+) -> Trained:
     """A trained run from its folder, or a checkpoint from its file.
 
     Args:
         weights: as of `load`.
+        allow: as of `load`.
 
     Raises:
         CheckpointError: there is none, or it is damaged or another program's.
+        ConfigError: the checkpoint names a class that is not allowed, or its configuration is not valid.
         ValueError: the checkpoint has no such weights.
     """
     path = Path(run)
@@ -386,7 +391,7 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
         raise ValueError(f"{path} keeps no best checkpoint: none were scored (data.holdout makes a run score them)")
     found = read(Folder(path).best if weights == "best" else checkpoint_of(path))
     try:
-        config = resolve(found.config["config"])
+        config = resolve(found.config["config"], allow=allow)
         shape, classes = tuple(found.config["shape"]), int(found.config["classes"])
         levels = int(found.config["levels"])
     except (KeyError, TypeError) as error:
@@ -412,7 +417,7 @@ def _weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(f"{name}."): t for key, t in checkpoint.tensors.items() if key.startswith(f"{name}.")}
 
 
-def load(run: str | Path, *, weights: str = "average", device: str = "auto") -> Denoiser:
+def load(run: str | Path, *, weights: str = "average", device: str = "auto", allow: Iterable[Allowed] = ()) -> Denoiser:
     """The denoiser of a run: answers E[x | x_t], in evaluation mode, on a GPU if there is one.
 
     Args:
@@ -420,9 +425,12 @@ def load(run: str | Path, *, weights: str = "average", device: str = "auto") -> 
         weights: "average" (the first EMA, for sampling), "average-HALFLIFE" (another), "model" (the last ones), or
             "best" (the average of the run's best checkpoint, where these are scored).
         device: "auto", or as torch names it.
+        allow: classes outside this package that the run's network may be, each as the class or as `module:Class`.
+            Nothing that a run names is imported otherwise.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is damaged or another program's.
+        ConfigError: the checkpoint names a class that is not allowed.
         ValueError: the checkpoint has no such weights.
     """
-    return open_run(run, weights=weights, device=device).denoiser
+    return open_run(run, weights=weights, device=device, allow=allow).denoiser

@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -18,11 +18,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from stablefield.banded import in_words
 from stablefield.checkpoint import write_text
 from stablefield.cli.data import progress_bar
-from stablefield.cli.train import layered
+from stablefield.cli.train import Allow, layered
 from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick_of
 from stablefield.compare.experiment import place
 from stablefield.compare.yardstick import Stages
-from stablefield.config import Config, overlay, override, resolve
+from stablefield.config import Allowed, Config, overlay, override, resolve, typed
 from stablefield.engine.fit import stop_signals
 from stablefield.engine.saving import alone
 from stablefield.run import Folder, Parts, assemble, choose_device
@@ -62,6 +62,7 @@ def compare(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key; may be repeated.")
     ] = None,
+    allow: Allow = None,
     looks: Annotated[
         int | None, typer.Option(min=1, help=f"How often each run is scored, by default {DEFAULTS['looks']}.")
     ] = None,
@@ -83,8 +84,10 @@ def compare(
     to score with (data.holdout; a sixth, at most 5,000, if not said). Stop it whenever you like: the same command goes
     on, and may add targets and seeds.
     """
+    settings = [*(set_ or []), *([f"training.images={images}"] if images else [])]
+    allowed = typed(settings, allow)
     if report_only:
-        _report(out, summary_)
+        _report(out, summary_, allowed)
         return
     said = {
         "arms": tuple(map(Arm.parse, targets.split(","))) if targets else None,
@@ -94,16 +97,17 @@ def compare(
         "rows": rows,
     }
     given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
-    settings = [*(set_ or []), *([f"training.images={images}"] if images else [])]
     if place(out).exists():
-        before = Experiment.read(out)
-        wanted = resolve(override(layered(before.config.sections, recipe, config, data), settings))
+        before = Experiment.read(out, allow=allowed)
+        wanted = resolve(override(layered(before.config.sections, recipe, config, data), settings), allow=allowed)
         given["arms"] = tuple(dict.fromkeys((*before.arms, *given.get("arms", ()))))
         experiment = before.joined(replace(before, config=wanted, **given))
     else:
         command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
         raw = layered({"sampler": SAMPLER}, recipe, config, data)
-        experiment = Experiment(planned(override(raw, settings)), **(DEFAULTS | given), command=command, begun=today)
+        experiment = Experiment(
+            planned(override(raw, settings), allowed), **(DEFAULTS | given), command=command, begun=today
+        )
     plan = tried(experiment, out, progress_bar)
     with progress_bar("choosing targets") as progress:
         experiment = experiment.decided(progress)
@@ -112,22 +116,23 @@ def compare(
         print(f"auto      by sigma / alpha: {in_words(experiment.config['target']['bands'])}")
     with alone(Folder(out)):
         experiment.write(out)
-        _note(out / "yardstick.json", yardstick_of(out, progress_bar).about)
+        _note(out / "yardstick.json", yardstick_of(out, progress_bar, allowed).about)
         _note(out / "machine.json", machine(experiment.config, jobs))
         done, stopped = run(experiment, out, jobs)
-    _report(out, summary_)
+    _report(out, summary_, allowed)
     if not done:
         print(f"Stopped and saved. Go on with: stablefield compare --out {out}")
         raise typer.Exit(128 + stopped)
 
 
-def planned(raw: Mapping[str, Any]) -> Config:
+def planned(raw: Mapping[str, Any], allow: Iterable[Allowed] = ()) -> Config:
     """What all runs have in common: as said, with some data held out where nothing is said."""
-    wanted = resolve(raw)
+    wanted = resolve(raw, allow=allow)
     if wanted["data"]["holdout"] == 0:
         with progress_bar("decoding") as progress:
             total = len(wanted.make("data").load(progress))
-        wanted = resolve(overlay(wanted.sections, {"data": {"holdout": min(max(2, total // 6), 5000)}}))
+        held_out = {"data": {"holdout": min(max(2, total // 6), 5000)}}
+        wanted = resolve(overlay(wanted.sections, held_out), allow=wanted.allowed)
     return wanted
 
 
@@ -199,8 +204,8 @@ def machine(config: Config, jobs: int) -> dict[str, Any]:
     }
 
 
-def _report(out: Path, summary_: Path | None) -> None:
-    results = write_report(out, summary_)
+def _report(out: Path, summary_: Path | None, allow: Iterable[Allowed]) -> None:
+    results = write_report(out, summary_, allow=allow)
     print("\n".join(findings(results)))
     print(f"report    {out / 'report.html'}\nsummary   {summary_ or out / 'summary.md'}")
     print(f"numbers   {out / 'results.json'}, {out / 'results.csv'}")

@@ -29,6 +29,7 @@ from stablefield.cli.sample import (
     opened_guide,
 )
 from stablefield.cli.subjects import Reference, Subject, is_run, loaded, open_reference, open_samples, told_by
+from stablefield.cli.train import Allow
 from stablefield.config import ConfigError
 from stablefield.data import Source, split
 from stablefield.evaluate import Exported, Features, Inception, Pixels, cached_classifier, known_classifier
@@ -49,10 +50,17 @@ def evaluate(
     features: Annotated[
         list[str] | None,
         typer.Option(
-            help="classifier (trained on the reference's labels), pixels, inception (FID), or an exported network's "
-            "file; may be repeated."
+            help="classifier (trained on the reference's labels), pixels, inception (FID), or the file of a "
+            "TorchScript network; may be repeated."
         ),
     ] = None,
+    trust_features: Annotated[
+        bool,
+        typer.Option(
+            "--trust-features",
+            help="Also open feature files that can run code of their own: .pt2, or TorchScript that touches files.",
+        ),
+    ] = False,
     weights: Annotated[
         Path | None, typer.Option(help="Inception's weights, where torch-fidelity cannot download them.")
     ] = None,
@@ -74,6 +82,7 @@ def evaluate(
     guidance: Guidance = None,
     guide: Guide = None,
     set_: Set = None,
+    allow: Allow = None,
     batch: Batch = 64,
     device: Device = "auto",
 ) -> None:
@@ -95,8 +104,9 @@ def evaluate(
     with joined(choose_device(device)) as ranks:
         device, way = str(ranks.device), None
         if run:
-            guiding = opened_guide(guide, guidance, device)
-            way = Way.of(open_run(what, device=device), sampler, steps, guidance, guiding, set_ or [])
+            guiding = opened_guide(guide, guidance, device, allow or ())
+            trained = open_run(what, device=device, allow=allow or ())
+            way = Way.of(trained, sampler, steps, guidance, guiding, set_ or [])
         ready = None if way else open_samples(what).shortened(samples)
         compared = open_reference(reference) if reference else way and data_of(way)
         base = compared or Reference(what, ready.pool if ready else None)
@@ -112,7 +122,7 @@ def evaluate(
                 "--held-out compares data with data, and not with statistics",
             )
         )
-        spaces = chosen(features or [], weights, base, ranks)
+        spaces = chosen(features or [], weights, base, ranks, trust_features)
         if way:
             count = samples or min(base.n or CUSTOM, CUSTOM)
             ready = sampled(what, way, wanted(first or range(count), repeats), batch, ranks)
@@ -169,13 +179,15 @@ def sampled(run: str, way: Way, repeats: list[list[int]], batch: int, ranks: Ran
     return Subject(repeats, album.take, way.trained.shape, about, seeds=repeats)
 
 
-def chosen(names: Sequence[str], weights: Path | None, base: Reference, ranks: Ranks) -> list[Features]:
+def chosen(
+    names: Sequence[str], weights: Path | None, base: Reference, ranks: Ranks, trusted: bool = False
+) -> list[Features]:
     """The features that were asked for, or those that suit what is compared with.
 
     Raises:
         ConfigError: features in which it cannot be compared.
     """
-    spaces = [_features(name, weights, base, ranks) for name in names or [_default(base, weights)]]
+    spaces = [_features(name, weights, base, ranks, trusted) for name in names or [_default(base, weights)]]
     if weights and not any(isinstance(space, Inception) for space in spaces):
         raise ConfigError("--weights are Inception's: add --features inception")
     if base.statistics and (expected := base.statistics.features):
@@ -191,20 +203,23 @@ def _default(base: Reference, weights: Path | None) -> str:
     if base.statistics is None:
         labelled = base.pool is not None and base.pool.labels is not None and len(base.pool.shape) == 3
         return "classifier" if labelled else "pixels"
-    if name := base.statistics.features.partition(":")[0]:
-        return name
+    if identity := base.statistics.features:
+        if (name := identity.partition(":")[0]) in ("classifier", "pixels", "inception"):
+            return name
+        # a file may not choose another file to be opened
+        raise ConfigError(f"{base.name} is in features {identity}: add --features with the file of this network")
     if len(base.statistics.mean) == DIMENSION:
         return "inception"  # as published files are
     raise ConfigError(f"{base.name} does not say of which {len(base.statistics.mean):,} features: add --features")
 
 
-def _features(name: str, weights: Path | None, base: Reference, ranks: Ranks) -> Features:
+def _features(name: str, weights: Path | None, base: Reference, ranks: Ranks, trusted: bool) -> Features:
     if name == "pixels":
         return Pixels()
     if name == "inception":
         return Inception(weights, ranks.device)
     if name != "classifier":
-        return Exported(Path(name), ranks.device)
+        return Exported(Path(name), ranks.device, trusted=trusted)
     if base.pool is None:
         return known_classifier(base.hash, device=ranks.device)
     found = partial(cached_classifier, base.pool, device=ranks.device)

@@ -13,7 +13,8 @@ import typer
 
 from stablefield.checkpoint import finite, write_text
 from stablefield.cli.data import progress_bar
-from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
+from stablefield.cli.train import Allow
+from stablefield.config import Allowed, Config, ConfigError, overlay, override, read_toml, resolve, typed
 from stablefield.data import Store, content_hash, guess_kind, split
 from stablefield.evaluate.field import (
     Advice,
@@ -60,6 +61,7 @@ def field(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One key of it; may be repeated.")
     ] = None,
+    allow: Allow = None,
     device: Annotated[str, typer.Option(help='"auto", or as torch names it.')] = "auto",
 ) -> None:
     """Measure variance and bias of training targets against the noise level, and say what to expect of stable ones."""
@@ -73,7 +75,7 @@ def field(
         _two_gaussians(out, chosen, levels, low, high, rows or 64, draws or 256, seed)
         return
     rows, draws = rows or 256, draws or 16
-    training = configured(source, kind, config, set_ or [])
+    training = configured(source, kind, config, set_ or [], typed(set_ or [], allow))
     found = training.make("data")
     with progress_bar("decoding") as progress:
         pool, _ = split(found.load(progress), found.holdout)
@@ -123,7 +125,9 @@ def field(
     print(f"written   {out}/field.csv, field.json, field.png, bias.png")
 
 
-def configured(source: str | None, kind: str | None, config: Path | None, settings: list[str]) -> Config:
+def configured(
+    source: str | None, kind: str | None, config: Path | None, settings: list[str], allow: Iterable[Allowed] = ()
+) -> Config:
     """The training that is asked about, with the data it would have.
 
     Raises:
@@ -137,7 +141,7 @@ def configured(source: str | None, kind: str | None, config: Path | None, settin
     if source is not None:
         guessed, path = (kind, source) if kind else guess_kind(source)
         raw = overlay(raw, {"data": {"kind": guessed, **({"path": path} if path else {})}})
-    return resolve(override(raw, settings))
+    return resolve(override(raw, settings), allow=allow)
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ An image is a file as soon as it is made, so a command that was stopped goes on 
 made again. Under `torchrun` each rank makes its share; the images are the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -15,7 +15,8 @@ import typer
 from rich.progress import track
 
 from stablefield.cli.album import Album
-from stablefield.config import ConfigError, override, resolve
+from stablefield.cli.train import Allow
+from stablefield.config import Allowed, ConfigError, override, resolve
 from stablefield.denoise import Denoiser, Guided
 from stablefield.ranks import Ranks, joined
 from stablefield.run import Trained, choose_device, make_sampler, open_run
@@ -54,6 +55,7 @@ def sample(
     guidance: Guidance = None,
     guide: Guide = None,
     set_: Set = None,
+    allow: Allow = None,
     batch: Batch = 64,
     device: Device = "auto",
 ) -> None:
@@ -61,8 +63,9 @@ def sample(
     wanted = parse_seeds(seeds)
     with joined(choose_device(device)) as ranks:
         device = str(ranks.device)
-        trained = open_run(run, weights=weights, device=device)
-        way = Way.of(trained, sampler, steps, guidance, opened_guide(guide, guidance, device), set_ or [], class_)
+        trained = open_run(run, weights=weights, device=device, allow=allow or ())
+        weaker = opened_guide(guide, guidance, device, allow or ())
+        way = Way.of(trained, sampler, steps, guidance, weaker, set_ or [], class_)
         album, made = make(way, out or folder_of(run) / "samples", wanted, batch, ranks)
         if ranks.first:
             written = album.finish(wanted)
@@ -159,10 +162,12 @@ def configured(trained: Trained, settings: Sequence[str]) -> Any:
     """
     if other := [s for s in settings if s.partition(".")[0] not in ("sampler", "grid")]:
         raise ConfigError(f"{other[0]}: sampling listens to sampler.* and grid.* only")
-    return resolve(override(trained.config.sections, settings))
+    return resolve(override(trained.config.sections, settings), allow=trained.config.allowed)
 
 
-def opened_guide(guide: Path | None, strength: float | None, device: str) -> Trained | None:
+def opened_guide(
+    guide: Path | None, strength: float | None, device: str, allow: Iterable[Allowed] = ()
+) -> Trained | None:
     """The weaker run to be led away from, if one is named.
 
     Raises:
@@ -172,7 +177,7 @@ def opened_guide(guide: Path | None, strength: float | None, device: str) -> Tra
         return None
     if strength is None:
         raise ConfigError("--guide needs to know how far: add --guidance, 1.5 for example")
-    return open_run(guide, device=device)
+    return open_run(guide, device=device, allow=allow)
 
 
 def guided(denoiser: Denoiser, strength: float | None, guide: Trained | None) -> Denoiser:

@@ -3,7 +3,7 @@
 Under `torchrun` or `accelerate launch` every rank does this; the first one speaks and writes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
@@ -15,13 +15,21 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stablefield.cli.data import progress_bar, section_of
-from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
+from stablefield.config import Allowed, Config, ConfigError, overlay, override, read_toml, resolve, typed
 from stablefield.engine.choice import decided
 from stablefield.engine.fit import Watch, fit
 from stablefield.engine.saving import refuse_another
 from stablefield.ranks import Ranks, joined
 from stablefield.recipes import read_recipe
 from stablefield.run import Folder, Parts, Trained, assemble, choose_device, open_run
+
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE:CLASS",
+        help="A network of this name may be imported if a file names it, which runs its code; may be repeated.",
+    ),
+]
 
 
 def train(
@@ -43,9 +51,10 @@ def train(
         str | None,
         typer.Option(
             metavar="MODULE:CLASS",
-            help="Your own network, made as Class(shape), or Class(shape, label_dim=...) if conditional.",
+            help="Your own network, made as Class(shape), or Class(shape, label_dim=...) if conditional; allows it.",
         ),
     ] = None,
+    allow: Allow = None,
     from_: Annotated[
         Path | None, typer.Option("--from", help="Start from the weights of this run or checkpoint, and its recipe.")
     ] = None,
@@ -54,16 +63,17 @@ def train(
 ) -> None:
     """Train a denoiser. Without any option: the digits, with EDM's recipe and stable targets."""
     settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
+    allowed = typed(settings, allow)
     if resume and (recipe or data or config or out or from_):
         raise ConfigError(
             "--resume goes on with a run as it is; it goes with none of --recipe, --data, --config, --out and --from"
         )
     if resume:
-        folder, wanted = Folder(resume), continued(Folder(resume), settings)
+        folder, wanted = Folder(resume), continued(Folder(resume), settings, allowed)
     else:
-        base = open_run(from_, device="cpu") if from_ else None
+        base = open_run(from_, device="cpu", allow=allowed) if from_ else None
         raw = layered(base.config.sections if base else {}, recipe, config, data)
-        wanted = resolve(override(raw, settings))
+        wanted = resolve(override(raw, settings), allow=allowed)
         folder = Folder(out or Path("runs") / f"{recipe or wanted['data']['kind']}-{wanted['target']['kind']}")
     with joined(choose_device(wanted.training.device)) as ranks:
         if not (resume or dry_run):
@@ -82,9 +92,15 @@ def train(
         if not resume:
             ranks.lead(lambda: folder.claim(wanted))
         if stopped := run(wanted, parts, folder, ranks):
-            say(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}")
+            say(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}{_again(wanted)}")
             raise typer.Exit(128 + stopped)
-        say(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63")
+        say(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63{_again(wanted)}")
+
+
+def _again(config: Config) -> str:
+    """The option that the next command needs, if the network is the user's own."""
+    kind = config["network"]["kind"]
+    return f" --allow {kind}" if ":" in kind else ""
 
 
 def layered(raw: dict[str, Any], recipe: str | None, config: Path | None, data: str | None) -> dict[str, Any]:
@@ -119,7 +135,7 @@ def start_from(base: Trained, parts: Parts) -> None:
         raise ConfigError(f"the weights do not fit this network; first of all: {first}") from None
 
 
-def continued(folder: Folder, settings: list[str]) -> Config:
+def continued(folder: Folder, settings: list[str], allow: Iterable[Allowed] = ()) -> Config:
     """The configuration of a run that goes on, with what may change changed.
 
     Raises:
@@ -127,8 +143,8 @@ def continued(folder: Folder, settings: list[str]) -> Config:
     """
     # without a checkpoint the run was stopped before its first one: then it begins
     said = folder.newest().config["config"] if folder.checkpoint.exists() else read_toml(folder.config)
-    before = resolve(said)
-    after = resolve(override(before.sections, settings))
+    before = resolve(said, allow=allow)
+    after = resolve(override(before.sections, settings), allow=allow)
     refuse_another(before, after)
     return after
 

@@ -11,13 +11,14 @@ from the seed and the images seen (`engine.train`), and from nothing that an arm
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stablefield.checkpoint import write_text
-from stablefield.config import Config, ConfigError, overlay, resolve
+from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
 from stablefield.data import Progress, silent
 from stablefield.engine.choice import decided
 from stablefield.engine.saving import MAY_CHANGE
@@ -67,7 +68,8 @@ class Arm:
         common = base["target"] if base["target"]["kind"] == self.kind else {}
         number = {NUMBER[self.kind]: self.number} if self.number is not None else {}
         target = {**common, "kind": self.kind, **number}
-        return resolve(overlay({**base.sections, "target": target}, {"training": {"seed": seed}}))
+        sections = overlay({**base.sections, "target": target}, {"training": {"seed": seed}})
+        return resolve(sections, allow=base.allowed)
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ class Experiment:
         if config["target"]["bands"]:
             return self
         config, _, _ = decided(config, assemble(config, progress), progress=progress)
-        return replace(self, config=resolve({**self.config.sections, "target": config["target"]}))
+        sections = {**self.config.sections, "target": config["target"]}
+        return replace(self, config=resolve(sections, allow=self.config.allowed))
 
     def folder(self, out: Path, arm: Arm, seed: int) -> Folder:
         """Where the run of an arm with a seed is."""
@@ -181,18 +184,21 @@ class Experiment:
         return {**asdict(self), "config": self.config.sections, "arms": [str(arm) for arm in self.arms]}
 
     @classmethod
-    def read(cls, out: Path) -> "Experiment":
+    def read(cls, out: Path, *, allow: Iterable[Allowed] = ()) -> "Experiment":
         """From its folder.
 
+        Args:
+            allow: classes outside this package that its network may be, as of `resolve`.
+
         Raises:
-            ConfigError: there is none, or it is damaged.
+            ConfigError: there is none, it is damaged, or it names a class that is not allowed.
         """
         if not place(out).exists():
             raise ConfigError(f"{out} holds no experiment: there is no {place(out).name}")
         try:
             said: dict[str, Any] = json.loads(place(out).read_text())
             arms, seeds = tuple(map(Arm.parse, said.pop("arms"))), tuple(said.pop("seeds"))
-            return cls(config=resolve(said.pop("config")), arms=arms, seeds=seeds, **said)
+            return cls(config=resolve(said.pop("config"), allow=allow), arms=arms, seeds=seeds, **said)
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ConfigError(f"{place(out)} is damaged: {error}") from None
 

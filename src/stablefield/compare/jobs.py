@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing.synchronize import Event
@@ -16,6 +16,7 @@ import torch
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import Stop, Tell, work
 from stablefield.compare.yardstick import Stages, Yardstick, make_yardstick, quietly
+from stablefield.config import Allowed
 from stablefield.data import Progress
 from stablefield.engine.begin import exactly
 from stablefield.run import assemble
@@ -42,7 +43,7 @@ def run_all(
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, context, _begin, (told, stopping, threads))
     with pool:
-        futures = [pool.submit(_work, out, seed) for seed in experiment.seeds]
+        futures = [pool.submit(_work, out, seed, experiment.config.allowed) for seed in experiment.seeds]
         while wait(futures, 0.2).not_done:
             _drain(told, tell, prepare)
             if stop() or any(_failed(future) for future in futures):
@@ -51,10 +52,14 @@ def run_all(
     return all([future.result() for future in futures])
 
 
-def yardstick_of(out: Path, stages: Stages = quietly) -> Yardstick:
-    """Of the experiment in a folder; made once a process, which `stages` is told of."""
+def yardstick_of(out: Path, stages: Stages = quietly, allow: Iterable[Allowed] = ()) -> Yardstick:
+    """Of the experiment in a folder; made once a process, which `stages` is told of.
+
+    Args:
+        allow: classes outside this package that its network may be, as of `resolve`.
+    """
     if out not in _made:
-        experiment = Experiment.read(out)
+        experiment = Experiment.read(out, allow=allow)
         config = experiment.arms[0].configured(experiment.config, experiment.seeds[0])
         parts = assemble(config)
         _made.clear()
@@ -68,7 +73,7 @@ def _begin(told: Any, stopping: Event, threads: int) -> None:
     _shared[:] = told, stopping
 
 
-def _work(out: Path, seed: int) -> bool:
+def _work(out: Path, seed: int, allow: tuple[Allowed, ...]) -> bool:
     told, stopping = _shared
 
     def tell(seed: int, arm: Arm, images: int) -> None:
@@ -80,12 +85,13 @@ def _work(out: Path, seed: int) -> bool:
 
     if stopping.is_set():
         return False
-    return _seed(Experiment.read(out), out, seed, tell, stopping.is_set, stages)
+    return _seed(Experiment.read(out, allow=allow), out, seed, tell, stopping.is_set, stages)
 
 
 def _seed(experiment: Experiment, out: Path, seed: int, tell: Tell, stop: Stop, stages: Stages = quietly) -> bool:
+    allow = experiment.config.allowed
     with exactly(experiment.config.training.deterministic):
-        return work(experiment, out, seed, lambda: yardstick_of(out, stages), tell, stop)
+        return work(experiment, out, seed, lambda: yardstick_of(out, stages, allow), tell, stop)
 
 
 def _drain(told: Any, tell: Callable[..., None], prepare: Callable[..., None]) -> None:

@@ -1,6 +1,7 @@
 """The report: one HTML file that needs nothing else, a summary in Markdown, and every number as JSON and CSV."""
 
 from base64 import b64encode
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from stablefield.compare.findings import findings
 from stablefield.compare.results import Results
 from stablefield.compare.runs import picture
 from stablefield.compare.tables import Table, methods, tables
+from stablefield.config import Allowed
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto; padding: 1rem;
@@ -29,17 +31,18 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 """
 
 
-def write_report(out: Path, summary: Path | None = None) -> Results:
+def write_report(out: Path, summary: Path | None = None, *, allow: Iterable[Allowed] = ()) -> Results:
     """Everything that can be said of an experiment so far, into its folder.
 
     Args:
         out: the experiment.
         summary: where the Markdown goes, `summary.md` in the folder if not said; the plot it shows goes beside it.
+        allow: classes outside this package that the experiment's network may be, as of `resolve`.
 
     Raises:
-        ConfigError: there is no experiment.
+        ConfigError: there is no experiment, or it names a class that is not allowed.
     """
-    results = Results.read(out)
+    results = Results.read(out, allow=allow)
     results.write(out)
     drawn = plots(results)
     _write(out / "report.html", page(results, drawn, out))

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import exp, inf, isfinite, log
@@ -14,6 +14,7 @@ from stablefield.checkpoint import finite, replacing, write_text
 from stablefield.compare.experiment import Arm, Experiment
 from stablefield.compare.runs import scores
 from stablefield.compare.statistics import Estimate, images_to_reach, paired, paired_ratio, roughness, value_at
+from stablefield.config import Allowed
 
 # of the baseline's last Frechet distance: how good is good
 GOALS = (2.0, 1.5, 1.2, 1.0)
@@ -38,9 +39,13 @@ class Results:
     machine: Mapping[str, Any]
 
     @classmethod
-    def read(cls, out: Path) -> "Results":
-        """From an experiment's folder, however far it has come."""
-        experiment = Experiment.read(out)
+    def read(cls, out: Path, *, allow: Iterable[Allowed] = ()) -> "Results":
+        """From an experiment's folder, however far it has come.
+
+        Args:
+            allow: classes outside this package that its network may be, as of `resolve`.
+        """
+        experiment = Experiment.read(out, allow=allow)
         runs = [(arm, seed) for arm in experiment.arms for seed in experiment.seeds]
         folders = {run: experiment.folder(out, *run) for run in runs}
         notes = [json.loads((out / name).read_text()) for name in ("yardstick.json", "machine.json")]

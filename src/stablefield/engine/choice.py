@@ -182,7 +182,7 @@ def _with(config: Config, parts: Parts, bands: Bands) -> tuple[Config, Parts]:
     assert isinstance(target, Banded)
     said = {"target": {"bands": [list(band) for band in bands]}}
     objective = replace(parts.objective, target=target.with_bands(bands))
-    return resolve(overlay(config.sections, said)), replace(parts, objective=objective)
+    return resolve(overlay(config.sections, said), allow=config.allowed), replace(parts, objective=objective)
 
 
 def _sum(levels: Sequence[Level], plan: Plan, what: Literal["variance", "seconds"]) -> float:

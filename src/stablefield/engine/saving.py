@@ -139,7 +139,7 @@ class Saver:
             path.unlink(missing_ok=True)
 
     def _refuse_others(self, saved: dict[str, Any], images: int) -> None:
-        refuse_another(resolve(saved["config"]), self.config)
+        refuse_another(resolve(saved["config"], allow=self.config.allowed), self.config)
         if saved.get("data", self.data) != self.data:
             raise ConfigError(
                 "these are not the data that the run was trained on (their hash is another): bring those back, or "
