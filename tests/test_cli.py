@@ -197,6 +197,11 @@ def test_anyones_network_is_trained_from_the_folder_it_is_in(tmp_path):
     assert process.returncode == 0, out + error
     process = stablefield_command("sample", "runs/digits-reference", "--seeds", "0-3", "--steps", "3", cwd=tmp_path)
     out, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "--allow mine:Net" in error
+    steps = ["--seeds", "0-3", "--steps", "3", "--allow", "mine:Net"]
+    process = stablefield_command("sample", "runs/digits-reference", *steps, cwd=tmp_path)
+    out, error = process.communicate(timeout=120)
     assert process.returncode == 0, out + error
 
 

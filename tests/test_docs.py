@@ -77,7 +77,7 @@ def test_make_says_what_is_missing_where_python_is_too_old(python, tmp_path):
 
 
 PAGES = sorted((ROOT / "README.md", *ROOT.glob("docs/**/*.md")))
-SHOWN = re.compile(r"(?:stablefield|torchrun .*-m stablefield) (.*)")
+SHOWN = re.compile(r"(?:stablefield|torchrun .*(?:-m|--no-python) stablefield) (.*)")
 
 
 def shown(text: str) -> list[list[str]]:

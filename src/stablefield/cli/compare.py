@@ -18,7 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from stablefield.banded import in_words
 from stablefield.checkpoint import write_text
 from stablefield.cli.data import progress_bar
-from stablefield.cli.train import Allow, layered
+from stablefield.cli.train import Allow, allowing, layered
 from stablefield.compare import Arm, Experiment, findings, run_all, write_report, yardstick_of
 from stablefield.compare.experiment import place
 from stablefield.compare.yardstick import Stages
@@ -121,7 +121,7 @@ def compare(
         done, stopped = run(experiment, out, jobs)
     _report(out, summary_, allowed)
     if not done:
-        print(f"Stopped and saved. Go on with: stablefield compare --out {out}")
+        print(f"Stopped and saved. Go on with: stablefield compare --out {out}{allowing(experiment.config)}")
         raise typer.Exit(128 + stopped)
 
 

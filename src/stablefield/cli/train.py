@@ -92,12 +92,12 @@ def train(
         if not resume:
             ranks.lead(lambda: folder.claim(wanted))
         if stopped := run(wanted, parts, folder, ranks):
-            say(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}{_again(wanted)}")
+            say(f"Stopped and saved. Go on with: stablefield train --resume {folder.path}{allowing(wanted)}")
             raise typer.Exit(128 + stopped)
-        say(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63{_again(wanted)}")
+        say(f"Done: {folder.path}. Look at it with: stablefield sample {folder.path} --seeds 0-63{allowing(wanted)}")
 
 
-def _again(config: Config) -> str:
+def allowing(config: Config) -> str:
     """The option that the next command needs, if the network is the user's own."""
     kind = config["network"]["kind"]
     return f" --allow {kind}" if ":" in kind else ""
