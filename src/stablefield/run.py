@@ -405,7 +405,7 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
         config = resolve(found.config["config"])
         shape, classes = tuple(found.config["shape"]), int(found.config["classes"])
         levels = int(found.config["levels"])
-        values = values_of(found.config.get("values") or _unsaid(config.make("data")), True, shape)
+        values = _values(found.config.get("values"), config, shape)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not say what it is a checkpoint of: {error} is missing") from None
     denoiser = make_denoiser(config, shape, classes)
@@ -420,14 +420,18 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
     return Trained(denoiser, config, shape, levels, values, found.images, checksum)
 
 
-def _unsaid(source: Source) -> Values | None:
-    """What the data of a checkpoint are that does not say it, as older ones do not."""
-    if not isinstance(source, (Arrays, IDX, Store)):
-        return None  # bytes
+def _values(said: str | None, config: Config, shape: tuple[int, ...]) -> Values:
+    """What a checkpoint says that its data are; older ones do not say it, and go by the data."""
+    source: Source = config.make("data")
+    if said is None and isinstance(source, (Arrays, IDX, Store)):
+        try:
+            said = source.load().values
+        except (ValueError, OSError):
+            said = "float"  # the data are elsewhere: as floats nothing of the samples is lost
     try:
-        return source.load().values
-    except (ValueError, OSError):
-        return "float"  # the data are elsewhere: as floats nothing of the samples is lost
+        return values_of(said, True, shape)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint does not fit its data: {error}") from None
 
 
 def _weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

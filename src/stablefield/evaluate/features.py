@@ -82,8 +82,8 @@ class Pixels(Features):
 class Exported(Features):
     """A network from a file: exported by `torch.export` (.pt2), or TorchScript (.pt, .pth).
 
-    It is asked about float32 data (n, *D), images in [-1, 1] and floats as they are, and answers (n, ...); whatever preparation it needs belongs
-    into the file. The number of rows must be left open when it is exported.
+    It is asked about float32 data (n, *D), images in [-1, 1] and floats as they are, and answers (n, ...); whatever
+    preparation it needs belongs into the file. The number of rows must be left open when it is exported.
 
     Args:
         path: the file; it holds a program, so it should come from somebody you trust.
