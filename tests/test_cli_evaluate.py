@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from stablefield.checkpoint import read
 from stablefield.cli import app
 from stablefield.data import Arrays, Digits, content_hash
-from stablefield.evaluate import Statistics
+from stablefield.evaluate import Statistics, frechet_distance
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 QUICK = ["--features", "pixels", "--steps", 3]
@@ -236,3 +236,70 @@ def test_what_the_page_shows_runs(trained, tmp_path, monkeypatch, capsys):
     for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(compile(code, "evaluation.md", "exec"), {"__name__": "page"})
     assert "'copies': 0.0" in capsys.readouterr().out
+
+
+def fields(n: int = 200, channels: int = 1) -> np.ndarray:
+    """Normalised fields: a third of their values lie beyond [-1, 1]."""
+    return np.random.default_rng(0).standard_normal((n, channels, 4, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize(("scale", "shift"), [(1, 0), (1000, 500), (1e-4, 0)])
+def test_real_floats_scored_against_themselves_have_distance_zero(channels, scale, shift, tmp_path):
+    x = scale * fields(channels=channels) + np.float32(shift)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "samples.npz", arr_0=x)
+    for samples in ("x.npy", "samples.npz"):
+        evaluate(tmp_path / samples, "--reference", tmp_path / "x.npy", "--features", "pixels")
+        found, near = map(numbers, lines(tmp_path / f"{samples}.scores.jsonl"))
+        assert found["frechet"] <= 1e-9 * x.var() * x[0].size
+        assert (found["precision"], found["recall"], near["nearest"]) == (1, 1, 0)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_run_of_floats_is_scored_on_the_values_that_its_sampler_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("fields.npy", fields())
+    settings = ["training.images=64", "training.batch_size=32", "target.size=16", "network.channels=8"]
+    settings += ["network.blocks=1", "scaling.sigma_data=1"]
+    assert (
+        command("train", "--data", "fields.npy", "--out", "run", *(p for s in settings for p in ("--set", s))).exit_code
+        == 0
+    )
+    assert command("sample", "run", "--seeds", "0-63", "--steps", 3, "--out", "x.npz").exit_code == 0
+    made = torch.from_numpy(np.load("x.npz")["arr_0"])
+    expected = frechet_distance(*(Statistics.of(x.flatten(1)) for x in (made, torch.from_numpy(fields()))))
+    evaluate("run", "--samples", 64, *QUICK)
+    evaluate("x.npz", "--reference", "fields.npy", "--features", "pixels")
+    for file in ("run/scores.jsonl", "x.npz.scores.jsonl"):
+        line = lines(Path(file))[0]
+        assert numbers(line)["frechet"] == pytest.approx(expected, rel=1e-5)
+        assert (line["samples"]["values"], line["samples"]["seeds"]) == ("float", ["0-63"])
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("samples", ["fields.npy", "octets.npy"])
+def test_inception_sees_no_floats(samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("fields.npy", fields())
+    np.save("octets.npy", np.zeros((9, 1, 4, 4), np.uint8))
+    refused = command("evaluate", samples, "--reference", "fields.npy", "--features", "inception")
+    assert "Inception sees images, and fields.npy holds floats: --features pixels" in str(refused.exception)
+    refused = command("evaluate", "fields.npy", "--statistics", "s.npz", "--features", "inception")
+    assert "fields.npy holds floats" in str(refused.exception)
+
+
+def test_floats_beside_images_are_noted_and_not_drawn_unless_both_are_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    octets = np.random.default_rng(0).integers(0, 256, (50, 1, 4, 4), dtype=np.uint8)
+    np.save("octets.npy", octets)
+    np.save("floats.npy", octets.astype(np.float32) / 127.5 - 1)
+    assert command("data", "convert", "floats.npy", "images", "--set", "data.values=image").exit_code == 0
+    output = evaluate("floats.npy", "--reference", "octets.npy", "--features", "pixels")
+    assert "samples are floats, the reference images: compared as they are" in output
+    assert not list(tmp_path.rglob("*.png"))
+    output = evaluate("images", "--reference", "octets.npy", "--features", "pixels")
+    assert "note: samples are" not in output
+    assert Path("images.nearest.png").exists()
+    for file in ("floats.npy", "images"):
+        assert numbers(lines(Path(f"{file}.scores.jsonl"))[0])["frechet"] == pytest.approx(0, abs=1e-6)

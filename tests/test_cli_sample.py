@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from stablefield.checkpoint import read, save
 from stablefield.cli import app
+from stablefield.run import make_sampler, open_run
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -147,3 +149,96 @@ def test_two_ranks_make_the_images_of_one(run, tmp_path):
     assert one.keys() == two.keys()
     assert all(abs(one[name] - two[name]).max() <= 1 for name in one)
     assert json.loads((tmp_path / "one" / "samples.json").read_text())["class"] is None
+
+
+def trained_on(data: np.ndarray, folder: Path, *more: str) -> Path:
+    np.save(folder / "data.npy", data)
+    settings = ["training.images=64", "training.batch_size=32", "target.size=16", "network.channels=8", *more]
+    settings += ["network.blocks=1", "sampler.steps=3", "scaling.sigma_data=1"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    done = command("train", "--data", folder / "data.npy", "--out", folder / "run", *flags)
+    assert done.exit_code == 0, repr(done.exception)
+    return folder / "run"
+
+
+# normalised fields, images in [-1, 1] that nobody declared, Hounsfield units, latents
+FIELDS = np.random.default_rng(0).standard_normal((64, 3, 8, 8)).astype(np.float32)
+FLOATS = {
+    "fields": FIELDS[:, :1],
+    "colours": FIELDS,
+    "narrow": np.tanh(FIELDS),
+    "tomography": 1000 * FIELDS[:, :1] + 500,
+    "latents": np.concatenate([FIELDS, FIELDS[:, :1]], 1),
+}
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_samples_of_floats_are_written_as_they_were_made_bit_for_bit(name, tmp_path):
+    run = trained_on(FLOATS[name], tmp_path)
+    opened = open_run(run, device="cpu")
+    made = make_sampler(opened.config)(opened.denoiser, opened.shape, seeds=range(6)).x.numpy()
+    assert abs(made).max() > 1
+    for out in ((), ("--out", tmp_path / "x.npz"), ("--out", tmp_path / "x.npy")):
+        assert command("sample", run, "--seeds", "0-5", *out, "--device", "cpu").exit_code == 0
+    archive = np.load(run / "samples.npz")
+    for found in (archive["arr_0"], np.load(tmp_path / "x.npz")["arr_0"], np.load(tmp_path / "x.npy")):
+        assert found.dtype == np.float32
+        assert np.array_equal(found, made)
+    assert archive["seeds"].tolist() == list(range(6))
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_file_of_floats_keeps_the_name_that_was_typed(tmp_path):
+    run = trained_on(FLOATS["fields"], tmp_path)
+    for typed, written in (("a.v1", "a.v1.npz"), ("a.v2", "a.v2.npz"), ("b.npz", "b.npz"), ("b.npy", "b.npy")):
+        done = command("sample", run, "--seeds", "0-1", "--out", tmp_path / typed)
+        assert str(tmp_path / written) in done.output.replace("\n", "")
+        assert (tmp_path / written).is_file()
+
+
+def test_floats_that_are_declared_images_are_written_as_images(tmp_path):
+    run = trained_on(FLOATS["narrow"], tmp_path, "data.values=image")
+    assert command("sample", run, "--seeds", "0-5", "--out", tmp_path / "x").exit_code == 0
+    assert command("sample", run, "--seeds", "0-5", "--out", tmp_path / "x.npz").exit_code == 0
+    found = np.load(tmp_path / "x.npz")["arr_0"]
+    assert (found.dtype, found.shape) == (np.uint8, (6, 8, 8, 3))
+    assert abs(found.astype(int) - np.stack(list(pictures(tmp_path / "x").values()))).max() <= 1
+    assert (tmp_path / "x" / "grid.png").exists()
+
+
+def test_images_are_not_written_as_one_array(run, tmp_path):
+    refused = command("sample", run, "--out", tmp_path / "x.npy")
+    assert "images are written to a folder of PNG files, or to a file.npz" in str(refused.exception)
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_bytes_that_are_declared_floats_give_floats(tmp_path):
+    data = np.random.default_rng(0).integers(0, 256, (64, 1, 8, 8), dtype=np.uint8)
+    run = trained_on(data, tmp_path, "data.values=float", "data.channels_last=false")
+    assert command("sample", run, "--seeds", "0-3").exit_code == 0
+    found = np.load(run / "samples.npz")["arr_0"]
+    assert (found.dtype, found.shape) == (np.float32, (4, 1, 8, 8))
+
+
+@pytest.mark.parametrize("pixels", [False, True])
+def test_an_older_checkpoint_that_does_not_say_goes_by_its_data(pixels, tmp_path):
+    narrow = FLOATS["narrow"]
+    data = ((narrow + 1) * 127.5).astype(np.uint8) if pixels else narrow
+    file = trained_on(data, tmp_path) / "checkpoint.safetensors"
+    found = read(file)
+    assert found.config.pop("values") == ("image" if pixels else "float")
+    save(file, found.tensors, config=found.config, images=found.images)
+    assert open_run(file, device="cpu").values == ("image" if pixels else "float")
+    (tmp_path / "data.npy").unlink()
+    assert open_run(file, device="cpu").values == "float"  # of which nothing is lost
+
+
+def test_samples_of_floats_are_not_mixed_with_those_that_were_once_cut_off(tmp_path):
+    run = trained_on(FLOATS["fields"], tmp_path)
+    assert command("sample", run, "--seeds", "0-1", "--out", tmp_path / "x.npz").exit_code == 0
+    note = tmp_path / "x.parts" / "samples.json"
+    said = json.loads(note.read_text())
+    assert said.pop("values") == "float"
+    note.write_text(json.dumps(said))  # as before, when these files held bytes
+    refused = command("sample", run, "--seeds", "0-2", "--out", tmp_path / "x.npz")
+    assert "another run or sampler" in str(refused.exception)

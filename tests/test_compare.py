@@ -90,6 +90,15 @@ def done(tmp_path_factory):
     return experiment, out / "whole"
 
 
+@pytest.mark.parametrize("declared", [(), ("data.values=image",)])
+def test_samples_are_drawn_of_images_only(declared, tmp_path):
+    np.save(tmp_path / "x.npy", np.tanh(np.random.default_rng(0).standard_normal((90, 1, 4, 4))).astype(np.float32))
+    config = resolve(override({}, [*SETTINGS, f"data.path={tmp_path / 'x.npy'}", *declared]))
+    arms = (Arm.parse("single"), Arm.parse("full"))
+    assert finish(Experiment(config, arms, (0,), looks=1, samples=12, rows=6), tmp_path / "out")
+    assert bool(list(tmp_path.rglob("*.png"))) == bool(declared)
+
+
 def test_every_arm_is_asked_about_the_same_x_t(tmp_path):
     experiment = planned(tmp_path)
     asked = {}

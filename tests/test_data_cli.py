@@ -105,8 +105,8 @@ def test_a_zip_is_in_edms_layout_and_the_same_data_give_the_same_bytes(tmp_path)
         assert json.loads(archive.read("dataset.json")) == {"labels": None}
 
 
-@pytest.mark.parametrize("shape", [(5, 2), (5, 1, 7), (5, 1, 3, 4, 5), (5, 4, 6, 6)])
-def test_vectors_signals_volumes_and_latents_go_into_a_store_and_back(shape, tmp_path):
+@pytest.mark.parametrize("shape", [(5, 2), (5, 1, 7), (5, 1, 3, 4, 5), (5, 4, 6, 6), (5, 1, 6, 6), (5, 3, 6, 6)])
+def test_vectors_signals_volumes_latents_and_fields_go_into_a_store_and_back(shape, tmp_path):
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     np.save("x.npy", values)
     convert("x.npy", "store")
@@ -115,6 +115,13 @@ def test_vectors_signals_volumes_and_latents_go_into_a_store_and_back(shape, tmp
     assert np.array_equal(Arrays(tmp_path / "back.npz").load().data.numpy(), values)
     result = command("data", "convert", "x.npy", "x.zip")
     assert "a zip holds images in bytes with 1 or 3 channels, not float32" in str(result.exception)
+    assert not (tmp_path / "x.zip").exists()
+
+
+def test_bytes_that_are_declared_floats_go_into_no_zip(tmp_path):
+    np.save("x.npy", noise(5, 3, 6, 6))
+    result = command("data", "convert", "x.npy", "x.zip", "--set", "data.values=float")
+    assert "a zip holds images, and bytes (3, 6, 6) with values=float are none" in str(result.exception)
     assert not (tmp_path / "x.zip").exists()
 
 
@@ -196,6 +203,21 @@ def test_a_look_at_a_store_checks_it_and_what_is_no_picture_has_none(tmp_path):
     content = (tmp_path / "store" / "data.npy").read_bytes()
     (tmp_path / "store" / "data.npy").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert "is damaged" in str(command("data", "inspect", "store").exception)
+
+
+def test_a_look_at_floats_has_a_sheet_only_where_they_are_declared_images(tmp_path):
+    x = np.random.default_rng(0).standard_normal((20, 1, 6, 6)).astype(np.float32)
+    np.save("fields.npy", x)
+    np.save("images.npy", np.tanh(x))
+    for name in ("fields", "images"):
+        result = command("data", "inspect", f"{name}.npy", "--no-noise")
+        assert "(1, 6, 6), float32, values=float" in result.output
+        assert not (tmp_path / "sheet.png").exists()
+    refused = command("data", "inspect", "fields.npy", "--no-noise", "--set", "data.values=image")
+    assert f"these are {x.min():.4g} to {x.max():.4g}" in str(refused.exception)
+    convert("images.npy", "store", "--set", "data.values=image")
+    assert "values=image" in command("data", "inspect", "store", "--no-noise").output
+    assert (tmp_path / "sheet.png").exists()
 
 
 @pytest.mark.parametrize("kind", ["arrays", "idx", "cifar", "celeba", "folder", "zip"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from data_files import edm_files, make_zip, noise
 
-from stablefield.data import Arrays, Contents, Digits, Images, Shuffled, Store, content_hash, write
+from stablefield.data import IDX, Arrays, Contents, Digits, Images, Shuffled, Store, content_hash, write, write_npz
 from stablefield.data import store as stores
 from stablefield.reference import Pool
 
@@ -304,3 +304,88 @@ def test_labels_under_another_name_are_not_silently_left_out(name, tmp_path):
     np.savez(tmp_path / "x.npz", data=noise(3, 2), **{name: np.array([0, 1, 2])})
     with pytest.raises(ValueError, match=f"holds {name}, but labels are expected under the name labels"):
         Arrays(tmp_path / "x.npz").load()
+
+
+def fields(n: int = 20, channels: int = 1) -> np.ndarray:
+    """Normalised fields: a third of their values lie beyond [-1, 1]."""
+    return np.random.default_rng(0).standard_normal((n, channels, 4, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_floats_are_numbers_and_bytes_are_images_until_they_say_otherwise(channels):
+    floats, octets = torch.from_numpy(fields(5, channels)), torch.from_numpy(noise(5, channels, 4, 4))
+    assert [Pool(data).values for data in (floats, floats / 10, octets)] == ["float", "float", "image"]
+    assert [Pool(floats / 10, values="image").images, Pool(octets, values="float").images] == [True, False]
+    assert [Pool(octets[:, :, 0]).images, Pool(octets.repeat(1, 4, 1, 1)).images] == [False, False]
+    view = Pool(floats / 10, torch.arange(5), values="image").subset(torch.arange(3)).mirrored()
+    assert view.images
+    assert view.to(torch.device("cpu")).images
+
+
+def test_floats_beyond_the_range_of_images_are_refused_with_the_range_that_was_found():
+    x = torch.zeros(3000, 3, 2, 2)
+    x[2999, 2, 1, 1], x[5, 0, 0, 0] = 1.0005, -1.0005
+    assert Pool(x, values="image").images  # rounding
+    x[2999, 2, 1, 1] = 2.5
+    with pytest.raises(ValueError, match=r"floats in \[-1, 1\], and these are -1 to 2\.5"):
+        Pool(x, values="image")
+    with pytest.raises(ValueError, match=r"-255 to -0:"):
+        Pool(-255 * torch.eye(4).view(4, 1, 2, 2), values="image")
+    with pytest.raises(ValueError, match="image or float, not 'picture'"):
+        Pool(x, values="picture")
+
+
+@pytest.mark.parametrize("shape", [(5, 4), (5, 4, 6, 6), (5, 1, 4), (5, 1, 3, 4, 5)])
+def test_what_cannot_be_drawn_cannot_be_declared_an_image(shape):
+    for data in (torch.zeros(shape), torch.zeros(shape, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match=r"needs images \(1 or 3, H, W\)"):
+            Pool(data, values="image")
+    with pytest.raises(ValueError, match="channels_last=true"):
+        Pool(torch.zeros(5, 8, 8, 3), values="image")
+
+
+@pytest.mark.parametrize(("data", "declared"), [(fields() / 10, "image"), (noise(20, 3, 4, 4), "float")])
+def test_a_declaration_goes_along_from_form_to_form(data, declared, tmp_path):
+    np.save(tmp_path / "x.npy", data)
+    source = Arrays(tmp_path / "x.npy", values=declared)
+    stored = write(tmp_path / "store", source.contents(), source="a test")
+    write_npz(tmp_path / "y.npz", stored.contents())
+    again = write(tmp_path / "again", Arrays(tmp_path / "y.npz").contents(), source="a test")
+    kinds = (source, stored, Arrays(tmp_path / "y.npz"), again)
+    assert [kind.load().values for kind in kinds] == 4 * [declared]
+    assert len({content_hash(kind.load()) for kind in kinds} | {content_hash(Pool(torch.from_numpy(data)))}) == 1
+    # what is said last counts
+    other = {"image": "float", "float": "image"}[declared]
+    assert Store(tmp_path / "store", values=other).load().values == other
+
+
+def test_a_store_that_does_not_say_what_its_values_are_goes_by_their_type(tmp_path):
+    for name, data, values in (("x", fields(), "float"), ("y", noise(5, 3, 4, 4), "image")):
+        store = keep(tmp_path / name, Pool(torch.from_numpy(data)))
+        about = json.loads((tmp_path / name / "store.json").read_text())
+        assert about.pop("values") == values
+        (tmp_path / name / "store.json").write_text(json.dumps(about))
+        assert store.load().values == values
+
+
+def test_an_array_named_values_in_an_archive_is_no_declaration(tmp_path):
+    np.savez(tmp_path / "x.npz", data=fields(), values=np.arange(20))
+    assert Arrays(tmp_path / "x.npz").load().values == "float"
+    np.savez(tmp_path / "y.npz", data=fields(), values=np.array("pictures"))
+    with pytest.raises(ValueError, match=r"y\.npz: .*not 'pictures'"):
+        Arrays(tmp_path / "y.npz").load()
+
+
+def test_image_files_are_images_and_idx_files_what_is_in_them(tmp_path):
+    assert Images(make_zip(tmp_path / "x.zip", edm_files(noise(4, 1, 8, 8), [0, 1, 0, 1]))).load().images
+    assert Digits().load().images
+    x = fields()[:, 0]
+    header = bytes([0, 0, 0x0D, 3]) + b"".join(n.to_bytes(4, "big") for n in x.shape)
+    for name, data in (("wide", x), ("narrow", x / 10)):
+        (tmp_path / f"{name}-images-idx3-float").write_bytes(header + data.astype(">f4").tobytes())
+    narrow = tmp_path / "narrow-images-idx3-float"
+    assert IDX(path=narrow).load().values == "float"
+    assert IDX(path=narrow, values="image").load().values == "image"
+    assert IDX(path=narrow).load().values == "float"  # a declaration does not stay in the cache
+    with pytest.raises(ValueError, match=r"wide-images.*floats in \[-1, 1\]"):
+        IDX(path=tmp_path / "wide-images-idx3-float", values="image").contents()

@@ -398,6 +398,22 @@ def test_grids_of_what_is_no_picture_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()  # the run can still be begun here
 
 
+def test_floats_have_grids_only_where_they_are_declared_images(tmp_path):
+    x = np.random.default_rng(0).standard_normal((50, 1, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "data.npy", np.tanh(x))
+    settings = ["data.kind=arrays", f"data.path={tmp_path / 'data.npy'}", "sampler.steps=2"]
+    with pytest.raises(
+        ConfigError, match=r"\(1, 8, 8\) with values=float are no pictures.*say 0, or data.values=image"
+    ):
+        trained(tmp_path / "run", *settings, "training.sample_every=96")
+    trained(tmp_path / "run", *settings)
+    assert not Folder(tmp_path / "run").grids.exists()
+    # the declaration changes no step, so a run may be told later
+    trained(tmp_path / "run", *settings, "training.images=416", "training.sample_every=96", "data.values=image")
+    assert [p.name for p in Folder(tmp_path / "run").grids.iterdir()] == ["000000384.png"]
+    assert Folder(tmp_path / "run").newest().config["values"] == "image"
+
+
 def test_each_set_of_weights_is_sampled_from_by_its_name(tmp_path):
     run = tmp_path / "run"
     averages = ("training.ema_half_life=[100, 1000]", "training.ema_ramp_up=9", "training.ramp=0")

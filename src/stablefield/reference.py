@@ -4,14 +4,17 @@ A `Pool` holds the data as they are stored (bytes stay bytes until a block of th
 questions: which members carry a label, which n distinct ones a draw picks, and what some of them look like.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from stablefield.ahead import in_turn
+
+Values = Literal["image", "float"]
 
 ALL = -1  # the label of a row of which the network is told nothing: every member may be its source
 
@@ -27,15 +30,19 @@ class Pool:
         labels: the class of each member, (n,), or None.
         levels: how many values a byte takes; 256 for photographs.
         places: of a view, which of the data each member is: k, or N + k for the mirror image of k. None: all, in order.
+        values: what the data are: "image" (one or three channels, in [-1, 1]) or "float" (any numbers, never clipped
+            or drawn). By default bytes of one or three channels are images, and everything else is floats.
 
     Raises:
-        ValueError: no data, another type, a floating number that is not finite, or labels that do not fit.
+        ValueError: no data, another type, a floating number that is not finite, labels that do not fit, or images of
+            another shape or beyond [-1, 1].
     """
 
     data: Tensor
     labels: Int[Tensor, "n"] | None = None
     levels: int = 256
     places: Int[Tensor, "n"] | None = None
+    values: Values | None = None
     _members: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -47,6 +54,9 @@ class Pool:
         unseen = () if self.places is not None or self.data.dtype == torch.uint8 else self.data.split(1024)
         if not all(torch.isfinite(part).all() for part in unseen):
             raise ValueError("data holds numbers that are not finite")
+        object.__setattr__(self, "values", values_of(self.values, self.data.dtype == torch.uint8, self.shape))
+        if self.images and unseen:
+            _refuse_beyond(unseen)
         if self.labels is not None and self.labels.shape != (len(self),):
             raise ValueError(f"{len(self)} members need as many labels, not {tuple(self.labels.shape)}")
         if self.labels is not None and int(self.labels.min()) < 0:
@@ -63,6 +73,11 @@ class Pool:
     def shape(self) -> tuple[int, ...]:
         """The shape of one member, D."""
         return tuple(self.data.shape[1:])
+
+    @property
+    def images(self) -> bool:
+        """Whether the data are images in [-1, 1], to be drawn and written as bytes."""
+        return self.values == "image"
 
     @property
     def nbytes(self) -> int:
@@ -174,9 +189,34 @@ class Pool:
         return members
 
 
-def is_picture(shape: tuple[int, ...]) -> bool:
-    """Whether data of this shape can be looked at: one channel, or three."""
-    return len(shape) == 3 and shape[0] in (1, 3)
+def values_of(declared: str | None, in_bytes: bool, shape: tuple[int, ...]) -> Values:
+    """What data are, as declared; by default bytes of one or three channels are images, and everything else is floats.
+
+    Raises:
+        ValueError: a declaration that does not exist, or images of a shape that cannot be drawn.
+    """
+    drawable = len(shape) == 3 and shape[0] in (1, 3)
+    if declared is None:
+        return "image" if in_bytes and drawable else "float"
+    if declared not in get_args(Values):
+        raise ValueError(f"values of data are {' or '.join(get_args(Values))}, not {declared!r}")
+    if declared == "image" and not drawable:
+        last = "; channels that come last need channels_last=true" if len(shape) == 3 and shape[-1] in (1, 3) else ""
+        raise ValueError(f"values=image needs images (1 or 3, H, W), and these data are {shape}{last}")
+    return "image" if declared == "image" else "float"
+
+
+def _refuse_beyond(parts: Sequence[Tensor], rounding: float = 1e-3) -> None:
+    """Raises:
+    ValueError: numbers beyond [-1, 1] by more than rounding, which images would lose.
+    """
+    low, high = torch.stack([torch.stack(part.aminmax()) for part in parts]).double().unbind(1)
+    least, most = float(low.min()), float(high.max())
+    if least < -1 - rounding or most > 1 + rounding:
+        raise ValueError(
+            f"values=image needs floats in [-1, 1], and these are {least:.4g} to {most:.4g}: bring them to that range, "
+            "or leave them as values=float"
+        )
 
 
 def distinct(total: int, n: int, generator: torch.Generator | None = None) -> Int[Tensor, "n"]:

@@ -23,6 +23,8 @@ from stablefield.banded import Banded
 from stablefield.checkpoint import Checkpoint, CheckpointError, read, write_text
 from stablefield.config import Allowed, Config, ConfigError, resolve
 from stablefield.data import (
+    IDX,
+    Arrays,
     Augmentation,
     Batches,
     LabelDropout,
@@ -30,6 +32,7 @@ from stablefield.data import (
     Progress,
     Shuffled,
     Source,
+    Store,
     silent,
     split,
 )
@@ -38,7 +41,7 @@ from stablefield.objective import Objective
 from stablefield.posterior import exact
 from stablefield.pruned import PrunedDataset
 from stablefield.ranks import Ranks
-from stablefield.reference import Pool, is_picture
+from stablefield.reference import Pool, Values, values_of
 from stablefield.sample import Sampler
 from stablefield.seeding import derive
 from stablefield.shards import ALONE, Shards
@@ -206,8 +209,11 @@ def assemble(config: Config, progress: Progress = silent, ranks: Ranks | None = 
     ranks = ranks or Ranks(choose_device(training.device))
     source: Source = config.make("data")
     data = source.load(progress)
-    if training.sample_every and not is_picture(data.shape):
-        raise ConfigError(f"training.sample_every: data {data.shape} are no pictures to make grids of; say 0")
+    if training.sample_every and not data.images:
+        raise ConfigError(
+            f"training.sample_every: data {data.shape} with values={data.values} are no pictures to make grids of; say "
+            "0, or data.values=image if they are images in [-1, 1]"
+        )
     if training.conditional and data.labels is None:
         raise ConfigError("training.conditional needs labels, and the data have none")
     pool, held_out = _kept_apart(data if training.conditional else replace(data, labels=None), source.holdout)
@@ -356,18 +362,28 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe(config: Config, pool: Pool) -> dict[str, Any]:
-    """What a checkpoint remembers: the configuration, and what the data said of shape and classes."""
-    return {"config": config.sections, "shape": list(pool.shape), "classes": pool.classes, "levels": pool.levels}
+    """What a checkpoint remembers: the configuration, and what the data said of shape, classes and values."""
+    return {
+        "config": config.sections,
+        "shape": list(pool.shape),
+        "classes": pool.classes,
+        "levels": pool.levels,
+        "values": pool.values,
+    }
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained run, ready to sample from. Its checksum also says which weights of the checkpoint these are."""
+    """A trained run, ready to sample from. Its checksum also says which weights of the checkpoint these are.
+
+    Its samples are images, to be drawn and written as bytes, or floats, never clipped: as the data were.
+    """
 
     denoiser: Denoiser
     config: Config
     shape: tuple[int, ...]
     levels: int
+    values: Values
     images: int
     checksum: str
 
@@ -394,6 +410,7 @@ def open_run(
         config = resolve(found.config["config"], allow=allow)
         shape, classes = tuple(found.config["shape"]), int(found.config["classes"])
         levels = int(found.config["levels"])
+        values = _values(found.config.get("values"), config, shape)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not say what it is a checkpoint of: {error} is missing") from None
     denoiser = make_denoiser(config, shape, classes)
@@ -405,7 +422,21 @@ def open_run(
         raise CheckpointError(f'{path} has no "{weights}" weights for its network: {error}') from None
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
-    return Trained(denoiser, config, shape, levels, found.images, checksum)
+    return Trained(denoiser, config, shape, levels, values, found.images, checksum)
+
+
+def _values(said: str | None, config: Config, shape: tuple[int, ...]) -> Values:
+    """What a checkpoint says that its data are; older ones do not say it, and go by the data."""
+    source: Source = config.make("data")
+    if said is None and isinstance(source, (Arrays, IDX, Store)):
+        try:
+            said = source.load().values
+        except (ValueError, OSError):
+            said = "float"  # the data are elsewhere: as floats nothing of the samples is lost
+    try:
+        return values_of(said, True, shape)
+    except ValueError as error:
+        raise CheckpointError(f"the checkpoint does not fit its data: {error}") from None
 
 
 def _weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

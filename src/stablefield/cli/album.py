@@ -14,40 +14,45 @@ from torch import Tensor
 from stablefield.checkpoint import replacing, write_text
 from stablefield.config import ConfigError
 from stablefield.evaluate.pictures import open_picture, save_grid, save_picture, to_bytes
-from stablefield.reference import is_picture
 from stablefield.sample import Samples
 
 
 @dataclass(frozen=True)
 class Album:
-    """PNG pictures in a folder, or pieces that are bound into one archive.
+    """PNG pictures in a folder, or pieces that are bound into one archive (`.npz`) or array (`.npy`).
 
     Attributes:
-        out: the folder, or the archive.
+        out: the folder, or the file.
         folder: where the single files are.
         pictures: whether they are PNG files.
+        images: whether samples are images, written as bytes; others are written as float32, as they were made.
     """
 
     out: Path
     folder: Path
     pictures: bool
+    images: bool
 
     @classmethod
-    def at(cls, out: Path, shape: tuple[int, ...]) -> "Album":
-        """The album that this path stands for, begun or not."""
-        pictures = out.suffix != ".npz" and is_picture(shape)
-        if not pictures:
-            out = out.with_suffix(".npz")
-        return cls(out, out if pictures else out.with_suffix(".parts"), pictures)
+    def at(cls, out: Path, images: bool) -> "Album":
+        """The album that this path stands for, begun or not. Floats have no folder: `.npz` is added to its name."""
+        if out.suffix == ".npz":
+            return cls(out, out.with_suffix(".parts"), False, images)
+        if images:
+            return cls(out, out, True, images)
+        out = out if out.suffix == ".npy" else out.with_name(f"{out.name}.npz")
+        return cls(out, out.with_suffix(".parts" if out.suffix == ".npz" else ".npy.parts"), False, images)
 
     @classmethod
-    def open(cls, out: Path, shape: tuple[int, ...], identity: dict[str, Any]) -> "Album":
+    def open(cls, out: Path, images: bool, identity: dict[str, Any]) -> "Album":
         """Begin an album, or go on with one.
 
         Raises:
-            ConfigError: there are samples of another run or sampler.
+            ConfigError: there are samples of another run or sampler, or images are to be written as `.npy`.
         """
-        album = cls.at(out, shape)
+        if images and out.suffix == ".npy":
+            raise ConfigError(f"--out {out}: images are written to a folder of PNG files, or to a file.npz")
+        album = cls.at(out, images)
         album.folder.mkdir(parents=True, exist_ok=True)
         if album.note.exists():
             if album.identity() != identity:
@@ -105,7 +110,7 @@ class Album:
                 if self.pictures:
                     save_picture(file, x)
                 else:
-                    np.savez(file, x=_array(x), label=-1 if made.label is None else int(made.label[row]))
+                    np.savez(file, x=_array(x, self.images), label=-1 if made.label is None else int(made.label[row]))
 
     def evaluations(self) -> tuple[int, int] | None:
         """The least and the most network evaluations that a sample cost; None if nobody wrote it down."""
@@ -114,20 +119,23 @@ class Album:
         return (min(counts), max(counts)) if counts else None
 
     def take(self, seeds: Sequence[int]) -> Float[Tensor, "n *D"]:
-        """Samples as they were written: pictures in [-1, 1]."""
+        """Samples as they were written: images in [-1, 1], others as float32."""
         return torch.stack([open_picture(self.place(seed)) if self.pictures else self._piece(seed) for seed in seeds])
 
     def finish(self, seeds: Sequence[int]) -> str:
-        """A grid to look at, or the archive; says where it is."""
+        """A grid to look at, or the archive or array; says where it is."""
         if self.pictures:
             save_grid(self.out / "grid.png", self.take(seeds[:256]))
             return f"{self.out}, at a glance in {self.out / 'grid.png'}"
         pieces = [np.load(self.place(seed)) for seed in seeds]
-        labels = np.array([int(piece["label"]) for piece in pieces])
-        named: dict[str, Any] = {"arr_0": np.stack([piece["x"] for piece in pieces]), "seeds": np.asarray(seeds)}
+        x, labels = np.stack([piece["x"] for piece in pieces]), np.array([int(piece["label"]) for piece in pieces])
+        named: dict[str, Any] = {"arr_0": x, "seeds": np.asarray(seeds)}
         named |= {"labels": labels} if (labels >= 0).any() else {}
         with replacing(self.out) as beside, beside.open("wb") as file:
-            np.savez(file, **named)
+            if self.out.suffix == ".npy":
+                np.save(file, x)
+            else:
+                np.savez(file, **named)
         return str(self.out)
 
     def _piece(self, seed: int) -> Tensor:
@@ -135,6 +143,6 @@ class Album:
         return array.movedim(-1, 0).float() / 127.5 - 1 if array.dtype == torch.uint8 else array
 
 
-def _array(x: Tensor) -> np.ndarray:
-    """One sample as archives of the field hold it: pictures as bytes, channels last; other data as float32."""
-    return to_bytes(x).movedim(0, -1).numpy() if is_picture(tuple(x.shape)) else x.float().numpy()
+def _array(x: Tensor, image: bool) -> np.ndarray:
+    """One sample as archives of the field hold it: images as bytes, channels last; other data as float32."""
+    return to_bytes(x).movedim(0, -1).numpy() if image else x.float().numpy()

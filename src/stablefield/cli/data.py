@@ -19,7 +19,7 @@ from stablefield.evaluate.field.plots import plot_proposal
 from stablefield.evaluate.pictures import save_grid
 from stablefield.objective import EDMWeight
 from stablefield.process import VE
-from stablefield.reference import Pool, is_picture
+from stablefield.reference import Pool
 
 data = typer.Typer(
     help="""Bring data in: decoded once, then mapped into memory.
@@ -103,7 +103,7 @@ def inspect(
     print("\n".join(describe(pool, spread, found.contents().classes)))
     checked = f"{found.verify()}, as it was written" if isinstance(found, Store) else content_hash(pool)
     print(f"hash      {checked}")
-    if is_picture(pool.shape):
+    if pool.images:
         save_grid(sheet, contact_sheet(pool))
         print(f"picture   {sheet}")
     if noise and spread.std > 0:
@@ -143,7 +143,7 @@ def describe(pool: Pool, summary: Summary, classes: tuple[str, ...]) -> list[str
     dtype = str(pool.data.dtype).removeprefix("torch.")
     levels = f", {pool.levels} levels" if pool.levels != 256 else ""
     return [
-        f"members   {len(pool):,} of shape {pool.shape}, {dtype}{levels}",
+        f"members   {len(pool):,} of shape {pool.shape}, {dtype}{levels}, values={pool.values}",
         f"values    {summary.least:.4g} to {summary.most:.4g}, mean {summary.mean:.4f}, deviation {summary.std:.4f}",
         *_class_lines(summary.counts, classes),
     ]

@@ -122,7 +122,9 @@ def evaluate(
                 "--held-out compares data with data, and not with statistics",
             )
         )
-        spaces = chosen(features or [], weights, base, ranks, trust_features)
+        images = way.trained.values == "image" if way else ready is not None and ready.images
+        floats = what if not images else base.name if base.pool and not base.pool.images else None
+        spaces = chosen(features or [], weights, base, ranks, floats, trust_features)
         if way:
             count = samples or min(base.n or CUSTOM, CUSTOM)
             ready = sampled(what, way, wanted(first or range(count), repeats), batch, ranks)
@@ -176,18 +178,32 @@ def sampled(run: str, way: Way, repeats: list[list[int]], batch: int, ranks: Ran
     if ranks.first and album.pictures:
         album.finish(seeds)
     about = {"from": run, "images": way.trained.images, **told_by(album)}
-    return Subject(repeats, album.take, way.trained.shape, about, seeds=repeats)
+    return Subject(repeats, album.take, way.trained.shape, about, album.images, seeds=repeats)
 
 
 def chosen(
-    names: Sequence[str], weights: Path | None, base: Reference, ranks: Ranks, trusted: bool = False
+    names: Sequence[str],
+    weights: Path | None,
+    base: Reference,
+    ranks: Ranks,
+    floats: str | None,
+    trusted: bool = False,
 ) -> list[Features]:
     """The features that were asked for, or those that suit what is compared with.
+
+    Args:
+        floats: which of both sides holds floats and not images, if one does.
 
     Raises:
         ConfigError: features in which it cannot be compared.
     """
-    spaces = [_features(name, weights, base, ranks, trusted) for name in names or [_default(base, weights)]]
+    names = names or [_default(base, weights)]
+    if floats and "inception" in names:
+        raise ConfigError(
+            f"Inception sees images, and {floats} holds floats: --features pixels compares their values; a store of "
+            "floats in [-1, 1] that are images says so (stablefield data convert DATA STORE --set data.values=image)"
+        )
+    spaces = [_features(name, weights, base, ranks, trusted) for name in names]
     if weights and not any(isinstance(space, Inception) for space in spaces):
         raise ConfigError("--weights are Inception's: add --features inception")
     if base.statistics and (expected := base.statistics.features):

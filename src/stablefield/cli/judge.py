@@ -34,7 +34,7 @@ from stablefield.evaluate.pictures import save_grid
 from stablefield.evaluate.score import MOST_PAIRS
 from stablefield.posterior import exact
 from stablefield.ranks import Ranks
-from stablefield.reference import Pool, distinct, is_picture
+from stablefield.reference import Pool, distinct
 from stablefield.seeding import format_seeds, generator
 
 SHOWN = 32  # pairs in the picture
@@ -84,6 +84,10 @@ class Judge:
             print(_described(self.subject))
             count = "an unknown number" if self.reference.n is None else f"{self.reference.n:,}"
             print(f"reference   {count} of {self.reference.name}")
+            pool = self.reference.pool
+            if pool and pool.images != self.subject.images:
+                ours, theirs = ("images", "floats") if self.subject.images else ("floats", "images")
+                print(_note(f"samples are {ours}, the reference {theirs}: compared as they are, bytes as [-1, 1]"))
 
     def clouds(self, space: Features) -> list[Cloud]:
         """The samples in these features, for each repeat; none but on the first rank."""
@@ -201,7 +205,7 @@ class Judge:
 
     def _picture(self, rows: Sequence[int], near: Nearest, pool: Pool) -> None:
         """The samples that look most like copies, each with its nearest training image to the right."""
-        if is_picture(pool.shape):
+        if pool.images and self.subject.images:
             worst = (near.distance[:, 0] / near.distance[:, 1].clamp(min=1e-300)).argsort()[:SHOWN]
             samples = self.subject.take([rows[i] for i in worst.tolist()])
             pairs = torch.stack([samples, pool.take(near.index[worst, 0]).to(samples)], 1).flatten(0, 1)

@@ -47,7 +47,12 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 def sample(
     run: Annotated[Path, typer.Argument(help="The run's folder, or a checkpoint file.")],
     seeds: Annotated[str, typer.Option(help="One image a seed: 0-63, or 0,3,8-15.")] = "0-63",
-    out: Annotated[Path | None, typer.Option(help="A folder for PNG files, or a file.npz; else RUN/samples.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder for PNG files, or a file.npz; of float data FILE.npz or FILE.npy; else RUN/samples."
+        ),
+    ] = None,
     weights: Weights = "average",
     class_: Annotated[int | None, typer.Option("--class", help="Only this class; else each seed draws one.")] = None,
     sampler: SamplerKind = None,
@@ -125,6 +130,7 @@ class Way:
             "class": label,
             "guidance": guidance,
             "guide": guide and guide.checksum,
+            **({} if trained.values == "image" else {"values": trained.values}),
         }
         return cls(trained, denoiser, chosen, label, identity)
 
@@ -136,10 +142,10 @@ def make(way: Way, out: Path, seeds: Sequence[int], batch: int, ranks: Ranks) ->
         ConfigError: there are samples of another run or sampler.
         FloatingPointError: samples that are not finite.
     """
-    shape = way.trained.shape
+    shape, images = way.trained.shape, way.trained.values == "image"
     # one begins, and the others wait: an album half begun would look like somebody else's folder
-    ranks.lead(lambda: Album.open(out, shape, way.identity))
-    album = Album.open(out, shape, way.identity)
+    ranks.lead(lambda: Album.open(out, images, way.identity))
+    album = Album.open(out, images, way.identity)
     missing = album.missing(seeds)
     ranks.wait()  # until all ranks have looked: what one makes now must not change the others' shares
     share = ranks.share(missing)

@@ -30,6 +30,7 @@ class Subject:
         take: the data of some rows.
         shape: of one of them.
         about: where they are from.
+        images: whether they are images in [-1, 1], to be drawn and seen by Inception.
         pool: all of them, if they are a data set.
         seeds: of each repeat, if they are known.
     """
@@ -38,6 +39,7 @@ class Subject:
     take: Callable[[Sequence[int]], Float[Tensor, "n *D"]]
     shape: tuple[int, ...]
     about: dict[str, Any]
+    images: bool
     pool: Pool | None = None
     seeds: Sequence[Sequence[int]] | None = None
 
@@ -118,12 +120,12 @@ def open_samples(place: str) -> Subject:
     if (path / "samples.json").is_file():
         return _of_album(path)
     pool = loaded(source_of(place))
-    told = path.with_suffix(".parts") / "samples.json"
-    album = Album.at(path, pool.shape) if told.is_file() else None
+    there = Album.at(path, pool.images)
+    album = there if there.out == path and not there.pictures and there.note.is_file() else None
     about = {"from": place} | ({} if album is None else told_by(album))
     seeds = [np.load(path)["seeds"].tolist()] if album and "seeds.npy" in _arrays(path) else None
     rows = range(len(pool))
-    return Subject([rows], lambda rows: pool.take(torch.tensor(rows)), pool.shape, about, pool, seeds)
+    return Subject([rows], lambda rows: pool.take(torch.tensor(rows)), pool.shape, about, pool.images, pool, seeds)
 
 
 def told_by(album: Album) -> dict[str, Any]:
@@ -147,12 +149,12 @@ def source_of(place: str) -> Source:
 
 
 def _of_album(folder: Path) -> Subject:
-    album = Album(folder, folder, pictures=True)
+    album = Album(folder, folder, pictures=True, images=True)
     seeds = album.seeds()
     if not seeds:
         raise ConfigError(f"{folder} holds no samples yet")
     about = {"from": str(folder)} | told_by(album)
-    return Subject([seeds], album.take, tuple(album.take(seeds[:1]).shape[1:]), about, seeds=[seeds])
+    return Subject([seeds], album.take, tuple(album.take(seeds[:1]).shape[1:]), about, True, seeds=[seeds])
 
 
 def _arrays(path: Path) -> set[str]:

@@ -21,7 +21,6 @@ from stablefield.engine.begin import begun, compile_network, descent_of
 from stablefield.engine.saving import Saver
 from stablefield.evaluate.pictures import save_grid
 from stablefield.ranks import Ranks
-from stablefield.reference import is_picture
 from stablefield.run import Folder, assemble
 
 SAVE_AFTER = 60.0  # seconds of work that may be lost
@@ -103,7 +102,7 @@ class Run:
             return
         self.save()
         x, evaluations = yardstick.sample(self.state.average)
-        if is_picture(yardstick.shape):
+        if yardstick.pool.images:
             place = picture(self.folder, self.images)
             place.parent.mkdir(exist_ok=True)
             save_grid(place, x[:SHOWN])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64, Shaped
 
-from stablefield.reference import ALL, Pool
+from stablefield.reference import ALL, Pool, Values
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -34,6 +34,7 @@ class Contents:
         labels: the class of each, (N,), or None.
         classes: names of the classes, in order, as far as they are known.
         levels: how many values a byte takes.
+        values: what the data are, as of `Pool`; None: what suits their type.
     """
 
     count: int
@@ -41,6 +42,7 @@ class Contents:
     labels: Int64[np.ndarray, "N"] | None = None
     classes: tuple[str, ...] = field(default=())
     levels: int = 256
+    values: Values | None = None
 
     @classmethod
     def of(cls, pool: Pool, classes: tuple[str, ...] = ()) -> "Contents":
@@ -50,7 +52,7 @@ class Contents:
         def blocks() -> Iterator[Shaped[np.ndarray, "n *D"]]:
             return (block.cpu().numpy() for block in pool.stored_blocks(ALL, 256))
 
-        return cls(len(pool), blocks, labels, classes, pool.levels)
+        return cls(len(pool), blocks, labels, classes, pool.levels, pool.values)
 
 
 def slices(array: Shaped[np.ndarray, "N *D"], size: int = 256) -> Iterator[Shaped[np.ndarray, "n *D"]]:

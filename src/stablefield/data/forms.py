@@ -20,6 +20,8 @@ from stablefield.data.decode import Picture
 from stablefield.data.images import picture
 from stablefield.data.store import free
 
+ANYTHING = "a store (DEST without a suffix) or .npz holds any data"
+
 
 def write_zip(path: Path, contents: Contents, *, progress: Progress = silent) -> None:
     """Images as PNG files `00000/img00000000.png` and on, a thousand a folder, and `dataset.json` with their labels.
@@ -32,6 +34,10 @@ def write_zip(path: Path, contents: Contents, *, progress: Progress = silent) ->
     names: list[str] = []
     with _whole(path) as file, zipfile.ZipFile(file, "w") as archive:
         for block in contents.blocks():
+            if block.dtype == np.uint8 and contents.values == "float":
+                raise ValueError(
+                    f"a zip holds images, and bytes {block.shape[1:]} with values=float are none; {ANYTHING}"
+                )
             for pixels in block:
                 name = f"{len(names) // 1000:05d}/img{len(names):08d}.png"
                 archive.writestr(zipfile.ZipInfo(name), png(pixels))
@@ -41,7 +47,7 @@ def write_zip(path: Path, contents: Contents, *, progress: Progress = silent) ->
 
 
 def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) -> None:
-    """Arrays `data` and `levels`, and `labels` and names of `classes` if there are any.
+    """Arrays `data`, `levels` and `values`, and `labels` and names of `classes` if there are any.
 
     Raises:
         ValueError: the place is taken.
@@ -53,6 +59,8 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
         done += len(block)
         progress(done, contents.count)
     arrays = {"data": np.concatenate(blocks), "levels": np.array(contents.levels)}
+    if contents.values is not None:
+        arrays["values"] = np.array(contents.values)
     if contents.labels is not None:
         arrays["labels"] = contents.labels
     if contents.classes:
@@ -69,8 +77,7 @@ def png(pixels: Picture) -> bytes:
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) not in (1, 3):
         raise ValueError(
-            f"a zip holds images in bytes with 1 or 3 channels, not {pixels.dtype} {pixels.shape}; "
-            "a store (DEST without a suffix) or .npz holds any data"
+            f"a zip holds images in bytes with 1 or 3 channels, not {pixels.dtype} {pixels.shape}; {ANYTHING}"
         )
     file = io.BytesIO()
     picture(pixels).save(file, "PNG")

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from jaxtyping import Shaped
 
-from stablefield.data.contents import Contents, slices
+from stablefield.data.contents import Contents
 from stablefield.data.decode import Rules
 from stablefield.data.images import Pictures, from_array
+from stablefield.reference import Pool
 
 TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 NAMES = re.compile(r"^(.*)images([-.])idx\d(.*?)(\.gz)?$")
@@ -53,7 +55,11 @@ class IDX(Pictures):
             raise ValueError(f"{file} holds {images.dtype}; data must be bytes or floating")
         if self.rules() != Rules():
             raise ValueError(f"{file} holds {images.dtype} {images.shape}: no images in bytes, to be cut or resized")
-        return Contents(len(images), lambda: slices(images), labels)
+        told = None if labels is None else torch.from_numpy(labels)
+        try:
+            return Contents.of(Pool(torch.from_numpy(images), told, values=self.values))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
 
 
 def images_file(path: Path) -> Path:

@@ -58,7 +58,8 @@ class Pictures(Source):
         Raises:
             ValueError: naming the file that is missing, damaged, or unlike the others.
         """
-        return self._first(self._contents())
+        found = self._first(self._contents())
+        return replace(found, values=self.values or found.values or "image")
 
     def load(self, progress: Progress = silent) -> Pool:
         """The images, mapped from the cache; decoded into it first if they are not there, or have changed.
@@ -69,6 +70,8 @@ class Pictures(Source):
         told = {
             field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("path", "holdout")
         }
+        if self.values is None:
+            del told["values"]
         recipe = json.dumps([type(self).__name__, told, self.fingerprint()], default=str)
         return cached(recipe, self.contents, source=repr(self), progress=progress)
 

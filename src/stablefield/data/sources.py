@@ -5,13 +5,14 @@ import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.mapping import as_tensor, mapped
-from stablefield.reference import Pool
+from stablefield.reference import Pool, Values
 from stablefield.seeding import generator
 
 
@@ -21,10 +22,12 @@ class Source(ABC):
 
     Attributes:
         holdout: how many members are kept from training (see `split`); `load` gives them too.
+        values: "image" or "float", as of `Pool`; by default what the file says, or what suits the type.
     """
 
     # not in the repr, which says what the data are
     holdout: int = field(default=0, kw_only=True, repr=False)
+    values: Values | None = field(default=None, kw_only=True, repr=False)
 
     @abstractmethod
     def load(self, progress: Progress = silent) -> Pool:
@@ -62,7 +65,7 @@ class Digits(Source):
 
         found = load_digits()
         images = torch.from_numpy(found.images.astype(np.uint8)).unsqueeze(1)
-        return Pool(images, torch.from_numpy(found.target.astype(np.int64)), levels=17)
+        return Pool(images, torch.from_numpy(found.target.astype(np.int64)), levels=17, values=self.values)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Unnamed(Source):
 class Arrays(Source):
     """An array file: `.npy`, or `.npz` with the data under `data`, `images`, `x` or `arr_0`, and maybe `labels`.
 
-    A `.npy` in bytes or float32 is mapped into memory. An archive may also say `levels`, and the names of `classes`.
+    A `.npy` in bytes or float32 is mapped into memory. An archive may also say `levels`, `values`, and names of
+    `classes`.
 
     Attributes:
         path: the file; uint8 (0 .. 255 stands for [-1, 1]) or floating, (N, *D); images are (N, C, H, W).
@@ -102,7 +106,10 @@ class Arrays(Source):
         if (other := {"label", "y", "targets"} & found.keys()) and "labels" not in found:
             raise ValueError(f"{self.path} holds {other.pop()}, but labels are expected under the name labels")
         labels = torch.from_numpy(_whole(found["labels"], self.path)) if "labels" in found else None
-        return Pool(as_tensor(data), labels, int(found.get("levels", 256)))
+        try:
+            return Pool(as_tensor(data), labels, int(found.get("levels", 256)), values=self.values or _declared(found))
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
 
     def contents(self) -> Contents:
         return Contents.of(self.load(), tuple(map(str, self._read(("classes",)).get("classes", ()))))
@@ -129,6 +136,12 @@ class Arrays(Source):
             )
         array = np.moveaxis(array, -1, 1) if self.channels_last else array
         return np.ascontiguousarray(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
+
+
+def _declared(found: dict[str, np.ndarray]) -> Any:
+    """What the data are as an archive says it; an array of that name that is no word says something else."""
+    said = found.get("values")
+    return str(said) if said is not None and said.shape == () and said.dtype.kind == "U" else None
 
 
 def _looks_last(array: np.ndarray) -> bool:

@@ -2,7 +2,8 @@
 
     faces/data.npy      (N, *D), uint8 or float32
           labels.npy    (N,), int64, if there are labels
-          store.json    shape, type, levels, names of classes, where they came from, and a hash over data and labels
+          store.json    shape, type, levels, what the values are, names of classes, where they came from, and a hash
+                        over data and labels
 
 A store appears whole or not at all: it is written in a folder beside its place, forced to the disk, and renamed.
 What is used directly from a zip or a folder is decoded into such a store too, in a cache.
@@ -59,7 +60,10 @@ class Store(Source):
             found = mapped(self._file("labels.npy"))
             self._compare("labels.npy", found, "int64", about["shape"][:1])
             labels = torch.from_numpy(np.array(found))
-        return Pool(as_tensor(data), labels, about["levels"])
+        try:
+            return Pool(as_tensor(data), labels, about["levels"], values=self.values or about["values"])
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
 
     def contents(self) -> Contents:
         return Contents.of(self.load(), tuple(self.about()["classes"]))
@@ -89,7 +93,8 @@ class Store(Source):
             about = json.loads(file.read_text())
             if about["format"] != FORMAT:
                 raise ValueError(f"{file} is of the format {about['format']!r}, and this version reads {FORMAT!r}")
-            return {name: about[name] for name in ("hash", "shape", "dtype", "levels", "labels", "classes", "source")}
+            names = ("hash", "shape", "dtype", "levels", "labels", "classes", "source")
+            return {name: about[name] for name in names} | {"values": about.get("values")}  # older stores do not say
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error!r}; convert the data again") from None
 
@@ -212,6 +217,7 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
         "shape": shape,
         "dtype": first.dtype.name,
         "levels": contents.levels,
+        "values": contents.values,
         "labels": contents.labels is not None,
         "classes": list(contents.classes),
     }

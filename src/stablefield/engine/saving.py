@@ -31,13 +31,14 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # what may change when a run goes on, beside how it is sampled: how far it goes, what it writes, how it is computed
-# (which may change rounding), and where the data are, if they are the same
+# (which may change rounding), and where the data are, if they are the same, and whether they are drawn
 MAY_CHANGE = {
     *(f"training.{key}" for key in ("images", "save_every", "keep", "log_every", "sample_every")),
     *(f"training.{key}" for key in ("device", "micro_batch", "compile", "deterministic")),
     "target.sharded",
     "target.at_once",
     "data.path",
+    "data.values",
 }
 
 

@@ -22,7 +22,7 @@ MOST_FEATURES = 12_288  # 64 x 64 pixels in colour: a covariance of 1.1 GiB
 
 
 class Features(ABC):
-    """A map from data in [-1, 1] to vectors.
+    """A map from data, images in [-1, 1] and floats as they are, to vectors.
 
     Attributes:
         name: what people call it.
@@ -84,10 +84,10 @@ class Pixels(Features):
 class Exported(Features):
     """A network from a file: TorchScript (.pt, .pth), or exported by `torch.export` (.pt2) if the file is trusted.
 
-    It is asked about float32 data in [-1, 1], (n, *D), and answers (n, ...); whatever preparation it needs belongs
-    into the file. The number of rows must be left open when it is exported. TorchScript is interpreted by torch, which
-    computes and does no more, except for the few operations that read and write files: a file with one of them is
-    refused. A `.pt2` file can make Python run any code.
+    It is asked about float32 data (n, *D), images in [-1, 1] and floats as they are, and answers (n, ...); whatever
+    preparation it needs belongs into the file. The number of rows must be left open when it is exported. TorchScript is
+    interpreted by torch, which computes and does no more, except for the few operations that read and write files: a
+    file with one of them is refused. A `.pt2` file can make Python run any code.
 
     Args:
         path: the file.

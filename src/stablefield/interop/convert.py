@@ -88,6 +88,7 @@ def from_edm(found: EDMCheckpoint) -> Checkpoint:
         "shape": [channels, side, side],
         "classes": int(told.get("label_dim", 0)),
         "levels": 256,
+        "values": "image" if channels in (1, 3) else "float",
     }
     return Checkpoint(tensors, described, 0)
 
