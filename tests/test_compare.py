@@ -5,7 +5,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
-from math import exp, inf, log
+from math import exp, inf, isnan, log, nan
 from pathlib import Path
 
 import numpy as np
@@ -411,3 +411,14 @@ def test_several_jobs_make_what_one_makes(done, tmp_path):
         one, other = (read(folder.checkpoint).tensors for folder in folders)
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_score_that_is_not_a_number_never_becomes_one():
+    found = Estimate.of([1.0, nan, 2.0])
+    assert isnan(found.mean)
+    assert isnan(found.deviation)
+    assert not found.sure
+    for values in ([3.0, nan, 1.0], [nan, 1.0, 1.0]):
+        assert isnan(images_to_reach(2.0, [1, 2, 3], values))
+    assert images_to_reach(2.0, [1, 2, 3], [1.0, nan, nan]) == 1  # what came before is known
+    assert isnan(images_to_reach(nan, [1, 2], [3.0, 1.0]))

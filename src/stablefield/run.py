@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stablefield.banded import Banded
-from stablefield.checkpoint import Checkpoint, CheckpointError, read, write_text
+from stablefield.checkpoint import Checkpoint, CheckpointError, finite, read, write_text
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import (
     Augmentation,
@@ -109,7 +109,7 @@ class Folder:
         """
         try:
             with self.metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite(line)) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.metrics} ({error})") from error
 
