@@ -104,6 +104,22 @@ def test_every_arm_is_asked_about_the_same_x_t(tmp_path):
         assert torch.equal(torch.cat(first), torch.cat(other))
 
 
+def test_a_comparison_goes_on_with_the_data_it_was_begun_with_and_no_others(tmp_path):
+    experiment = planned(tmp_path, "single,full", (0,)).with_data()
+    assert len(experiment.data) == 64
+    assert experiment.with_data() == experiment
+    experiment.write(tmp_path / "out")
+    assert Experiment.read(tmp_path / "out") == experiment
+    images(tmp_path / "data.npz", 91)
+    for again in (
+        lambda: Experiment.read(tmp_path / "out").with_data(),
+        lambda: Run(experiment, tmp_path / "out", experiment.arms[0], 0),  # the data of a later seed or arm, too
+        lambda: yardstick_of(tmp_path / "out"),
+    ):
+        with pytest.raises(ConfigError, match=r"not the data that the run was trained on: .*91.*another --out"):
+            again()
+
+
 def test_what_is_asked_for_beforehand_is_kept_from_turn_to_turn(tmp_path, monkeypatch):
     experiment, asked, call = planned(tmp_path), [], FullDataset.__call__
 

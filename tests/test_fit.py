@@ -22,11 +22,11 @@ from stablefield.cli import app
 from stablefield.config import Config, ConfigError, override, resolve
 from stablefield.data import content_hash
 from stablefield.engine.fit import fit
-from stablefield.engine.saving import Saver, alone, fingerprint, refuse_another
+from stablefield.engine.saving import Saver, alone, refuse_another
 from stablefield.engine.state import TrainState
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool
-from stablefield.run import Folder, assemble, load
+from stablefield.run import Folder, assemble, fingerprint, load
 
 SMALL = ["network.kind=mlp", "network.width=8", "network.layers=1", "target.size=16", "training.batch_size=32"]
 SHORT = ["training.images=320", "training.save_every=64", "training.log_every=32"]

@@ -29,6 +29,7 @@ from stablefield.data import (
     Progress,
     Shuffled,
     Source,
+    content_hash,
     silent,
     split,
 )
@@ -361,7 +362,12 @@ def describe(config: Config, pool: Pool) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained run, ready to sample from. Its checksum also says which weights of the checkpoint these are."""
+    """A trained run, ready to sample from.
+
+    Attributes:
+        checksum: of the checkpoint; it also says which of its weights these are.
+        data: hash of the data that it was trained on (see `fingerprint`); "" if the checkpoint does not say.
+    """
 
     denoiser: Denoiser
     config: Config
@@ -369,6 +375,7 @@ class Trained:
     levels: int
     images: int
     checksum: str
+    data: str = ""
 
 
 def open_run(run: str | Path, *, weights: str = "average", device: str = "auto") -> Trained:
@@ -400,7 +407,52 @@ def open_run(run: str | Path, *, weights: str = "average", device: str = "auto")
         raise CheckpointError(f'{path} has no "{weights}" weights for its network: {error}') from None
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
-    return Trained(denoiser, config, shape, levels, found.images, checksum)
+    return Trained(denoiser, config, shape, levels, found.images, checksum, found.config.get("data", ""))
+
+
+def fingerprint(pool: Pool, most: int = 2**28) -> str:
+    """A hash of the data; beyond `most` bytes, of so much of them, evenly spread."""
+    stride = -(-len(pool) * pool.data[0].nbytes // most)
+    if stride <= 1:
+        return content_hash(pool)
+    return f"{content_hash(pool.subset(torch.arange(0, len(pool), stride)))} of {len(pool)}"
+
+
+def refuse_other_data(data: Pool, found: str, known: str, way_out: str) -> None:
+    """Refuse data that are not those of a run.
+
+    Args:
+        data: what was loaded.
+        found: their hash (see `fingerprint`).
+        known: the hash that the run remembers; "" if it does not.
+        way_out: what can be done, to end the message.
+
+    Raises:
+        ConfigError: the hashes differ, or the run remembers none.
+    """
+    if not known:
+        raise ConfigError(f"the checkpoint does not say which data the run was trained on (it has no hash); {way_out}")
+    if found != known:
+        raise ConfigError(
+            f"these are not the data that the run was trained on: {data!r} has the hash {_short(found)}, and the "
+            f"run's data {_short(known)}; {way_out}"
+        )
+
+
+def _short(found: str) -> str:
+    digest, of, count = found.partition(" of ")
+    return f"{digest[:16]}{of}{count}"
+
+
+def training_data(trained: Trained, progress: Progress = silent, *, way_out: str) -> Pool:
+    """Load the data of a run again: all of them, those held out too.
+
+    Raises:
+        ConfigError: what lies there now are other data, or the checkpoint does not say which they were.
+    """
+    data: Pool = trained.config.make("data").load(progress)
+    refuse_other_data(data, fingerprint(data), trained.data, way_out)
+    return data
 
 
 def _weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

@@ -104,6 +104,8 @@ def compare(
         command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
         raw = layered({"sampler": SAMPLER}, recipe, config, data)
         experiment = Experiment(planned(override(raw, settings)), **(DEFAULTS | given), command=command, begun=today)
+    with progress_bar("decoding") as progress:
+        experiment = experiment.with_data(progress)
     plan = tried(experiment, out, progress_bar)
     with progress_bar("choosing targets") as progress:
         experiment = experiment.decided(progress)

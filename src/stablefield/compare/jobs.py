@@ -18,7 +18,7 @@ from stablefield.compare.runs import Stop, Tell, work
 from stablefield.compare.yardstick import Stages, Yardstick, make_yardstick, quietly
 from stablefield.data import Progress
 from stablefield.engine.begin import exactly
-from stablefield.run import assemble
+from stablefield.run import assemble, fingerprint
 
 Prepare = Callable[[int, str], None]  # seed, what its process does before it can be scored
 
@@ -57,6 +57,7 @@ def yardstick_of(out: Path, stages: Stages = quietly) -> Yardstick:
         experiment = Experiment.read(out)
         config = experiment.arms[0].configured(experiment.config, experiment.seeds[0])
         parts = assemble(config)
+        experiment.refuse_other_data(parts.data, fingerprint(parts.data))
         _made.clear()
         _made[out] = make_yardstick(config, parts, samples=experiment.samples, rows=experiment.rows, stages=stages)
     return _made[out]

@@ -15,15 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stablefield.checkpoint import replacing, save
 from stablefield.config import Config, ConfigError, resolve
-from stablefield.data.contents import content_hash
 from stablefield.engine.state import TrainState
 from stablefield.ranks import Ranks
-from stablefield.reference import Pool
-from stablefield.run import Folder, Parts, describe
+from stablefield.run import Folder, Parts, describe, fingerprint, refuse_other_data
 
 try:
     import fcntl
@@ -50,14 +46,6 @@ def refuse_another(before: Config, after: Config) -> None:
         raise ConfigError(f"{', '.join(other)}: a run goes on as what it is; for another configuration start another")
     if "training.images" in changed and after.training.decay == "cosine":
         raise ConfigError("training.images: it says where the cosine of the learning rate ends; start another run")
-
-
-def fingerprint(pool: Pool, most: int = 2**28) -> str:
-    """A hash of the data; beyond `most` bytes, of so much of them, evenly spread."""
-    stride = -(-len(pool) * pool.data[0].nbytes // most)
-    if stride <= 1:
-        return content_hash(pool)
-    return f"{content_hash(pool.subset(torch.arange(0, len(pool), stride)))} of {len(pool)}"
 
 
 @contextmanager
@@ -97,7 +85,7 @@ class Saver:
 
     def __init__(self, folder: Folder, config: Config, parts: Parts) -> None:
         self.folder, self.config, self.keep = folder, config, config.training.keep
-        self.data = fingerprint(parts.data)
+        self.pool, self.data = parts.data, fingerprint(parts.data)
         self.about = describe(config, parts.pool)
         self.best: dict[str, Any] = {}
         self.newest = -1
@@ -140,11 +128,8 @@ class Saver:
 
     def _refuse_others(self, saved: dict[str, Any], images: int) -> None:
         refuse_another(resolve(saved["config"]), self.config)
-        if saved.get("data", self.data) != self.data:
-            raise ConfigError(
-                "these are not the data that the run was trained on (their hash is another): bring those back, or "
-                "start another run, --from this one"
-            )
+        way_out = "bring those back, or start another run, --from this one"
+        refuse_other_data(self.pool, self.data, saved.get("data", ""), way_out)
         training = self.config.training
         if images > training.images + training.batch_size:
             raise ConfigError(f"training.images = {training.images}, but this run has seen {images} already")
