@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stablefield.banded import Banded
-from stablefield.checkpoint import Checkpoint, CheckpointError, finite, read, write_text
+from stablefield.checkpoint import Checkpoint, CheckpointError, create_text, finite, read, write_text
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import (
     Augmentation,
@@ -115,18 +115,19 @@ class Folder:
             raise OSError(f"could not write {self.metrics} ({error})") from error
 
     def claim(self, config: Config) -> None:
-        """Begin a run here, unless another has.
+        """Begin a run here, unless another has: of several that begin at once one succeeds.
 
         Raises:
             ConfigError: a run is here already, finished or not.
+            OSError: the disk is full, or cannot be written; no run is here then.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.refuse_if_occupied()
         try:
-            with self.config.open("x") as file:  # only one of two that begin at once gets it
-                file.write(config.toml())
+            create_text(self.config, config.toml())
         except FileExistsError:
             self.refuse_if_occupied()
+            raise
 
     def refuse_if_occupied(self) -> None:
         """Raises:

@@ -18,7 +18,7 @@ from stablefield.cli.data import progress_bar, section_of
 from stablefield.config import Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.engine.choice import decided
 from stablefield.engine.fit import Watch, fit
-from stablefield.engine.saving import refuse_another
+from stablefield.engine.saving import last_told, refuse_another, refuse_edited
 from stablefield.ranks import Ranks, joined
 from stablefield.recipes import read_recipe
 from stablefield.run import Folder, Parts, Trained, assemble, choose_device, fingerprint, open_run
@@ -131,13 +131,15 @@ def continued(folder: Folder, settings: list[str]) -> Config:
     """The configuration of a run that goes on, with what may change changed.
 
     Raises:
-        ConfigError: no run is there, or the settings would make it another run.
+        ConfigError: no run is there, its config.toml was edited, or the settings would make it another run.
     """
     # without a checkpoint the run was stopped before its first one: then it begins
-    said = folder.newest().config["config"] if folder.checkpoint.exists() else read_toml(folder.config)
-    before = resolve(said)
+    before = last_told(folder)
+    if before is None:
+        raise ConfigError(f"there is no run in {folder.path}: begin one with --out {folder.path}")
     after = resolve(override(before.sections, settings))
     refuse_another(before, after)
+    refuse_edited(folder, after)
     return after
 
 
