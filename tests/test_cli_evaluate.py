@@ -14,7 +14,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stablefield.checkpoint import read
+from stablefield.checkpoint import read, save
 from stablefield.cli import app
 from stablefield.data import Arrays, Digits, content_hash
 from stablefield.evaluate import Statistics, frechet_distance
@@ -153,6 +153,98 @@ def test_statistics_stand_in_for_the_data_they_are_of(run, tmp_path):
     assert by_statistics["features"]["accuracy"] > 0.5
     refused = command("evaluate", run, "--reference", stored, "--features", "pixels")
     assert "cannot be compared in pixels" in str(refused.exception)
+
+
+def some(path: Path, seed: int, n: int = 60, shape: tuple[int, ...] = (1, 8, 8)) -> Path:
+    data = np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
+    np.savez(path, data=data)
+    return path
+
+
+@pytest.fixture
+def on_arrays(tmp_path) -> tuple[Path, Path]:
+    """A run that was trained on a file, with some of it held out, and the file."""
+    data, out = some(tmp_path / "data.npz", 0), tmp_path / "on-arrays"
+    settings = ["training.images=64", "data.holdout=20", "target.size=8", "network.kind=mlp", "network.width=8"]
+    result = command("train", "--data", data, "--out", out, *(p for s in settings for p in ("--set", s)))
+    assert result.exit_code == 0, result.output
+    return out, data
+
+
+def test_a_run_is_scored_against_the_data_it_was_trained_on_and_no_others(on_arrays, tmp_path):
+    run, data = on_arrays
+    evaluate(run, "--samples", 8, *QUICK)
+    before = (run / "scores.jsonl").read_bytes()
+    whole = np.load(data)["data"]
+    for other in (whole[::-1], whole[:-1], np.where(np.arange(60)[:, None, None, None] == 7, 255 - whole, whole)):
+        np.savez(data, data=other)
+        for arguments in ((run,), (run / "checkpoint.safetensors",), (run, "--held-out", data)):
+            refused = str(command("evaluate", *arguments, "--samples", 8, *QUICK).exception)
+            known = read(run / "checkpoint.safetensors").config["data"]
+            found = content_hash(Arrays(data).load())
+            assert "not the data that the run was trained on" in refused
+            assert known[:16] in refused
+            assert found[:16] in refused
+            assert "--reference PATH" in refused
+            assert str(other.shape) in refused
+    assert (run / "scores.jsonl").read_bytes() == before
+    evaluate(run, "--samples", 8, "--reference", data, *QUICK)  # knowingly
+    np.savez(tmp_path / "same.npz", labels=np.zeros(60, int), data=whole)
+    shutil.move(tmp_path / "same.npz", data)
+    assert "not the data" in str(command("evaluate", run, "--samples", 8, *QUICK).exception)  # labels are data
+    np.savez(data, data=whole)
+    evaluate(run, "--samples", 8, *QUICK)
+
+
+def test_a_checkpoint_that_remembers_no_data_is_scored_only_against_named_ones(on_arrays):
+    run, data = on_arrays
+    old = read(run / "checkpoint.safetensors")
+    del old.config["data"]
+    save(run / "checkpoint.safetensors", old.tensors, config=old.config, images=old.images)
+    for name, arguments in (("evaluate", (run, "--samples", 8, *QUICK)), ("train", ("--resume", run))):
+        refused = str(command(name, *arguments).exception)
+        assert "does not say which data the run was trained on" in refused
+    evaluate(run, "--samples", 8, "--reference", data, *QUICK)
+
+
+def test_a_field_of_a_runs_configuration_is_measured_on_its_data_and_no_others(on_arrays, tmp_path):
+    run, data = on_arrays
+    quick = ("--rows", 4, "--draws", 3, "--levels", 2, "--sizes", 4, "--out", tmp_path / "field")
+    assert command("field", "--config", run / "config.toml", *quick).exit_code == 0
+    some(data, 1)
+    refused = str(command("field", "--config", run / "config.toml", *quick).exception)
+    assert "not the data that the run was trained on" in refused
+    assert command("field", data, "--config", run / "config.toml", *quick).exit_code == 0
+
+
+def test_a_run_that_starts_from_another_says_so_if_the_data_have_changed(on_arrays, tmp_path):
+    run, data = on_arrays
+    arguments = ("train", "--from", run, "--dry-run", "--out", tmp_path / "next")
+    assert "no longer those" not in command(*arguments).output
+    some(data, 1)
+    assert f"the data are no longer those that {run} was trained on" in command(*arguments).output.replace("\n", " ")
+    other = some(tmp_path / "other.npz", 2)
+    assert "no longer those" not in command(*arguments, "--data", other).output  # they are named
+
+
+def test_a_cut_archive_is_an_error_of_one_line_as_data_and_as_a_reference(tmp_path):
+    whole = some(tmp_path / "whole.npz", 0)
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(whole.read_bytes()[:500])
+    for arguments in ((cut, "--reference", whole), (whole, "--reference", cut)):
+        result = command("evaluate", *arguments, "--features", "pixels")
+        assert isinstance(result.exception, ValueError)
+        assert re.fullmatch(r".*cut\.npz is damaged, or no array file: .*", str(result.exception))
+
+
+@pytest.mark.parametrize("spoil", [np.nan, np.inf, -1.0, 1j])
+def test_a_broken_reference_makes_nobody_perfect(tmp_path, spoil):
+    samples, broken = some(tmp_path / "samples.npz", 0), tmp_path / "broken.npz"
+    np.savez(broken, mu=np.zeros(64), sigma=np.eye(64) * spoil)
+    refused = command("evaluate", samples, "--reference", broken, "--features", "pixels")
+    assert refused.exit_code == 1
+    assert re.search(r"broken\.npz holds no usable statistics: sigma", str(refused.exception))
+    assert not Path(f"{samples}.scores.jsonl").exists()
 
 
 def test_real_images_are_near_and_copies_are_found_out(tmp_path):

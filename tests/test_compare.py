@@ -5,7 +5,7 @@ import json
 import shutil
 from contextlib import contextmanager
 from dataclasses import replace
-from math import exp, inf, log
+from math import exp, inf, isnan, log, nan
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +111,22 @@ def test_every_arm_is_asked_about_the_same_x_t(tmp_path):
     assert len(first) == 5
     for other in others:
         assert torch.equal(torch.cat(first), torch.cat(other))
+
+
+def test_a_comparison_goes_on_with_the_data_it_was_begun_with_and_no_others(tmp_path):
+    experiment = planned(tmp_path, "single,full", (0,)).with_data()
+    assert len(experiment.data) == 64
+    assert experiment.with_data() == experiment
+    experiment.write(tmp_path / "out")
+    assert Experiment.read(tmp_path / "out") == experiment
+    images(tmp_path / "data.npz", 91)
+    for again in (
+        lambda: Experiment.read(tmp_path / "out").with_data(),
+        lambda: Run(experiment, tmp_path / "out", experiment.arms[0], 0),  # the data of a later seed or arm, too
+        lambda: yardstick_of(tmp_path / "out"),
+    ):
+        with pytest.raises(ConfigError, match=r"not the data that the run was trained on: .*91.*another --out"):
+            again()
 
 
 def test_what_is_asked_for_beforehand_is_kept_from_turn_to_turn(tmp_path, monkeypatch):
@@ -420,3 +436,14 @@ def test_several_jobs_make_what_one_makes(done, tmp_path):
         one, other = (read(folder.checkpoint).tensors for folder in folders)
         for name in one:
             torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_score_that_is_not_a_number_never_becomes_one():
+    found = Estimate.of([1.0, nan, 2.0])
+    assert isnan(found.mean)
+    assert isnan(found.deviation)
+    assert not found.sure
+    for values in ([3.0, nan, 1.0], [nan, 1.0, 1.0]):
+        assert isnan(images_to_reach(2.0, [1, 2, 3], values))
+    assert images_to_reach(2.0, [1, 2, 3], [1.0, nan, nan]) == 1  # what came before is known
+    assert isnan(images_to_reach(nan, [1, 2], [3.0, 1.0]))

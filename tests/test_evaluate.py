@@ -29,6 +29,7 @@ from stablefield.evaluate import (
     precision_recall,
     remarks,
     scores,
+    summarised,
     train_classifier,
 )
 from stablefield.evaluate.frechet import merged
@@ -112,8 +113,137 @@ def test_statistics_come_back_from_the_disk_and_from_others_files(tmp_path):
     with pytest.raises(ValueError, match="sigma is missing"):
         Statistics.read(tmp_path / "none.npz")
     np.savez(tmp_path / "odd.npz", mu=whole.mean, sigma=np.eye(4))
-    with pytest.raises(ValueError, match="no mean, covariance"):
+    with pytest.raises(ValueError, match=r"odd\.npz .*are no mean and covariance"):
         Statistics.read(tmp_path / "odd.npz")
+
+
+def spoiled(name: str, **arrays: object) -> dict[str, object]:
+    """Statistics of five features, with some arrays replaced."""
+    good = Statistics.of(features(20, 5, seed=4))
+    return {"name": name} | {"mu": good.mean.numpy(), "sigma": good.covariance.numpy()} | arrays
+
+
+def sigma(**entries: object) -> np.ndarray:
+    """A covariance of five features with one entry replaced."""
+    found = np.eye(5) + 0.1
+    for place, value in entries.items():
+        found[int(place[1]), int(place[2])] = value
+    return found
+
+
+SPOILED = [
+    spoiled("mu holds 5 .*not finite", mu=np.full(5, np.nan)),
+    spoiled("mu holds 1 .*not finite", mu=np.array([0, 0, np.inf, 0, 0])),
+    spoiled("sigma holds 1 .*not finite", sigma=sigma(_23=np.nan)),
+    spoiled("sigma holds 25 .*not finite", sigma=np.full((5, 5), -np.inf)),
+    spoiled("sigma is not positive semi-definite", sigma=-np.eye(5)),
+    spoiled("sigma is not positive semi-definite", sigma=sigma(_00=-1e-3)),
+    spoiled("sigma is not positive semi-definite", sigma=sigma(_01=2.0, _10=2.0)),
+    spoiled("sigma is not positive semi-definite", sigma=np.diag([1e-9, 0, 0, 0, -1e-9])),
+    spoiled("sigma is not positive semi-definite", sigma=np.eye(5)[::-1].copy()),
+    spoiled("sigma is not symmetric: .* 0.5", sigma=sigma(_34=0.6)),
+    spoiled("sigma is not symmetric", sigma=np.triu(np.ones((5, 5)))),
+    spoiled("sigma must hold real numbers, not complex128", sigma=np.eye(5) + 1j),
+    spoiled("mu must hold real numbers, not complex64", mu=np.zeros(5, np.complex64)),
+    spoiled("mu must hold real numbers, not <U1", mu=np.array(list("abcde"))),
+    spoiled("Object arrays", mu=np.array([None] * 5)),
+    spoiled(r"mu \(4,\) and sigma \(5, 5\)", mu=np.zeros(4)),
+    spoiled(r"mu \(5, 1\) and sigma", mu=np.zeros((5, 1))),
+    spoiled(r"mu \(0,\) and sigma \(0, 0\)", mu=np.zeros(0), sigma=np.zeros((0, 0))),
+    spoiled(r"mu \(\) and sigma", mu=np.array(1.0), sigma=np.array(1.0)),
+    *(spoiled("n must be at least 2", n=n) for n in (0, 1, -2, -50_000)),
+    *(spoiled("n must be a whole number", n=n) for n in (2.5, np.nan, np.inf, [5, 6], "many", 3j)),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("arrays", SPOILED)
+def test_statistics_that_are_not_a_mean_and_a_covariance_are_refused_by_file_and_fault(tmp_path, arrays):
+    arrays = dict(arrays)
+    fault = arrays.pop("name")
+    np.savez(tmp_path / "theirs.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"^[^\n]*theirs\.npz holds no usable statistics: [^\n]*{fault}[^\n]*\Z"):
+        Statistics.read(tmp_path / "theirs.npz")
+    made = [arrays[name] for name in ("mu", "sigma")]
+    if "n" not in arrays and all(array.dtype.kind in "fc" for array in made):
+        with pytest.raises(ValueError, match=r"mu|sigma"):  # and no less where they are made
+            Statistics(*map(torch.from_numpy, made))
+
+
+def test_every_cut_of_a_file_of_statistics_is_refused_in_a_line(tmp_path):
+    Statistics.of(features(9, 3, seed=4)).save(tmp_path / "whole.npz", features="pixels", data="")
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for cut in range(0, len(whole), 7):
+        (tmp_path / "cut.npz").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"cut\.npz holds no usable statistics: it is not an \.npz archive"):
+            Statistics.read(tmp_path / "cut.npz")
+    damaged = bytearray(whole)
+    damaged[len(whole) // 4] ^= 255
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"damaged\.npz holds no usable statistics"):
+        Statistics.read(tmp_path / "damaged.npz")
+
+
+def rounded(x: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Mean and covariance of features as people publish them: stored as float32, or computed in it in two ways."""
+    single = x.astype(np.float32)
+    mean = single.mean(0)
+    raw = (single.T @ single / np.float32(len(x)) - np.outer(mean, mean)) * np.float32(len(x) / (len(x) - 1))
+    return [
+        (x.mean(0).astype(np.float32), np.cov(x, rowvar=False).astype(np.float32)),
+        (mean, np.cov(single, rowvar=False, dtype=np.float32)),
+        (mean, raw),
+    ]
+
+
+@pytest.mark.parametrize(("n", "dimension", "decay"), [(400, 64, 1.0), (300, 128, 5.0), (40, 96, 2.0), (3, 16, 1.0)])
+def test_honest_statistics_are_accepted_however_they_were_rounded(tmp_path, n, dimension, decay):
+    x = features(n, dimension, seed=1, mean=0.1, decay=decay)
+    exact = Statistics.of(x)
+    for mean, covariance in rounded(x.double().numpy()):
+        np.savez(tmp_path / "theirs.npz", mu=mean, sigma=covariance)
+        theirs = Statistics.read(tmp_path / "theirs.npz")
+        assert frechet_distance(theirs, exact) < 0.02 * float(exact.covariance.trace())
+    skewed = exact.covariance.numpy() + 1e-12 * np.triu(np.ones((dimension, dimension)), 1)
+    np.savez(tmp_path / "skewed.npz", mu=exact.mean, sigma=skewed)
+    assert frechet_distance(Statistics.read(tmp_path / "skewed.npz"), exact) < 1e-8
+    for scale in (0.0, 1e-200, 1e200):  # the units of features do not matter
+        np.savez(tmp_path / "scaled.npz", mu=exact.mean, sigma=exact.covariance * scale)
+        Statistics.read(tmp_path / "scaled.npz")
+
+
+def test_whole_numbers_are_statistics_too_and_a_number_of_features_may_be_unknown(tmp_path):
+    np.savez(tmp_path / "whole.npz", mu=np.arange(3), sigma=np.eye(3, dtype=np.uint8), n=-1)
+    found = Statistics.read(tmp_path / "whole.npz")
+    assert (found.n, found.mean.tolist(), found.covariance.tolist()) == (None, [0, 1, 2], np.eye(3).tolist())
+    np.savez(tmp_path / "floating.npz", mu=np.zeros(3), sigma=np.eye(3), n=np.array([50_000.0]))
+    assert Statistics.read(tmp_path / "floating.npz").n == 50_000
+
+
+def test_no_score_makes_a_number_of_what_is_not_finite():
+    x, bad = features(30, 4, seed=1), features(30, 4, seed=2)
+    pool = Pool(x.clone())
+    near = nearest(x, pool, itself=torch.arange(30))
+    for value in (torch.nan, torch.inf):
+        bad[3, 1] = value
+        for score in (kernel_distance, precision_recall):
+            for pair in ((bad, x), (x, bad)):
+                with pytest.raises(ValueError, match="features must be finite, but 1 of these numbers"):
+                    score(*pair)
+        with pytest.raises(ValueError, match="points must be finite"):
+            nearest(bad, pool)
+        with pytest.raises(ValueError, match=r"distances must be finite"):
+            Nearest(near.distance.clone().index_fill_(0, torch.tensor(2), value), near.index)
+        with pytest.raises(ValueError, match="not finite"):
+            Statistics.of(bad)
+        with pytest.raises(ValueError, match=r"some features \(pixels\) are not finite"):
+            Pixels()(bad)
+        for each in ([value, 1.0], [1.0, value], [value]):
+            with pytest.raises(ValueError, match="kernel: a score is not finite"):
+                summarised([{"frechet": 1.0, "kernel": one} for one in each])
+    far = Statistics(torch.full((2,), 1e300, dtype=torch.float64), torch.eye(2).double())
+    with pytest.raises(ValueError, match="distance of these statistics is not finite, but inf"):
+        frechet_distance(far, Statistics(torch.zeros(2).double(), torch.eye(2).double()))
 
 
 class Halves(Features):

@@ -3,11 +3,14 @@
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +22,17 @@ from typer.testing import CliRunner
 from stablefield import checkpoint
 from stablefield.checkpoint import CheckpointError, read
 from stablefield.cli import app
-from stablefield.config import Config, ConfigError, override, resolve
+from stablefield.cli.train import continued
+from stablefield.config import MARK, Allowed, Config, ConfigError, override, resolve, unedited
 from stablefield.data import content_hash
+from stablefield.engine import saving
+from stablefield.engine.begin import begun
 from stablefield.engine.fit import fit
-from stablefield.engine.saving import Saver, alone, fingerprint, refuse_another
+from stablefield.engine.saving import Saver, alone, refuse_another
 from stablefield.engine.state import TrainState
 from stablefield.ranks import Ranks
 from stablefield.reference import Pool
-from stablefield.run import Folder, assemble, load
+from stablefield.run import Folder, assemble, fingerprint, load
 
 SMALL = ["network.kind=mlp", "network.width=8", "network.layers=1", "target.size=16", "training.batch_size=32"]
 SHORT = ["training.images=320", "training.save_every=64", "training.log_every=32"]
@@ -199,6 +205,204 @@ def test_a_save_that_is_cut_off_between_any_two_system_calls_leaves_a_run_that_g
             break
     assert done
     assert lives > 12
+
+
+def edited(folder: Path, *changes: tuple[str, str]) -> str:
+    """Change a run's config.toml as a person would; what it was."""
+    before = text = Folder(folder).config.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    Folder(folder).config.write_text(text)
+    return before
+
+
+@pytest.mark.parametrize(
+    ("saved", "step"), [(False, 1), (True, 7), pytest.param(True, 1, marks=pytest.mark.slow)], ids=str
+)
+def test_a_configuration_that_was_cut_anywhere_is_never_another_run(whole, tmp_path, saved, step, monkeypatch):
+    folder = Folder(tmp_path)
+    shutil.copy(Folder(whole).config, folder.config)
+    if saved:
+        shutil.copy(Folder(whole).checkpoint, folder.checkpoint)
+        found = folder.newest()
+        monkeypatch.setattr(Folder, "newest", lambda self: found)  # it is read twice for each cut
+        monkeypatch.setattr(saving, "resolve", cache_of(saving.resolve))
+    wanted, text = continued(folder, []), folder.config.read_text()
+    assert wanted == configured(*HELD_OUT)
+    for cut in range(0, len(text), step):
+        folder.config.write_text(text[:cut])
+        if saved and cut >= text.index(MARK) - 5:  # the last value is there, and says what the checkpoint says
+            with suppress(ConfigError):
+                assert continued(folder, []) == wanted
+        else:
+            with pytest.raises(ConfigError, match=r"config\.toml was (edited or )?cut short"):
+                continued(folder, [])
+    for section in ("training", "grid", "data"):
+        start = text.index(f"[{section}]")
+        folder.config.write_text(text[:start] + text[text.index("\n\n", start) + 2 :])
+        with pytest.raises(ConfigError, match=r"config\.toml was (edited|cut)"):
+            continued(folder, [])
+
+
+def cache_of(resolve: Callable) -> Callable:
+    found: dict[str, Config] = {}
+
+    def cached(raw: dict, *, allow: Iterable[Allowed] = ()) -> Config:
+        key = repr(raw)
+        return found[key] if key in found else found.setdefault(key, resolve(raw, allow=allow))
+
+    return cached
+
+
+def test_a_run_without_a_checkpoint_begins_as_it_was_claimed_and_not_as_it_was_edited(tmp_path):
+    folder = Folder(tmp_path)
+    folder.claim(configured())
+    before = edited(tmp_path, ("images = 320", "images = 96"))
+    for begin in (lambda: continued(folder, []), lambda: trained(tmp_path)):
+        with pytest.raises(ConfigError, match=r"was edited.*stablefield train --config .*config\.toml --out FOLDER"):
+            begin()
+    folder.config.write_text(before)
+    with pytest.raises(ConfigError, match=r"target\.size"):  # nor as another
+        trained(tmp_path, "target.size=8")
+    assert continued(folder, ["training.images=96"]) == configured("training.images=96")
+    assert trained(tmp_path) == 0
+    assert read(folder.checkpoint).images == 320
+
+
+def test_a_configuration_edited_by_hand_is_refused_with_what_to_type_and_what_to_restore(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = edited(run, ("images = 320", "images = 384"), ("save_every = 64", "save_every = 128"))
+    text = Folder(run).config.read_text()
+    for resume in (lambda: continued(Folder(run), []), lambda: trained(run, *HELD_OUT)):
+        with pytest.raises(ConfigError) as refused:
+            resume()
+        for part in (
+            "training.images is 384 in it, 320 in the checkpoint",
+            "training.save_every is 128 in it, 64 in the checkpoint",
+            f"stablefield train --resume {run} --set training.images=384 --set training.save_every=128",
+            f"remove {run / 'config.toml'}",
+        ):
+            assert part in str(refused.value)
+    with pytest.raises(ConfigError, match="edited"):  # one of both is not what the file says
+        continued(Folder(run), ["training.images=384"])
+    assert Folder(run).config.read_text() == text
+    settings = ["training.images=384", "training.save_every=128"]
+    assert continued(Folder(run), settings) == configured(*HELD_OUT, *settings)
+    assert trained(run, *HELD_OUT, *settings) == 0
+    assert continued(Folder(run), []) == configured(*HELD_OUT, *settings)
+
+    shutil.rmtree(run)
+    shutil.copytree(whole, run)
+    edited(run, ("width = 8", "width = 16"))
+    with pytest.raises(ConfigError, match=r"network\.width is 16 in it, 8 in .*--from .* --set network\.width=16"):
+        continued(Folder(run), [])
+    Folder(run).config.unlink()
+    assert continued(Folder(run), []) == configured(*HELD_OUT)
+    assert trained(run, *HELD_OUT) == 0
+    assert Folder(run).config.read_text() == before
+
+
+@pytest.mark.parametrize("other", ["training.seed=1", "target.size=8", "data.holdout=59", "training.learning_rate=0.5"])
+def test_a_checkpoint_of_another_run_is_refused_by_the_keys_that_differ(whole, tmp_path, other):
+    run, key, value = tmp_path / "run", *other.split("=")
+    trained(tmp_path / "other", *HELD_OUT, "training.images=64", other)
+    shutil.copytree(whole, run)
+    shutil.copy(Folder(tmp_path / "other").checkpoint, Folder(run).checkpoint)
+    section, _, name = key.partition(".")
+    said = rf"different runs: {key} is {configured(*HELD_OUT)[section][name]} in it, {value} in the checkpoint; put"
+    for settings in ([], [other]):
+        with pytest.raises(ConfigError, match=said):
+            continued(Folder(run), settings)
+        with pytest.raises(ConfigError, match=said):
+            trained(run, *HELD_OUT, *settings)
+    assert read(Folder(run).checkpoint).images == 64
+
+
+def test_where_a_cosine_ends_is_the_same_in_both_homes(tmp_path):
+    for name, count in (("long", 128), ("short", 64)):
+        trained(tmp_path / name, "training.decay=cosine", f"training.images={count}")
+    shutil.copy(Folder(tmp_path / "short").checkpoint, Folder(tmp_path / "long").checkpoint)
+    with pytest.raises(ConfigError, match=r"training\.images is 128 in it, 64 in the checkpoint"):
+        continued(Folder(tmp_path / "long"), [])
+
+
+def test_a_change_that_is_cut_off_between_any_two_system_calls_leaves_a_run_that_goes_on(whole, tmp_path, monkeypatch):
+    before, longer = (configured(*HELD_OUT, f"training.images={n}", "training.keep=2") for n in (320, 384))
+    parts = assemble(before)
+    first = tmp_path / "first"
+    shutil.copytree(whole, first, ignore=shutil.ignore_patterns("tensorboard"))
+    assert fit(before, parts, Folder(first)) == 0  # which has a shorter history to keep, once
+
+    def dies(images: int, line: object) -> None:
+        raise Dead
+
+    reached = []
+    for lives in range(100):
+        run = Folder(tmp_path / str(lives))
+        shutil.copytree(first, run.path, ignore=shutil.ignore_patterns("tensorboard"))
+        with monkeypatch.context() as patch:
+            mortal = Mortal(patch, lives)
+            with pytest.raises(Dead):
+                fit(longer, parts, run, watch=dies)
+        reached.append(continued(run, []))
+        assert continued(run, ["training.images=384"]) == longer
+        for told in (reached[-1], longer):  # as it was told last, and as it is told again
+            state = begun(told, parts)
+            Saver(run, told, parts).restore(state, Ranks(torch.device("cpu")))
+            assert state.images == 320
+        if mortal.lives > 0:
+            break
+    assert mortal.lives > 0
+    assert reached.index(longer) > 2  # and from there on it is
+    assert reached == [before] * reached.index(longer) + [longer] * (len(reached) - reached.index(longer))
+    assert fit(longer, parts, run) == 0
+    assert same(run.path, first) is False
+    assert read(run.checkpoint).images == 384
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_that_begin_at_once_exactly_one_does_and_what_is_seen_is_whole(tmp_path, monkeypatch, links):
+    def refused(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    wanted = [configured(f"training.seed={seed}") for seed in range(8)]
+    for place in range(6):
+        folder, start = Folder(tmp_path / str(place)), threading.Barrier(len(wanted))
+
+        def begin(config: Config, folder: Folder = folder, start: threading.Barrier = start) -> Config | str:
+            start.wait()
+            try:
+                folder.claim(config)
+            except (ConfigError, OSError) as error:
+                found = str(error)
+            else:
+                return config
+            assert not folder.config.exists() or unedited(folder.config.read_text())
+            return found
+
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            made = list(pool.map(begin, wanted))
+        winners, refusals = ([one for one in made if isinstance(one, kind)] for kind in (Config, str))
+        assert len(winners) == 1
+        expected = "holds a run already" if links else "holds a run already|another process is writing it"
+        assert all(re.search(expected, refusal) for refusal in refusals)
+        assert continued(folder, []) == winners[0]
+        assert [file.name for file in folder.path.iterdir()] == ["config.toml"]
+
+
+@pytest.mark.parametrize("most", [0, 1, 100, 500])
+def test_a_full_disk_leaves_no_claimed_run(tmp_path, most):
+    folder = Folder(tmp_path / "run")
+    with full_disk(most), pytest.raises(OSError, match=r"could not write .*config\.toml"):
+        folder.claim(configured())
+    assert not folder.occupied()
+    assert not list(folder.path.iterdir())
+    folder.claim(configured())
+    assert continued(folder, []) == configured()
 
 
 def test_a_half_taken_step_is_never_saved(tmp_path, monkeypatch):

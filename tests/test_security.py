@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tomli_w
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -18,7 +17,7 @@ from typer.testing import CliRunner
 import stablefield
 from stablefield import checkpoint
 from stablefield.cli import app
-from stablefield.config import ConfigError, resolve
+from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import HuggingFace
 from stablefield.evaluate import Exported
 from stablefield.run import open_run
@@ -80,7 +79,7 @@ def named(run, name, out):
     config = {**found.config, "config": sections}
     checkpoint.save(out / "checkpoint.safetensors", found.tensors, config=config, images=found.images)
     clean = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in sections.items()}
-    (out / "config.toml").write_text(tomli_w.dumps(clean))
+    (out / "config.toml").write_text(Config(clean).toml())  # an attacker knows the checksum, too
     experiment = {"config": sections, "arms": ["single", "reference:16"], "seeds": [0], "looks": 1}
     (out / "experiment.json").write_text(json.dumps(experiment))
     return out

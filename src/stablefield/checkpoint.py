@@ -4,9 +4,11 @@ A file is written beside its place, forced to the disk, and renamed: whoever loo
 whole. A checksum over all of it is written too, and compared when it is read.
 """
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,6 +93,51 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def create_text(path: Path, text: str) -> None:
+    """Write a text (UTF-8) where nothing is yet: it appears whole, and of several writers at once one succeeds.
+
+    Raises:
+        FileExistsError: something is there.
+        OSError: it could not be written; then nothing is there.
+    """
+    # one name for each writer: two machines may share a folder and the number of a process
+    beside = path.with_name(f".{os.getpid()}{secrets.randbelow(10**12):012d}.{path.name}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        with beside.open("rb+") as file:
+            os.fsync(file.fileno())
+        _name_once(beside, path)
+        _sync_folder(path.parent)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error})") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _name_once(file: Path, name: Path) -> None:
+    """Give a file a name that nothing has: a second one, or where files cannot have two, behind a lock."""
+    try:
+        os.link(file, name)
+        return
+    except FileExistsError:
+        raise
+    except OSError:
+        pass  # a file system without hard links, or one that says so below
+    lock = name.with_name(f".{name.name}.lock")
+    try:
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        raise OSError(f"another process is writing it; if none is, remove {lock}") from None
+    try:
+        if name.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
+        file.replace(name)
+    finally:
+        lock.unlink(missing_ok=True)
+
+
 def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read a checkpoint.
 
@@ -130,7 +177,10 @@ def _read(path: Path, device: str | torch.device) -> Checkpoint:
     written = metadata.pop("checksum", "")
     if written != checksum(tensors, metadata):
         raise CheckpointError(f"{path} is damaged: it does not have the checksum that was written with it")
-    return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]), written)
+    try:
+        return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]), written)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path} does not say what it is a checkpoint of: {error!r}") from None
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -13,8 +13,11 @@ very name: where a configuration comes from (a checkpoint, a TOML file, a recipe
 """
 
 import difflib
+import hashlib
 import inspect
+import json
 import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -237,6 +240,7 @@ SUITS: dict[str, dict[str, Any]] = {
 }
 
 Allowed = str | type[torch.nn.Module]  # `module:Class`, or the class itself
+MARK = "# SHA-256 of the lines above: "
 
 RUNTIME = {"self", "pool", "distances", "shards", "order", "shape", "label_dim", "grid"}
 
@@ -272,12 +276,12 @@ class Config:
         return self.make("training")
 
     def toml(self) -> str:
-        """As a file that gives this configuration back."""
+        """As a file that gives this configuration back. Its last line shows whether it was cut or edited."""
         said = {
             section: {key: value for key, value in values.items() if value is not None}
             for section, values in self.sections.items()
         }
-        return tomli_w.dumps(said)
+        return _marked(tomli_w.dumps(said))
 
     def differences(self, other: "Config") -> list[str]:
         """Keys, as `section.key`, whose values differ."""
@@ -319,6 +323,15 @@ def typed(settings: Iterable[str], allow: Iterable[str] | None = None) -> tuple[
     return (*(allow or ()), *([kind] if isinstance(kind, str) and ":" in kind else []))
 
 
+def _marked(text: str) -> str:
+    return f"{text}\n{MARK}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def unedited(text: str) -> bool:
+    """Whether a text is, to its last character, as `Config.toml` wrote one."""
+    return text == _marked(text.rpartition(f"\n{MARK}")[0])
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The sections of a TOML file.
 
@@ -326,7 +339,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, or it is no TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -349,6 +362,25 @@ def override(raw: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"{setting}: settings look like section.key=value, for example target.size=2048")
         wanted.setdefault(section, {})[key] = _value(text.strip())
     return overlay(raw, wanted)
+
+
+def as_setting(key: str, value: Any) -> str:
+    """A key (`section.key`) and its value as `override` reads them, quoted for a shell.
+
+    >>> as_setting("training.images", 960), as_setting("sampler.kind", "heun"), as_setting("data.path", "a b.npz")
+    ('training.images=960', 'sampler.kind=heun', "'data.path=a b.npz'")
+    """
+    bare = isinstance(value, str) and value == value.strip() and _value(value) == value
+    return shlex.quote(f"{key}={value if bare else written(value)}")
+
+
+def written(value: Any) -> str:
+    """A value as TOML has it, on one line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(key)} = {written(part)}' for key, part in value.items())}}}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
 
 
 def overlay(raw: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from stablefield.banded import Banded
-from stablefield.checkpoint import Checkpoint, CheckpointError, read, write_text
+from stablefield.checkpoint import Checkpoint, CheckpointError, create_text, finite, read, write_text
 from stablefield.config import Allowed, Config, ConfigError, resolve
 from stablefield.data import (
     IDX,
@@ -33,6 +33,7 @@ from stablefield.data import (
     Shuffled,
     Source,
     Store,
+    content_hash,
     silent,
     split,
 )
@@ -113,23 +114,24 @@ class Folder:
         """
         try:
             with self.metrics.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(finite(line)) + "\n")
         except OSError as error:
             raise OSError(f"could not write {self.metrics} ({error})") from error
 
     def claim(self, config: Config) -> None:
-        """Begin a run here, unless another has.
+        """Begin a run here, unless another has: of several that begin at once one succeeds.
 
         Raises:
             ConfigError: a run is here already, finished or not.
+            OSError: the disk is full, or cannot be written; no run is here then.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self.refuse_if_occupied()
         try:
-            with self.config.open("x") as file:  # only one of two that begin at once gets it
-                file.write(config.toml())
+            create_text(self.config, config.toml())
         except FileExistsError:
             self.refuse_if_occupied()
+            raise
 
     def refuse_if_occupied(self) -> None:
         """Raises:
@@ -374,9 +376,13 @@ def describe(config: Config, pool: Pool) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A trained run, ready to sample from. Its checksum also says which weights of the checkpoint these are.
+    """A trained run, ready to sample from.
 
     Its samples are images, to be drawn and written as bytes, or floats, never clipped: as the data were.
+
+    Attributes:
+        checksum: of the checkpoint; it also says which of its weights these are.
+        data: hash of the data that it was trained on (see `fingerprint`); "" if the checkpoint does not say.
     """
 
     denoiser: Denoiser
@@ -386,6 +392,7 @@ class Trained:
     values: Values
     images: int
     checksum: str
+    data: str = ""
 
 
 def open_run(
@@ -422,7 +429,7 @@ def open_run(
         raise CheckpointError(f'{path} has no "{weights}" weights for its network: {error}') from None
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
-    return Trained(denoiser, config, shape, levels, values, found.images, checksum)
+    return Trained(denoiser, config, shape, levels, values, found.images, checksum, found.config.get("data", ""))
 
 
 def _values(said: str | None, config: Config, shape: tuple[int, ...]) -> Values:
@@ -437,6 +444,51 @@ def _values(said: str | None, config: Config, shape: tuple[int, ...]) -> Values:
         return values_of(said, True, shape)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint does not fit its data: {error}") from None
+
+
+def fingerprint(pool: Pool, most: int = 2**28) -> str:
+    """A hash of the data; beyond `most` bytes, of so much of them, evenly spread."""
+    stride = -(-len(pool) * pool.data[0].nbytes // most)
+    if stride <= 1:
+        return content_hash(pool)
+    return f"{content_hash(pool.subset(torch.arange(0, len(pool), stride)))} of {len(pool)}"
+
+
+def refuse_other_data(data: Pool, found: str, known: str, way_out: str) -> None:
+    """Refuse data that are not those of a run.
+
+    Args:
+        data: what was loaded.
+        found: their hash (see `fingerprint`).
+        known: the hash that the run remembers; "" if it does not.
+        way_out: what can be done, to end the message.
+
+    Raises:
+        ConfigError: the hashes differ, or the run remembers none.
+    """
+    if not known:
+        raise ConfigError(f"the checkpoint does not say which data the run was trained on (it has no hash); {way_out}")
+    if found != known:
+        raise ConfigError(
+            f"these are not the data that the run was trained on: {data!r} has the hash {_short(found)}, and the "
+            f"run's data {_short(known)}; {way_out}"
+        )
+
+
+def _short(found: str) -> str:
+    digest, of, count = found.partition(" of ")
+    return f"{digest[:16]}{of}{count}"
+
+
+def training_data(trained: Trained, progress: Progress = silent, *, way_out: str) -> Pool:
+    """Load the data of a run again: all of them, those held out too.
+
+    Raises:
+        ConfigError: what lies there now are other data, or the checkpoint does not say which they were.
+    """
+    data: Pool = trained.config.make("data").load(progress)
+    refuse_other_data(data, fingerprint(data), trained.data, way_out)
+    return data
 
 
 def _weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

@@ -108,6 +108,8 @@ def compare(
         experiment = Experiment(
             planned(override(raw, settings), allowed), **(DEFAULTS | given), command=command, begun=today
         )
+    with progress_bar("decoding") as progress:
+        experiment = experiment.with_data(progress)
     plan = tried(experiment, out, progress_bar)
     with progress_bar("choosing targets") as progress:
         experiment = experiment.decided(progress)

@@ -32,6 +32,10 @@ def convert(
     folder.refuse_if_occupied()
     found = from_edm(read_edm(source))
     folder.claim(Config(found.config["config"]))
-    save(folder.checkpoint, found.tensors, config=found.config, images=found.images)
+    try:
+        save(folder.checkpoint, found.tensors, config=found.config, images=found.images)
+    except OSError:
+        folder.config.unlink(missing_ok=True)  # without a checkpoint it would be a run that has not begun
+        raise
     numbers = sum(tensor.numel() for tensor in found.tensors.values())
     print(f"{numbers:,} numbers of {source.name}: {out}. Look at it with: stablefield sample {out} --seeds 0-15")

@@ -28,14 +28,14 @@ from stablefield.cli.sample import (
     make,
     opened_guide,
 )
-from stablefield.cli.subjects import Reference, Subject, is_run, loaded, open_reference, open_samples, told_by
+from stablefield.cli.subjects import Reference, Subject, is_run, open_reference, open_samples, told_by
 from stablefield.cli.train import Allow
 from stablefield.config import ConfigError
 from stablefield.data import Source, split
 from stablefield.evaluate import Exported, Features, Inception, Pixels, cached_classifier, known_classifier
 from stablefield.evaluate.inception import DIMENSION
 from stablefield.ranks import Ranks, joined
-from stablefield.run import choose_device, open_run
+from stablefield.run import choose_device, open_run, training_data
 from stablefield.seeding import parse_seeds
 
 CUSTOM = 50_000  # samples that papers in this field score
@@ -157,9 +157,16 @@ def _beside(what: str, run: bool) -> Path:
 
 
 def data_of(way: Way) -> Reference:
-    """The data a run was trained on, and those it was not."""
+    """The data a run was trained on, and those it was not.
+
+    Raises:
+        ConfigError: other data have taken their place.
+    """
     source: Source = way.trained.config.make("data")
-    pool, held_out = split(loaded(source), source.holdout)
+    way_out = "bring those back, or score against other data with --reference PATH"
+    with progress_bar("decoding") as progress:
+        data = training_data(way.trained, progress, way_out=way_out)
+    pool, held_out = split(data, source.holdout)
     without = f", without the {len(held_out):,} held out" if held_out else ""
     return Reference(f"{source!r}{without}", pool, held_out=held_out)
 

@@ -30,7 +30,8 @@ from stablefield.evaluate.field.measure import SIZES
 from stablefield.evaluate.field.plots import plot_bias, plot_field, plot_study
 from stablefield.evaluate.field.tables import lines_of, lines_of_study, write_csv
 from stablefield.process import Process
-from stablefield.run import choose_device
+from stablefield.reference import Pool
+from stablefield.run import Folder, choose_device, fingerprint, refuse_other_data
 from stablefield.seeding import generator
 
 SMALL_SIZES = (4, 16, 64, 256, 1024)  # of the Gaussians, whose limit is nearer
@@ -78,7 +79,10 @@ def field(
     training = configured(source, kind, config, set_ or [], typed(set_ or [], allow))
     found = training.make("data")
     with progress_bar("decoding") as progress:
-        pool, _ = split(found.load(progress), found.holdout)
+        data = found.load(progress)
+    if config and not source:
+        refuse_others_than_the_runs(config, training, data)
+    pool, _ = split(data, found.holdout)
     pool = training.make("augmentation").of_pool(pool)
     pool = replace(pool, data=pool.data.to(choose_device(device)))
     process = training.make("process")
@@ -123,6 +127,19 @@ def field(
     }
     _write(out, about, lines_of(measured))
     print(f"written   {out}/field.csv, field.json, field.png, bias.png")
+
+
+def refuse_others_than_the_runs(config: Path, training: Config, data: Pool) -> None:
+    """Raises:
+    ConfigError: the configuration is a run's, and the data at its path are not those that the run was trained on.
+    """
+    folder = Folder(config.parent)
+    if folder.config != config or not folder.checkpoint.exists():
+        return
+    saved = folder.newest().config
+    if all(training["data"].get(key) == value for key, value in saved["config"]["data"].items() if key != "holdout"):
+        way_out = "bring those back, or name the data: stablefield field DATA --config FILE"
+        refuse_other_data(data, fingerprint(data), saved.get("data", ""), way_out)
 
 
 def configured(

@@ -18,10 +18,10 @@ from stablefield.cli.data import progress_bar, section_of
 from stablefield.config import Allowed, Config, ConfigError, overlay, override, read_toml, resolve, typed
 from stablefield.engine.choice import decided
 from stablefield.engine.fit import Watch, fit
-from stablefield.engine.saving import refuse_another
+from stablefield.engine.saving import last_told, refuse_another, refuse_edited
 from stablefield.ranks import Ranks, joined
 from stablefield.recipes import read_recipe
-from stablefield.run import Folder, Parts, Trained, assemble, choose_device, open_run
+from stablefield.run import Folder, Parts, Trained, assemble, choose_device, fingerprint, open_run
 
 Allow = Annotated[
     list[str] | None,
@@ -68,10 +68,10 @@ def train(
         raise ConfigError(
             "--resume goes on with a run as it is; it goes with none of --recipe, --data, --config, --out and --from"
         )
+    base = open_run(from_, device="cpu", allow=allowed) if from_ else None
     if resume:
         folder, wanted = Folder(resume), continued(Folder(resume), settings, allowed)
     else:
-        base = open_run(from_, device="cpu", allow=allowed) if from_ else None
         raw = layered(base.config.sections if base else {}, recipe, config, data)
         wanted = resolve(override(raw, settings), allow=allowed)
         folder = Folder(out or Path("runs") / f"{recipe or wanted['data']['kind']}-{wanted['target']['kind']}")
@@ -80,12 +80,14 @@ def train(
             ranks.lead(folder.refuse_if_occupied)
         with progress_bar("decoding") as progress:
             parts = assemble(wanted, progress, ranks)
-        if not resume and base:
+        if base:
             start_from(base, parts)
         say: Callable[[str], None] = print if ranks.first else lambda text: None
         with progress_bar("choosing targets") as progress:
             wanted, parts, choice = decided(wanted, parts, ranks, progress, folder=folder if resume else None)
         say(summary(wanted, parts, folder, ranks) + (f"\n\n{choice}\n" if choice else ""))
+        if base and ranks.first and other_data(base, wanted, parts):
+            say(f"note      the data are no longer those that {from_} was trained on")
         if dry_run:
             say(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")
             return
@@ -135,17 +137,25 @@ def start_from(base: Trained, parts: Parts) -> None:
         raise ConfigError(f"the weights do not fit this network; first of all: {first}") from None
 
 
+def other_data(base: Trained, config: Config, parts: Parts) -> bool:
+    """Whether a run that starts from another finds other data where that one found its own."""
+    before, now = ({**each["data"], "holdout": 0} for each in (base.config, config))
+    return before == now and fingerprint(parts.data) != base.data
+
+
 def continued(folder: Folder, settings: list[str], allow: Iterable[Allowed] = ()) -> Config:
     """The configuration of a run that goes on, with what may change changed.
 
     Raises:
-        ConfigError: no run is there, or the settings would make it another run.
+        ConfigError: no run is there, its config.toml was edited, or the settings would make it another run.
     """
     # without a checkpoint the run was stopped before its first one: then it begins
-    said = folder.newest().config["config"] if folder.checkpoint.exists() else read_toml(folder.config)
-    before = resolve(said, allow=allow)
+    before = last_told(folder, allow)
+    if before is None:
+        raise ConfigError(f"there is no run in {folder.path}: begin one with --out {folder.path}")
     after = resolve(override(before.sections, settings), allow=allow)
     refuse_another(before, after)
+    refuse_edited(folder, after)
     return after
 
 

@@ -22,7 +22,8 @@ from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
 from stablefield.data import Progress, silent
 from stablefield.engine.choice import decided
 from stablefield.engine.saving import MAY_CHANGE
-from stablefield.run import Folder, assemble
+from stablefield.reference import Pool
+from stablefield.run import Folder, assemble, fingerprint, refuse_other_data
 
 # the targets that can be compared, and the one number that tells those of a kind apart
 NUMBER = {"single": "", "reference": "size", "neighbours": "neighbours", "full": "", "pruned": "", "auto": ""}
@@ -85,6 +86,7 @@ class Experiment:
         rows: x_t at each noise level, at each look.
         command: how it was begun.
         begun: on which day.
+        data: hash of the data (see `fingerprint`); "" before they are loaded.
 
     Raises:
         ConfigError: less than two arms, an arm or seed named twice, or more looks than steps.
@@ -98,6 +100,7 @@ class Experiment:
     rows: int = 256
     command: str = ""
     begun: str = ""
+    data: str = ""
 
     def __post_init__(self) -> None:
         if len(self.arms) < 2 or len(set(self.arms)) < len(self.arms):
@@ -153,6 +156,25 @@ class Experiment:
             )
         arms, seeds = dict.fromkeys((*self.arms, *other.arms)), dict.fromkeys((*self.seeds, *other.seeds))
         return replace(self, config=other.config, arms=tuple(arms), seeds=tuple(sorted(seeds)))
+
+    def with_data(self, progress: Progress = silent) -> "Experiment":
+        """With the hash of its data.
+
+        Raises:
+            ConfigError: they are not those that it was begun with.
+        """
+        data: Pool = self.config.make("data").load(progress)
+        found = fingerprint(data)
+        self.refuse_other_data(data, found)
+        return replace(self, data=found)
+
+    def refuse_other_data(self, data: Pool, found: str) -> None:
+        """Raises:
+        ConfigError: data of this hash are not those that it was begun with.
+        """
+        if self.data:
+            way_out = "bring those back, or begin another comparison with another --out"
+            refuse_other_data(data, found, self.data, way_out)
 
     def decided(self, progress: Progress = silent) -> "Experiment":
         """With the bands of its `auto` target, if it has one, decided once for all runs (and kept in `config`).

@@ -19,7 +19,7 @@ from stablefield.compare.yardstick import Stages, Yardstick, make_yardstick, qui
 from stablefield.config import Allowed
 from stablefield.data import Progress
 from stablefield.engine.begin import exactly
-from stablefield.run import assemble
+from stablefield.run import assemble, fingerprint
 
 Prepare = Callable[[int, str], None]  # seed, what its process does before it can be scored
 
@@ -62,6 +62,7 @@ def yardstick_of(out: Path, stages: Stages = quietly, allow: Iterable[Allowed] =
         experiment = Experiment.read(out, allow=allow)
         config = experiment.arms[0].configured(experiment.config, experiment.seeds[0])
         parts = assemble(config)
+        experiment.refuse_other_data(parts.data, fingerprint(parts.data))
         _made.clear()
         _made[out] = make_yardstick(config, parts, samples=experiment.samples, rows=experiment.rows, stages=stages)
     return _made[out]

@@ -50,6 +50,7 @@ class Run:
         self.folder.path.mkdir(parents=True, exist_ok=True)
         self.folder.sweep()
         self.saver = Saver(self.folder, self.config, self.parts)
+        experiment.refuse_other_data(self.parts.data, self.saver.data)
         self.saver.restore(self.state, Ranks(self.state.device))
         self.folder.rewind(self.images)
         compile_network(self.config, self.parts)

@@ -7,7 +7,7 @@ Runs with one seed share their weights, order and noise, so the difference of tw
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import exp, inf, log, nan, sqrt
+from math import exp, inf, isfinite, isnan, log, nan, sqrt
 from statistics import fmean, stdev
 
 CONFIDENCE = 0.95
@@ -35,7 +35,7 @@ class Estimate:
         n = len(values)
         if n < 2:
             return cls(values[0] if values else nan, inf, nan, n)
-        deviation = stdev(values)
+        deviation = stdev(values) if all(map(isfinite, values)) else nan
         return cls(fmean(values), student(n - 1) * deviation / sqrt(n), deviation, n)
 
     def moved(self, by: float) -> "Estimate":
@@ -77,10 +77,15 @@ def paired_ratio(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Est
 def images_to_reach(quality: float, images: Sequence[int], values: Sequence[float]) -> float:
     """When a curve first comes down to a quality: between two looks on a line in the logarithm of images.
 
-    inf if it never does; the first look's images if it is there from the start, which then is an upper bound.
+    inf if it never does; the first look's images if it is there from the start, which then is an upper bound. nan if
+    the quality or a look before that is nan.
     """
+    if isnan(quality):
+        return nan
     before: tuple[int, float] | None = None
     for seen, value in zip(images, values, strict=True):
+        if isnan(value):
+            return nan
         if value <= quality:
             if before is None:
                 return float(seen)

@@ -1,6 +1,7 @@
 """Arrays on the disk as if they were in memory: read when looked at, and shared by all processes that look."""
 
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ def mapped(path: Path) -> Shaped[np.ndarray, "..."]:
     try:
         array: np.ndarray = _open_map(path)
         expected = path.stat().st_size
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged, or no array file: {error}") from None
     found = array.offset + array.nbytes if isinstance(array, np.memmap) else expected
     if found != expected:

@@ -22,6 +22,7 @@ from typing import Literal
 from stablefield.banded import Banded, Bands
 from stablefield.config import Config, overlay, resolve
 from stablefield.data import Progress, silent
+from stablefield.engine.saving import last_told
 from stablefield.engine.trial import Level, Trial, batch_of_the_run, measure, seconds_of_a_step, seconds_of_targets
 from stablefield.ranks import Ranks
 from stablefield.run import Folder, Parts
@@ -91,7 +92,7 @@ def decided(
 
     Args:
         progress: told of the levels measured, on the first rank.
-        folder: of the run; what its newest checkpoint has decided, if there is one, stays.
+        folder: of the run; what it has decided, if it is there, stays.
 
     Returns:
         Both as they were, and None, where nothing is to be decided.
@@ -99,10 +100,9 @@ def decided(
     target = parts.objective.target
     if not isinstance(target, Banded) or target.bands:
         return config, parts, None
-    if folder is not None and folder.checkpoint.exists():
-        before = folder.newest().config["config"]["target"].get("bands", ())
-        if before:
-            return *_with(config, parts, tuple((float(edge), choice) for edge, choice in before)), None
+    before = None if folder is None else last_told(folder, config.allowed)
+    if before is not None and (bands := before["target"].get("bands")):
+        return *_with(config, parts, tuple((float(edge), choice) for edge, choice in bands)), None
     ranks = ranks or Ranks(next(parts.denoiser.parameters()).device)
     choice = ranks.told(lambda: choose(config, parts, progress))
     return *_with(config, parts, choice.bands), choice

@@ -94,7 +94,10 @@ class _Run:
         self.line: dict[str, Any] = {}
 
     def _begin(self) -> None:
-        """From here on the run is this one; and there is something to go on with from the first moment."""
+        """From here on the run is this one; and there is something to go on with from the first moment.
+
+        config.toml comes first: a run that is stopped before its checkpoint says the same goes on by it (`last_told`).
+        """
         write_text(self.folder.config, self.config.toml())
         self.folder.rewind(self.state.images)
         self.saver.save(self.state)

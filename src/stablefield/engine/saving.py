@@ -10,20 +10,17 @@ A save is a chain of renames, each of which leaves a run that can go on, whereve
 
 import os
 import shutil
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stablefield.checkpoint import replacing, save
-from stablefield.config import Config, ConfigError, resolve
-from stablefield.data.contents import content_hash
+from stablefield.config import MARK, Allowed, Config, ConfigError, as_setting, resolve, unedited, written
 from stablefield.engine.state import TrainState
 from stablefield.ranks import Ranks
-from stablefield.reference import Pool
-from stablefield.run import Folder, Parts, describe
+from stablefield.run import Folder, Parts, describe, fingerprint, refuse_other_data
 
 try:
     import fcntl
@@ -46,19 +43,127 @@ def refuse_another(before: Config, after: Config) -> None:
     """Raises:
     ConfigError: to go on with the one as the other would make it another run.
     """
-    changed = [key for key in before.differences(after) if key.partition(".")[0] not in ("sampler", "grid")]
-    if other := [key for key in changed if key not in MAY_CHANGE]:
-        raise ConfigError(f"{', '.join(other)}: a run goes on as what it is; for another configuration start another")
-    if "training.images" in changed and after.training.decay == "cosine":
+    other = [key for key in before.differences(after) if not _may_change(key, before)]
+    if other == ["training.images"]:
         raise ConfigError("training.images: it says where the cosine of the learning rate ends; start another run")
+    if other:
+        raise ConfigError(f"{', '.join(other)}: a run goes on as what it is; for another configuration start another")
 
 
-def fingerprint(pool: Pool, most: int = 2**28) -> str:
-    """A hash of the data; beyond `most` bytes, of so much of them, evenly spread."""
-    stride = -(-len(pool) * pool.data[0].nbytes // most)
-    if stride <= 1:
-        return content_hash(pool)
-    return f"{content_hash(pool.subset(torch.arange(0, len(pool), stride)))} of {len(pool)}"
+def _may_change(key: str, config: Config) -> bool:
+    """Whether a run of this configuration stays the same run if a key changes."""
+    if key == "training.images" and config.training.decay == "cosine":
+        return False
+    return key in MAY_CHANGE or key.partition(".")[0] in ("sampler", "grid")
+
+
+def last_told(folder: Folder, allow: Iterable[Allowed] = ()) -> Config | None:
+    """The configuration that the run in a folder was last given; None if no run is there.
+
+    A run has it twice, in config.toml and in its newest checkpoint, and writes config.toml first. So where they differ
+    in what may change, config.toml is the later: the run was stopped between both, or an older checkpoint was put back.
+    A config.toml that is missing, or not as the run wrote it, says nothing here (see `refuse_edited`).
+
+    Args:
+        allow: names of classes, or classes, that the run may name (`config.resolve`).
+
+    Raises:
+        ConfigError: config.toml is not as the run wrote it, and there is no checkpoint; or both are of different runs.
+        CheckpointError: the newest checkpoint is damaged.
+    """
+    saved = resolve(folder.newest().config["config"], allow=allow) if folder.checkpoint.exists() else None
+    text = _text(folder)
+    if text is None:
+        return saved
+    if not unedited(text):
+        if saved is None:
+            raise ConfigError(f"{folder.config} {_how_changed(folder, text)}")
+        return saved
+    found = resolve(tomllib.loads(text), allow=allow)
+    if saved is not None and (other := [key for key in saved.differences(found) if not _may_change(key, saved)]):
+        said = _both(_differing(found.sections, saved), other)
+        raise ConfigError(
+            f"config.toml and checkpoint.safetensors in {folder.path} are of different runs: {said}; put back the one "
+            f"that belongs here, or remove {folder.config} to go on with the checkpoint's"
+        )
+    return found
+
+
+def refuse_edited(folder: Folder, wanted: Config) -> None:
+    """A run is changed by settings when it is resumed, and never by editing its config.toml.
+
+    Args:
+        wanted: the configuration to go on with; an edited config.toml that says just the same is accepted.
+
+    Raises:
+        ConfigError: config.toml is not as the run wrote it, and says something else than the checkpoint.
+    """
+    text = _text(folder)
+    if text is None or unedited(text) or not folder.checkpoint.exists():
+        return
+    try:
+        found: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(
+            f"{folder.config} was cut short or damaged ({error}); to go on as the checkpoint says, remove it"
+        ) from None
+    saved = resolve(folder.newest().config["config"], allow=wanted.allowed)
+    changed = _differing(found, saved)
+    if not changed or not _differing(found, wanted):
+        return
+    settings = " ".join(f"--set {as_setting(key, there)}" for key, (there, _) in changed.items())
+    ways = [f"to go on as before, remove {folder.config}"]
+    if all(there is not None for there, _ in changed.values()):
+        ways.append(
+            f"to change the run, type: stablefield train --resume {folder.path} {settings}"
+            if all(_may_change(key, saved) for key in changed)
+            else f"for another run, type: stablefield train --from {folder.path} --out FOLDER {settings}"
+        )
+    raise ConfigError(
+        f"{folder.config} was edited or cut short: {_both(changed, list(changed))}. A run is changed by --set when it "
+        f"is resumed, and not in this file: {'; '.join(ways)}"
+    )
+
+
+def _text(folder: Folder) -> str | None:
+    try:
+        return folder.config.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _how_changed(folder: Folder, text: str) -> str:
+    """What is wrong with a config.toml that no checkpoint stands beside, and the way out."""
+    if MARK in text and text.endswith("\n"):
+        return (
+            f"was edited, and a run goes on as it was begun: undo that, or begin another run with: "
+            f"stablefield train --config {folder.config} --out FOLDER"
+        )
+    return (
+        f"was cut short (its last line, with a checksum of the others, is not there), and no checkpoint is beside it: "
+        f"remove {folder.path}, and begin the run again"
+    )
+
+
+def _differing(found: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ: what a file holds, and what a configuration says; None where one has none."""
+    sections = {name: part if isinstance(part, dict) else {"": part} for name, part in found.items()}
+    names = {(section, key) for source in (sections, config.sections) for section in source for key in source[section]}
+    pairs = {
+        f"{section}.{key}": (sections.get(section, {}).get(key), config.sections.get(section, {}).get(key))
+        for section, key in sorted(names)
+    }
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _both(changed: Mapping[str, tuple[Any, Any]], keys: Sequence[str], most: int = 8) -> str:
+    """Keys with their values in config.toml and in the checkpoint."""
+
+    def shown(value: Any) -> str:
+        return "not set" if value is None else written(value)
+
+    said = [f"{key} is {shown(changed[key][0])} in it, {shown(changed[key][1])} in the checkpoint" for key in keys]
+    return ", ".join([*said[:most], *([f"and {len(said) - most} more"] if len(said) > most else [])])
 
 
 @contextmanager
@@ -98,7 +203,7 @@ class Saver:
 
     def __init__(self, folder: Folder, config: Config, parts: Parts) -> None:
         self.folder, self.config, self.keep = folder, config, config.training.keep
-        self.data = fingerprint(parts.data)
+        self.pool, self.data = parts.data, fingerprint(parts.data)
         self.about = describe(config, parts.pool)
         self.best: dict[str, Any] = {}
         self.newest = -1
@@ -110,6 +215,9 @@ class Saver:
             CheckpointError: it is damaged.
             ConfigError: it is of another configuration or other data, or further than asked for, or ranks see others.
         """
+        if (before := last_told(self.folder, self.config.allowed)) is not None:
+            refuse_another(before, self.config)
+            refuse_edited(self.folder, self.config)
         saved = self.folder.newest() if self.folder.checkpoint.exists() else None
         if saved is not None:
             self._refuse_others(saved.config, saved.images)
@@ -141,11 +249,8 @@ class Saver:
 
     def _refuse_others(self, saved: dict[str, Any], images: int) -> None:
         refuse_another(resolve(saved["config"], allow=self.config.allowed), self.config)
-        if saved.get("data", self.data) != self.data:
-            raise ConfigError(
-                "these are not the data that the run was trained on (their hash is another): bring those back, or "
-                "start another run, --from this one"
-            )
+        way_out = "bring those back, or start another run, --from this one"
+        refuse_other_data(self.pool, self.data, saved.get("data", ""), way_out)
         training = self.config.training
         if images > training.images + training.batch_size:
             raise ConfigError(f"training.images = {training.images}, but this run has seen {images} already")

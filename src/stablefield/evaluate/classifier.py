@@ -64,8 +64,15 @@ class Classifier(Features):
 
     @torch.no_grad()
     def predict(self, x: Float[Tensor, "n C H W"]) -> Int[Tensor, "n"]:
-        """The most likely class of each image, on the CPU."""
-        return torch.cat([self.network(part.float().to(self.device)).argmax(1).cpu() for part in x.split(512)])
+        """The most likely class of each image, on the CPU.
+
+        Raises:
+            ValueError: the network answers with numbers that are not finite, among which none is the largest.
+        """
+        answers = torch.cat([self.network(part.float().to(self.device)) for part in x.split(512)])
+        if not answers.isfinite().all():
+            raise ValueError("the classifier answers with numbers that are not finite")
+        return answers.argmax(1).cpu()
 
     def about(self) -> dict[str, str | float]:
         return super().about() | {"accuracy": self.accuracy}

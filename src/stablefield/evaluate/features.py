@@ -61,7 +61,8 @@ class Features(ABC):
 
     def unit(self, reference: Statistics) -> float:
         """What features are divided by before the kernel, which compares them with 1: their root mean square."""
-        return float((reference.covariance.trace() + reference.mean.square().sum()) / len(reference.mean)) ** 0.5
+        square = float((reference.covariance.trace() + reference.mean.square().sum()) / len(reference.mean))
+        return max(0.0, square) ** 0.5  # a trace may be below zero by rounding
 
     def scores(self, features: Float[Tensor, "n F"]) -> dict[str, float]:
         """What can be said of samples from these features of theirs alone, by name."""

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stablefield.evaluate.pairs import squared_distances
+from stablefield.evaluate.pairs import refuse_not_finite, squared_distances
 from stablefield.neighbours import keep_least
 from stablefield.reference import ALL, Pool
 
@@ -32,10 +32,16 @@ class Nearest:
     Attributes:
         distance: to both, the nearer first; Euclidean, in units of the data (bytes are [-1, 1]), float64.
         index: which they are.
+
+    Raises:
+        ValueError: a distance that is not finite.
     """
 
     distance: Float[Tensor, "n 2"]
     index: Int[Tensor, "n 2"]
+
+    def __post_init__(self) -> None:
+        refuse_not_finite("distances", self.distance)
 
     def copies(self) -> Bool[Tensor, "n"]:
         """Whether the first is at most a third as far as the second."""
@@ -54,8 +60,9 @@ def nearest(x: Float[Tensor, "n *D"], pool: Pool, *, itself: Int[Tensor, "n"] | 
         itself: which member each point is, if they are: it is left out.
 
     Raises:
-        ValueError: a pool with too few members, or of another shape.
+        ValueError: a pool with too few members, or of another shape; points that are not finite.
     """
+    refuse_not_finite("points", x)
     if len(pool) < 2 + (itself is not None) or pool.shape != tuple(x.shape[1:]):
         raise ValueError(f"points of shape {tuple(x.shape[1:])} have no two nearest in {pool}")
     centre = x.flatten(1).double().mean(0)

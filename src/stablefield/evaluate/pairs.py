@@ -14,11 +14,21 @@ from stablefield.seeding import generator
 BLOCK = 1024
 
 
+def refuse_not_finite(what: str, *sides: Tensor) -> None:
+    """Refuse numbers that comparisons would count as far apart, or as near.
+
+    Raises:
+        ValueError: some are nan or infinite.
+    """
+    if bad := sum(int((~side.isfinite()).sum()) for side in sides):
+        raise ValueError(f"{what} must be finite, but {bad:,} of these numbers are not")
+
+
 def squared_distances(x: Float[Tensor, "n F"], y: Float[Tensor, "m F"]) -> Float[Tensor, "n m"]:
     """||x - y||^2 between all rows, zero where it is zero to rounding; float64, best with a mean near zero."""
     scale = x.square().sum(1)[:, None] + y.square().sum(1)
     squares = scale - 2 * x @ y.T
-    return squares.where(squares > 1e-14 * scale, 0.0)
+    return squares.masked_fill(squares <= 1e-14 * scale, 0.0)  # nan stays what it is
 
 
 def kernel_distance(
@@ -34,8 +44,9 @@ def kernel_distance(
         seed: decides the subsets.
 
     Raises:
-        ValueError: fewer than two features on a side.
+        ValueError: fewer than two features on a side, or some that are not finite.
     """
+    refuse_not_finite("features", x, y)
     size = min(size, len(x), len(y))
     if size < 2:
         raise ValueError(f"a kernel distance needs at least 2 features on each side, not {len(x)} and {len(y)}")
@@ -58,8 +69,9 @@ def precision_recall(
     A point is among others if it is as near to one of them as that one's k-th nearest neighbour.
 
     Raises:
-        ValueError: no more than k features on a side.
+        ValueError: no more than k features on a side, or some that are not finite.
     """
+    refuse_not_finite("features", samples, reference)
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} features on a side: {len(samples)}, {len(reference)}")
     centre = reference.double().mean(0)

@@ -6,6 +6,7 @@ between Gaussians need only the first, and what looks at pairs is content with 1
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from jaxtyping import Float, Int
@@ -131,12 +132,19 @@ class Summary:
         deviation: the standard deviation over them (n - 1); None for a single one.
         least: the smallest, which is what papers in this field report of three.
         each: all of them.
+
+    Raises:
+        ValueError: some are not finite (of which there is no least).
     """
 
     mean: float
     deviation: float | None
     least: float
     each: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(map(isfinite, self.each)):
+            raise ValueError(f"a score is not finite: {', '.join(map(str, self.each))}")
 
     @classmethod
     def of(cls, each: Sequence[float]) -> "Summary":
@@ -147,5 +155,15 @@ class Summary:
 
 
 def summarised(repeats: Sequence[Mapping[str, float]]) -> dict[str, Summary]:
-    """Each number over all repeats."""
-    return {name: Summary.of([repeat[name] for repeat in repeats if name in repeat]) for name in repeats[0]}
+    """Each number over all repeats.
+
+    Raises:
+        ValueError: one that is not finite, by its name.
+    """
+    try:
+        found = {}
+        for name in repeats[0]:
+            found[name] = Summary.of([repeat[name] for repeat in repeats if name in repeat])
+        return found
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
