@@ -1,4 +1,4 @@
-"""What the benchmarks share: whose machine, how long, how much memory."""
+"""Helpers of the benchmarks: description of the machine, time and memory."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ import torch
 
 
 def headline(script: str) -> str:
-    """The command, machine and date that stand beside every figure."""
+    """Command line, date, machine, threads and version of torch, to print above the results."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return (
         f"{Path(script).name} {' '.join(sys.argv[1:])}\n"
@@ -23,9 +23,13 @@ def headline(script: str) -> str:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float, float]]:
-    """Seconds of each candidate: median and quartiles over rounds in which all take turns, after one to warm up.
+    """Seconds of each candidate: median and quartiles over rounds in which each runs once, after a warm-up round.
 
-    Taking turns makes ratios fair: what slows the machine down slows all of them.
+    Running them in turns makes ratios fair, because a slow phase of the machine affects all of them.
+
+    Args:
+        candidates: functions to time, by name.
+        repeats: number of rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(repeats + 1):
@@ -36,19 +40,19 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int) ->
                 torch.cuda.synchronize()
             if turn:
                 times[name].append(time.perf_counter() - start)
-    return {name: _quartiles(found) for name, found in times.items()}
+    return {name: _quartiles(values) for name, values in times.items()}
 
 
 def peak_memory(script: str, *arguments: str) -> float:
-    """MB that a part of a script took beyond its inputs, in a process of its own that prints it."""
+    """Peak memory in MB, printed by a script that runs in a process of its own."""
     command = [sys.executable, script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return float(done.stdout.split()[-1])
 
 
 def peak_of(work: Callable[[], object]) -> float:
-    """MB that this process took at most while at work, beyond what it had before (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts from here
+    """Peak memory in MB of this process during a function, beyond its memory before (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = _status("VmRSS")
     work()
     return _status("VmHWM") - before

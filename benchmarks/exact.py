@@ -1,11 +1,11 @@
-"""What the exact target costs when nothing is computed that nobody could see, and how far it is from the full one.
+"""Cost of the exact target with isolation and screening, and its distance from the one that streams all data.
 
     python benchmarks/exact.py --cifar10 STORE --fashion-mnist FILE --only speed,step,error,size
 
-and also search, neighbours, reading. STORE is what `stablefield data convert` makes of CIFAR-10; without it (and
-without FILE, an IDX of Fashion-MNIST's images) those parts are left out; `reading` writes 1.5 GB to the folder for
-temporary files. On a GPU, if there is one, with the data on it; elsewhere seconds are processor time on one thread, so
-that others on the machine disturb less. Ratios within this run are what counts.
+The other parts are search, neighbours and reading. STORE is CIFAR-10 as written by `stablefield data convert`, FILE an
+IDX file of Fashion-MNIST's images; parts whose data are not given are skipped. `reading` writes 1.5 GB to the folder
+for temporary files. On a GPU, if there is one, the data are on it. On a CPU, seconds are processor time on one thread,
+which other processes disturb less. Compare ratios within one run.
 """
 
 import argparse
@@ -25,42 +25,44 @@ import torch
 from common import headline
 from torch import Tensor
 
+import stablefield.pool
 from stablefield import (
     VE,
-    FullDataset,
-    LogNormal,
-    LogUniform,
-    NearestNeighbours,
-    Perturbed,
+    DSMTarget,
+    ExactTarget,
+    KNNTarget,
+    NoisyBatch,
     Pool,
     Posterior,
-    PrunedDataset,
-    ReferenceBatch,
-    SingleSample,
+    STFTarget,
     TargetEstimator,
-    Times,
-    ahead,
 )
+from stablefield.build import build
 from stablefield.config import override, resolve
-from stablefield.data import IDX, Digits, FoundNeighbours, NeighbourDistances, Store
-from stablefield.data.mapping import as_tensor, mapped
+from stablefield.data import IDX, Digits, NeighbourDistances, Store
+from stablefield.data.sources import as_tensor, map_array
+from stablefield.distributed import Ranks
 from stablefield.engine import TrainState, train
-from stablefield.process import per_row
-from stablefield.ranks import Ranks
+from stablefield.pool import NULL_LABEL
+from stablefield.process import per_example
 from stablefield.recipes import read_recipe
-from stablefield.reference import ALL
-from stablefield.run import assemble
 from stablefield.seeding import generator
+from stablefield.targets import Prefetched
+from stablefield.targets.query import uses_int8
+from stablefield.times import LogNormal, LogUniform, TimeDistribution
 
-NOISES: dict[str, Times] = {"EDM, exp(N(-1.2, 1.2))": LogNormal(-1.2, 1.2), "VE, 0.01 to 50": LogUniform(0.01, 50)}
-LEVELS = (0.002, 0.02, 0.1, 0.3, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8, 16, 32, 80)
+NOISES: dict[str, TimeDistribution] = {
+    "EDM, exp(N(-1.2, 1.2))": LogNormal(-1.2, 1.2),
+    "VE, 0.01 to 50": LogUniform(0.01, 50),
+}
+SIGMAS = (0.002, 0.02, 0.1, 0.3, 0.5, 0.7, 1, 1.4, 2, 2.8, 4, 5.6, 8, 16, 32, 80)
 
-
+PREFETCHED = 1024  # examples whose targets a run computes together
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Of one call: processor time, or on a GPU until it has finished."""
+    """Seconds of one call: processor time, or on a GPU the time until it has finished."""
     if DEVICE.type == "cpu":
         start = time.process_time()
         work()
@@ -73,117 +75,122 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def on_device(pool: Pool) -> Pool:
-    """The data where the rows are."""
+    """The pool on the device of the examples."""
     return pool if DEVICE.type == "cpu" else pool.to(DEVICE)
 
 
-def batch(pool: Pool, t: Tensor, seed: int = 0) -> Perturbed:
-    """Members of a pool under noise."""
+def batch(pool: Pool, t: Tensor, seed: int = 0) -> NoisyBatch:
+    """Noisy examples of a pool, one for each t."""
     g = generator(seed, "batch", len(t))
     index = torch.randint(len(pool), (len(t),), generator=g)
     x = pool.take(index).to(DEVICE)
     return VE().perturb(x, t.to(x), torch.randn(x.shape, generator=g).to(DEVICE), index=index)
 
 
-def written_out(noisy: Perturbed, support: Tensor) -> Tensor:
+def written_out(noisy: NoisyBatch, support: Tensor) -> Tensor:
     """The posterior mean over a reference batch from all differences at once, in float32."""
     difference = (noisy.x_t[:, None] - support).flatten(2)
     weight = torch.softmax(-difference.square().sum(2) / (2 * noisy.sigma[:, None] ** 2), 1)
     return (weight[:, :, None] * support.flatten(1)).sum(1)
 
 
-def groups(pool: Pool, pruned: PrunedDataset, times: Times, size: int, number: int = 4) -> list[list[Perturbed]]:
-    """Batches of so many rows, by as many as a run asks for at once."""
-    together = pruned.steps(size)
+def groups(pool: Pool, times: TimeDistribution, size: int, number: int = 4) -> list[list[NoisyBatch]]:
+    """Batches of `size` examples, in groups whose targets a run computes together."""
+    together = max(1, PREFETCHED // size)
     seeds = torch.arange(number * together).split(together)
     return [[batch(pool, times.draw(size, generator(seed, "t")), seed) for seed in some.tolist()] for some in seeds]
 
 
-def as_in_a_run(pruned: PrunedDataset, some: list[Perturbed]) -> float:
-    """Seconds that a batch takes if all of these are answered at once."""
-    return seconds(lambda: pruned.several(some, [None] * len(some))) / len(some)
+def as_in_a_run(exact: ExactTarget, some: list[NoisyBatch]) -> float:
+    """Seconds per batch if the targets of all of these are computed together."""
+    return seconds(lambda: Prefetched(exact, PREFETCHED).several(some)) / len(some)
 
 
-def speed(pool: Pool, pruned: PrunedDataset) -> None:
-    full, references = FullDataset(pool), pool.take(torch.arange(1024)).to(DEVICE)
-    print(f"  products of pruned targets: {pruned.arithmetic(DEVICE)}; {pruned.at_once:,} rows at once in a run")
+def speed(pool: Pool, exact: ExactTarget) -> None:
+    streamed, references = ExactTarget(pool, missing_mass=0), pool.take(torch.arange(1024)).to(DEVICE)
+    arithmetic = "int8" if uses_int8(pool, DEVICE) else "float32 and float64"
+    print(f"  products of exact targets: {arithmetic}; targets of {PREFETCHED:,} examples computed together in a run")
     print(
-        "                                     written out                        pruned   times less than   pruned, in"
+        "                                     written out                         exact   times less than    exact, one"
     )
-    print("                                      n = 1,024   all N streamed    in a run     both of them   steps alone")
+    print("                                      n = 1,024   all N streamed    in a run     both of them     step each")
     for name, times in NOISES.items():
         for size in (64, 512):
-            many = groups(pool, pruned, times, size)
-            pruned(many[0][0])
+            many = groups(pool, times, size)
+            exact(many[0][0])
             found, apart, plain, typed = list[float](), list[float](), list[float](), list[float]()
-            for some in many:  # in turns, so that what slows the machine down slows all down
-                found.append(as_in_a_run(pruned, some))
-                apart += [seconds(lambda noisy=noisy: pruned(noisy)) for noisy in some[:4]]
-                first, part = some[0], some[0].rows(slice(0, 64))
-                plain.append(seconds(lambda first=first: full(first)))
+            for some in many:  # taking turns, so that a slower machine slows down all of them
+                found.append(as_in_a_run(exact, some))
+                apart += [seconds(lambda noisy=noisy: exact(noisy)) for noisy in some[:4]]
+                first, part = some[0], some[0].select(slice(0, 64))
+                plain.append(seconds(lambda first=first: streamed(first)))
                 typed.append(size // 64 * seconds(lambda part=part: written_out(part, references)))
-            mean, alone, whole, out = map(statistics.mean, (found, apart, plain, typed))
+            mean, step_by_step, whole, out = map(statistics.mean, (found, apart, plain, typed))
             print(
                 f"  {name:23} B = {size:3}   {out:8.2f} s   {whole:12.2f} s   {mean:7.3f} s   "
-                f"{out / mean:5.1f} and {whole / mean:5.1f}   {alone:9.3f} s",
+                f"{out / mean:5.1f} and {whole / mean:5.1f}   {step_by_step:9.3f} s",
                 flush=True,
             )
 
-    for rows in (1, 2, 4, 8):
-        noisy = batch(pool, torch.full((rows,), 10.0))
-        taken = statistics.median(seconds(lambda noisy=noisy: pruned(noisy)) for _ in range(9))
-        print(f"  sigma = 10, where all members matter, {rows} rows: {1e3 * taken:.0f} ms", flush=True)
-    screening(pool, pruned)
+    for examples in (1, 2, 4, 8):
+        noisy = batch(pool, torch.full((examples,), 10.0))
+        taken = statistics.median(seconds(lambda noisy=noisy: exact(noisy)) for _ in range(9))
+        print(f"  sigma = 10, where all data matter, {examples} examples: {1e3 * taken:.0f} ms", flush=True)
+    screening(pool, exact)
 
 
-def screening(pool: Pool, pruned: PrunedDataset) -> None:
-    """What the screen takes of it, and what its product would take in bfloat16."""
-    some, *_ = groups(pool, pruned, NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)
-    noisy, known = Perturbed.joined(some), pruned.known(ALL, DEVICE)
-    rows = (known.level_of(noisy.index).to(DEVICE) <= noisy.sigma).nonzero().flatten()
-    asked, members = noisy.rows(rows), known.screen.seen
-    seen = torch.nn.functional.pad(known.projection(asked.x_t), (0, 1))
-    narrow = seen.bfloat16(), members.bfloat16()
+def screening(pool: Pool, exact: ExactTarget) -> None:
+    """Time of the screen, and of its product in bfloat16."""
+    some, *_ = groups(pool, NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)
+    noisy, known = NoisyBatch.concatenate(some), exact._class(NULL_LABEL, DEVICE)
+    uncertain = (known.level_of(noisy.index).to(DEVICE) <= noisy.sigma).nonzero().flatten()
+    screened, data = noisy.select(uncertain), known.screen.coordinates
+    query = torch.nn.functional.pad(known.projection(screened.x_t), (0, 1))
+    narrow = query.bfloat16(), data.bfloat16()
     parts = {
-        "screening": lambda: known.survivors(asked, pruned.shards, pruned.lost / 3),
-        "its product": lambda: seen @ members.T,
+        "screening": lambda: known.survivors(screened, exact.shard, exact.missing_mass / 3),
+        "its product": lambda: query @ data.T,
         "the same in bfloat16": lambda: narrow[0] @ narrow[1].T,
     }
     taken = {name: min(seconds(work) for _ in range(9)) for name, work in parts.items()}
-    whole = as_in_a_run(pruned, some) * len(some)
-    said = ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in taken.items())
-    print(f"  {len(noisy):,} rows of EDM's noise {1e3 * whole:.0f} ms, of which ({len(rows)} rows) {said}", flush=True)
+    whole = as_in_a_run(exact, some) * len(some)
+    shares = ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in taken.items())
+    print(
+        f"  {len(noisy):,} examples of EDM's noise {1e3 * whole:.0f} ms, of which ({len(uncertain)} examples) {shares}",
+        flush=True,
+    )
 
 
-def step(store: Path, pool: Pool, pruned: PrunedDataset, images: int = 16) -> None:
-    """What pruned targets take beside a step of the full-width NCSN++."""
-    settings = ["data.kind=store", f"data.path={store}", f"training.batch_size={images}", "target.kind=single"]
-    parts = assemble(resolve(override(read_recipe("cifar10-ncsnpp-edm-stf"), settings)), ranks=Ranks(DEVICE))
+def step(store: Path, pool: Pool, exact: ExactTarget, images: int = 16) -> None:
+    """Time of exact targets beside a training step of the full-width NCSN++."""
+    settings = ["data.kind=store", f"data.path={store}", f"training.batch_size={images}", "target.kind=dsm"]
+    parts = build(resolve(override(read_recipe("cifar10-ncsnpp-edm-stf"), settings)), ranks=Ranks(DEVICE))
     steps = train(TrainState(parts.denoiser), parts.objective, parts.batches, images=10**12, seed=0)
     seconds(lambda: next(steps))
     an_image = statistics.mean(seconds(lambda: next(steps)) for _ in range(2)) / images
     numbers = sum(p.numel() for p in parts.denoiser.parameters())
-    print(f"  NCSN++ of {numbers / 1e6:.1f} M parameters, {images} images a step: {an_image:.3f} s an image")
+    print(f"  NCSN++ of {numbers / 1e6:.1f} M parameters, {images} images per step: {an_image:.3f} s per image")
     for name, times in NOISES.items():
         for size in (64, 512):
-            many = groups(pool, pruned, times, size)
-            found = statistics.mean(as_in_a_run(pruned, some) for some in many) / size
+            many = groups(pool, times, size)
+            found = statistics.mean(as_in_a_run(exact, some) for some in many) / size
             share = f"{found / an_image:.2%} of that"
             print(f"  {name:23} B = {size:3}   {1e3 * found:.3f} ms an image, {share}", flush=True)
 
 
-def error(pool: Pool, pruned: PrunedDataset, rows: int) -> None:
-    full, known = FullDataset(pool), pruned.known(ALL, DEVICE)
+def error(pool: Pool, exact: ExactTarget, examples: int) -> None:
+    """Largest difference from the target that streams all data, at each noise level."""
+    streamed, known = ExactTarget(pool, missing_mass=0), exact._class(NULL_LABEL, DEVICE)
     rms = float(pool.take(torch.arange(min(5000, len(pool)))).flatten(1).square().sum(1).mean().sqrt())
     print("    sigma      ESS   isolated   shared   largest error / rms   s   of all N, s")
-    for sigma in LEVELS:
-        noisy = batch(pool, torch.full((rows,), sigma), int(1000 * sigma))
-        taken = [seconds(lambda target=target, noisy=noisy: target(noisy)) for target in (pruned, full)]
-        found, exact = pruned(noisy), full(noisy)
-        off = (found.mean - exact.mean).flatten(1).norm(dim=1).max() / rms
+    for sigma in SIGMAS:
+        noisy = batch(pool, torch.full((examples,), sigma), int(1000 * sigma))
+        taken = [seconds(lambda target=target, noisy=noisy: target(noisy)) for target in (exact, streamed)]
+        found, wanted = exact(noisy), streamed(noisy)
+        off = (found.mean - wanted.mean).flatten(1).norm(dim=1).max() / rms
         isolated, shared = (100 * share.double().mean() for share in (known.level > sigma, found.ess > 1))
         print(
-            f"  {sigma:7g} {exact.ess.mean():8.1f}   {isolated:6.1f} %   {shared:5.1f} %   {off:19.1e}   "
+            f"  {sigma:7g} {wanted.ess.mean():8.1f}   {isolated:6.1f} %   {shared:5.1f} %   {off:19.1e}   "
             f"{taken[0]:5.3f}   {taken[1]:5.3f}",
             flush=True,
         )
@@ -201,19 +208,19 @@ def manifold(n: int, d: int, latent: int = 16) -> Pool:
 
 
 def tiled(pool: Pool, n: int) -> Pool:
-    """So many images: those of the pool, and then each moved sideways by one pixel more, round the edge."""
+    """n images: those of the pool, then all of them shifted sideways by one pixel, by two, and so on (cyclically)."""
     copies = [pool.data.roll(shift, -1) for shift in range(-(-n // len(pool)))]
-    return Pool(torch.cat(copies)[:n], levels=pool.levels)
+    return Pool(torch.cat(copies)[:n], num_levels=pool.num_levels)
 
 
 def size(pool: Pool, repeats: int) -> None:
     pool = on_device(pool)
     noise = NOISES["EDM, exp(N(-1.2, 1.2))"]
     many = [batch(pool, noise.draw(64, generator(seed, "t")), seed) for seed in range(repeats)]
-    pruned, full = PrunedDataset(pool), FullDataset(pool)
-    ready = seconds(lambda: pruned(many[0]))
-    found = statistics.mean(seconds(lambda noisy=noisy: pruned(noisy)) for noisy in many)
-    whole = seconds(lambda: full(many[0]))
+    exact, streamed = ExactTarget(pool), ExactTarget(pool, missing_mass=0)
+    ready = seconds(lambda: exact(many[0]))
+    found = statistics.mean(seconds(lambda noisy=noisy: exact(noisy)) for noisy in many)
+    whole = seconds(lambda: streamed(many[0]))
     print(
         f"  {len(pool):9,} {math.prod(pool.shape):7,}   {ready:7.2f} s   {1e3 * found:9.1f} ms   {1e3 * whole:10.1f} ms"
         f"   {whole / found:6.1f}",
@@ -221,11 +228,11 @@ def size(pool: Pool, repeats: int) -> None:
     )
 
 
-def proposal(noisy: Perturbed, pool: Pool, nearest: Tensor, n: int, g: torch.Generator) -> Posterior:
-    """Self-normalised importance sampling: n members drawn from a proposal that the k nearest decide.
+def proposal(noisy: NoisyBatch, pool: Pool, nearest: Tensor, n: int, g: torch.Generator) -> Posterior:
+    """Self-normalised importance sampling: n data points drawn from a proposal that depends on the k nearest.
 
-    It gives each of the k nearest its weight, and all others the least of these; draws are corrected by weight over
-    proposal. After Niedoba et al. 2024, as we understand it. Consistent for n to infinity, and biased at any n.
+    The proposal gives each of the k nearest its weight, and all others the smallest of these; draws are corrected by
+    weight over proposal. After Niedoba et al. 2024, as we understand it. Consistent as n grows, biased for every n.
     """
     k = nearest.shape[1]
     support = pool.take(nearest.flatten()).unflatten(0, nearest.shape)
@@ -233,36 +240,38 @@ def proposal(noisy: Perturbed, pool: Pool, nearest: Tensor, n: int, g: torch.Gen
     log_q = torch.cat([log_w, log_w.amin(1, keepdim=True) + math.log(len(pool) - k)], 1)
     column = torch.multinomial(torch.softmax(log_q, 1), n, replacement=True, generator=g)
     other = torch.randint(len(pool), column.shape, generator=g)
-    member = torch.where(column < k, nearest.gather(1, column.clamp(max=k - 1)), other)
-    drawn = pool.take(member.flatten()).unflatten(0, member.shape)
+    chosen = torch.where(column < k, nearest.gather(1, column.clamp(max=k - 1)), other)
+    drawn = pool.take(chosen.flatten()).unflatten(0, chosen.shape)
     log_r = -(noisy.x_t[:, None] - drawn).flatten(2).double().square().sum(2) / (2 * noisy.sigma[:, None] ** 2)
     log_r -= torch.where(column < k, log_w.gather(1, column.clamp(max=k - 1)), log_w.amin(1, keepdim=True))
     r = torch.softmax(log_r, 1).float()
-    mean = (per_row(r.flatten(), drawn.flatten(0, 1)).view(*r.shape, *[1] * len(pool.shape)) * drawn).sum(1)
+    mean = (per_example(r.flatten(), drawn.flatten(0, 1)).view(*r.shape, *[1] * len(pool.shape)) * drawn).sum(1)
     return Posterior(mean, 1 / r.square().sum(1), torch.zeros(len(mean)))
 
 
-def search(pool: Pool, pruned: PrunedDataset) -> None:
-    k, rows, g = 64, 64, generator(0, "proposal")
-    found = {name: FoundNeighbours(pool, k, name, 8) for name in ("PCA64,Flat", "PCA64,IVF256,Flat")}
+def search(pool: Pool, exact: ExactTarget) -> None:
+    k, examples, g = 64, 64, generator(0, "proposal")
+    indices = ("PCA64,Flat", "PCA64,IVF256,Flat")
+    found = {name: KNNTarget(pool, k, search="faiss", index=name, probes=8) for name in indices}
     targets: dict[str, TargetEstimator] = {
-        "single sample": SingleSample(),
-        "1,024 references": ReferenceBatch(pool, 1024),
-        "64 nearest": NearestNeighbours(pool, k),
+        "single sample": DSMTarget(),
+        "1,024 references": STFTarget(pool, 1024),
+        "64 nearest": KNNTarget(pool, k),
         **{f"64 by {name}": target for name, target in found.items()},
     }
     for sigma in (1.4, 2.0, 2.8, 4.0, 8.0):
-        noisy = batch(pool, torch.full((rows,), sigma), int(100 * sigma))
-        exact = pruned(noisy).mean
-        nearest = NearestNeighbours(pool, k)._nearest(noisy, ALL)
+        noisy = batch(pool, torch.full((examples,), sigma), int(100 * sigma))
+        wanted = exact(noisy).mean
+        nearest = KNNTarget(pool, k).nearest(noisy, NULL_LABEL)
         print(f"  sigma = {sigma}")
         for name, target in targets.items():
             spent = seconds(lambda target=target, noisy=noisy: target(noisy, generator=g))
-            off = (target(noisy, generator=g).mean - exact).flatten(1).square().sum(1).mean()
-            listed = target.found(noisy, ALL) if isinstance(target, FoundNeighbours) else None
-            recall = "" if listed is None else f"   recall {_recall(listed, nearest):.2f}"
+            off = (target(noisy, generator=g).mean - wanted).flatten(1).square().sum(1).mean()
+            recall = ""
+            if isinstance(target, KNNTarget) and target.search == "faiss":
+                recall = f"   recall {_recall(target.nearest(noisy, NULL_LABEL), nearest):.2f}"
             print(f"    {name:24} mean squared distance to exact {off:8.2f}   {spent:6.2f} s{recall}", flush=True)
-        off = (proposal(noisy, pool, nearest, 256, g).mean - exact).flatten(1).square().sum(1).mean()
+        off = (proposal(noisy, pool, nearest, 256, g).mean - wanted).flatten(1).square().sum(1).mean()
         print(f"    {'proposal from 64 nearest':24} mean squared distance to exact {off:8.2f}   (256 draws, biased)")
 
 
@@ -271,33 +280,33 @@ def _recall(listed: Tensor, nearest: Tensor) -> float:
 
 
 def reading(pool: Pool, copies: int = 10, repeats: int = 7) -> None:
-    """Data mapped from a file whose pages are in memory or not: seconds by the clock.
+    """Wall-clock time of data mapped from a file whose pages are in memory or not.
 
-    The copies are moved sideways, and taken to be as far from each other as the images are.
+    The shifted copies are given the distances of the original images.
     """
-    noisy, told = batch(pool, torch.full((2,), 10.0)), ahead.soon
-    systems = {"told beforehand": told, "not told": lambda part: None}
+    noisy, prefetch = batch(pool, torch.full((2,), 10.0)), stablefield.pool._prefetch
+    ways_to_read = {"read ahead": prefetch, "not read ahead": lambda part: None}
     taken: dict[tuple[str, bool], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.npy"
         np.save(path, tiled(pool, copies * len(pool)).data.cpu().numpy())
-        data, distances = as_tensor(mapped(path)), NeighbourDistances(pool, device=DEVICE)
-        pruned = PrunedDataset(Pool(data, levels=pool.levels), lambda label: distances(label).repeat(copies, 1))
-        pruned(noisy)
-        for _, (name, soon), cold in itertools.product(range(repeats), systems.items(), (False, True)):
-            ahead.soon = soon
-            taken.setdefault((name, cold), []).append(by_the_clock(path, data, cold, lambda: pruned(noisy)))
-        ahead.soon = told
-        print(f"  {len(data):,} members, {data.nbytes / 1e9:.1f} GB          in memory              on the disk")
-        print("  two rows for which all pass")
-        for name in systems:
+        data, distances = as_tensor(map_array(path)), NeighbourDistances(pool, device=DEVICE)
+        exact = ExactTarget(Pool(data, num_levels=pool.num_levels), lambda label: distances(label).repeat(copies, 1))
+        exact(noisy)
+        for _, (name, way), cold in itertools.product(range(repeats), ways_to_read.items(), (False, True)):
+            stablefield.pool._prefetch = way
+            taken.setdefault((name, cold), []).append(by_the_clock(path, data, cold, lambda: exact(noisy)))
+        stablefield.pool._prefetch = prefetch
+        print(f"  {len(data):,} data points, {data.nbytes / 1e9:.1f} GB      in memory              on the disk")
+        print("  two examples that need all data")
+        for name in ways_to_read:
             print(f"    {name:26}", *(spread(taken[name, cold]) for cold in (False, True)), flush=True)
-        some, *_ = groups(Pool(pool.data, levels=pool.levels), pruned, NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)
+        some, *_ = groups(Pool(pool.data, num_levels=pool.num_levels), NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)
         ways: dict[str, list[Callable[[], object]]] = {
-            "one after the other": [partial(pruned, noisy) for noisy in some],
-            "at once, as in a run": [lambda: pruned.several(some, [None] * len(some))],
+            "step by step": [partial(exact, noisy) for noisy in some],
+            "together, as in a run": [lambda: Prefetched(exact, PREFETCHED).several(some)],
         }
-        print(f"  {len(some)} steps of 64 rows of EDM's noise, seconds a step")
+        print(f"  {len(some)} steps of 64 examples of EDM's noise, seconds per step")
         for name, calls in ways.items():
             for _, cold in itertools.product(range(3), (False, True)):
                 spent = sum(by_the_clock(path, data, cold, call) for call in calls)
@@ -306,9 +315,9 @@ def reading(pool: Pool, copies: int = 10, repeats: int = 7) -> None:
 
 
 def by_the_clock(path: Path, data: Tensor, cold: bool, work: Callable[[], object]) -> float:
-    """Seconds of one call that reads from a file, with none of its pages in memory if it shall be cold."""
+    """Wall-clock seconds of one call that reads from a file; if cold, none of its pages are in memory before."""
     if cold:
-        forget(path, data)
+        drop_pages(path, data)
     start = time.perf_counter()
     work()
     if DEVICE.type != "cpu":
@@ -317,13 +326,13 @@ def by_the_clock(path: Path, data: Tensor, cold: bool, work: Callable[[], object
 
 
 def spread(times: list[float]) -> str:
-    """The median, the least and the most."""
+    """Median, minimum and maximum."""
     return f"{statistics.median(times):6.2f} s ({min(times):.2f} to {max(times):.2f})"
 
 
-def forget(path: Path, data: Tensor) -> None:
-    """Let a file's pages be in nobody's memory."""
-    ahead.advise(data, mmap.MADV_DONTNEED)
+def drop_pages(path: Path, data: Tensor) -> None:
+    """Remove the pages of a file from memory."""
+    stablefield.pool._advise(data, mmap.MADV_DONTNEED)
     file = os.open(path, os.O_RDONLY)
     os.fsync(file)
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -332,58 +341,65 @@ def forget(path: Path, data: Tensor) -> None:
 
 def measure_distances(pool: Pool) -> None:
     distances = NeighbourDistances(pool, device=DEVICE)
-    for what, labels in {"among all": [ALL], "within each class": range(pool.classes)}.items():
+    for what, labels in {"among all": [NULL_LABEL], "within each class": range(pool.num_classes)}.items():
         taken = seconds(lambda labels=labels: [distances(label) for label in labels])
-        print(f"  {what:<20} {taken:7.1f} s (0 where they were in the cache)")
+        print(f"  {what:<20} {taken:7.1f} s (0 if read from the cache)")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar10", type=Path)
-    parser.add_argument("--fashion-mnist", type=Path)
-    parser.add_argument("--only", default="neighbours,speed,step,error,size,search,reading")
+    parser.add_argument("--cifar10", type=Path, help="CIFAR-10 as a store (stablefield data convert)")
+    parser.add_argument("--fashion-mnist", type=Path, help="IDX file of Fashion-MNIST's images")
+    parser.add_argument(
+        "--only",
+        default="neighbours,speed,step,error,size,search,reading",
+        help="comma-separated parts to run; all by default (%(default)s)",
+    )
+    parser.add_argument("--quick", action="store_true", help="only small data, to see that the script runs")
     options = parser.parse_args()
     only = options.only.split(",")
+    sizes = [10**3, 10**4] if options.quick else [10**3, 10**4, 10**5, 10**6]
     torch.set_num_threads(1)
     print(headline(__file__))
     print(f"load of this machine before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
     cifar = on_device(Store(options.cifar10).load()) if options.cifar10 else None
     if cifar is not None:
-        pruned = PrunedDataset(cifar, NeighbourDistances(cifar, device=DEVICE))
+        exact = ExactTarget(cifar, NeighbourDistances(cifar, device=DEVICE))
         if "neighbours" in only:
             print(f"Distances to the 16 nearest of each, {cifar}")
             measure_distances(cifar)
         if "speed" in only:
-            print(f"Seconds a batch, {cifar}")
-            speed(cifar, pruned)
+            print(f"Seconds per batch, {cifar}")
+            speed(cifar, exact)
         if "step" in only:
             print(f"\nBeside a training step, {cifar}")
-            step(options.cifar10, cifar, pruned)
+            step(options.cifar10, cifar, exact)
         if "search" in only:
-            print(f"\nThe nearest neighbours, {cifar}, 64 rows")
-            search(cifar, pruned)
+            print(f"\nNearest neighbours, {cifar}, 64 examples")
+            search(cifar, exact)
         if "reading" in only:
-            print("\nBytes on the disk")
+            print("\nData on the disk")
             reading(cifar)
     if "error" in only:
         fashion = options.fashion_mnist and IDX(options.fashion_mnist).load()
         pools = {"digits": Digits().load(), "Fashion-MNIST": fashion, "CIFAR-10": cifar}
         for name, pool in pools.items():
             if pool is not None:
-                print(f"\nAgainst the full data set, {name}, {pool}")
-                pool = on_device(Pool(pool.data, levels=pool.levels))
-                error(pool, PrunedDataset(pool, NeighbourDistances(pool, device=DEVICE)), 32)
+                print(f"\nAgainst the target that streams all data, {name}, {pool}")
+                pool = on_device(Pool(pool.data, num_levels=pool.num_levels))
+                error(pool, ExactTarget(pool, NeighbourDistances(pool, device=DEVICE)), 32)
     if "size" in only:
-        print("\nAgainst the size of the data, 64 rows of EDM's noise, without distances between neighbours")
-        print("          N       D      ready        pruned   all N streamed    ratio")
-        for n, d, repeats in [(10**3, 256, 20), (10**4, 256, 20), (10**5, 256, 8), (10**6, 256, 3)]:
-            size(manifold(n, d), repeats)
-        for d in (64, 768, 3072, 12288):
+        print("\nAgainst the size of the data, 64 examples of EDM's noise, without distances between neighbours")
+        print("          N       D    first batch       exact   all N streamed    ratio")
+        repeats = {10**3: 20, 10**4: 20, 10**5: 8, 10**6: 3}
+        for n in sizes:
+            size(manifold(n, 256), repeats[n])
+        for d in (64, 768) if options.quick else (64, 768, 3072, 12288):
             size(manifold(10_000, d), 8)
         if cifar is not None:
             print(f"  the same with {cifar}, tiled")
-            for n, repeats in [(10**3, 20), (10**4, 20), (10**5, 8), (10**6, 3)]:
-                size(tiled(cifar, n), repeats)
+            for n in sizes:
+                size(tiled(cifar, n), repeats[n])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""How fast DDPM++ and NCSN++ answer and train at CIFAR-10's size, and how much memory a training step takes.
+"""Speed of DDPM++ and NCSN++ at CIFAR-10's size, forward and in training, and memory of a training step.
 
     python benchmarks/networks.py             on the CPU, or a GPU where there is one; a few minutes
-    python benchmarks/networks.py --quick     NCSN++ in float32 alone
-    python benchmarks/networks.py --compile   torch.compile beside it (minutes more)
+    python benchmarks/networks.py --quick     only NCSN++ in float32
+    python benchmarks/networks.py --compile   also with torch.compile (some minutes more)
 
-The plain form is the same network written as its definition reads: every filter a depthwise convolution, every layer
-in its order, attention as two products and a softmax, memory as PyTorch lays it out. It has the same weights, and must
-give the same answers before it is timed. Ours has its weights channels innermost. Ratios within this run are what
-counts; the seconds are this machine's.
+The plain form is the same network in a direct implementation of its definition: every filter is a depthwise
+convolution, layers are applied one after the other, attention is two matrix products and a softmax, and tensors have
+PyTorch's default memory layout. It has the same weights, and its outputs are compared before it is timed. The network
+of this package has its weights in the channels-last layout. Compare ratios within one run; times depend on the machine.
 """
 
 import argparse
@@ -27,18 +27,18 @@ PRESETS: dict[str, Callable[..., SongUNet]] = {"ncsnpp": ncsnpp, "ddpmpp": ddpmp
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Plain(nn.Module):
-    """DDPM++ or NCSN++ written out, with the weights of one from the package."""
+class PlainUNet(nn.Module):
+    """Direct implementation of DDPM++ or NCSN++, with the weights of a network of the package."""
 
     def __init__(self, network: SongUNet) -> None:
         super().__init__()
         self.fourier = network.encoder == "residual"
-        self.levels, self.blocks, self.rate = network.levels, network.num_blocks, 0.1
+        self.resolutions, self.blocks, self.dropout = network.resolutions, network.num_blocks, 0.1
         state = network.state_dict()
-        fixed = {name for name, _ in network.named_buffers()}
+        buffers = {name for name, _ in network.named_buffers()}
         self.name = {name: name.replace(".", "/") for name in state}
         for name, value in state.items():
-            if name in fixed:
+            if name in buffers:
                 self.register_buffer(self.name[name], value.clone())
             else:
                 self.register_parameter(self.name[name], nn.Parameter(value.clone()))
@@ -53,100 +53,100 @@ class Plain(nn.Module):
         groups = min(32, x.shape[1] // 4)
         return F.group_norm(x, groups, self.get(f"{name}.weight"), self.get(f"{name}.bias"), 1e-6)
 
-    def filter(self, x: Tensor, name: str, change: str | None, padding: int | None = None) -> Tensor:
+    def filter(self, x: Tensor, name: str, resample: str | None, padding: int | None = None) -> Tensor:
         taps = self.get(f"{name}.resample_filter")
         if taps is None:
             return x
-        each, channels = taps.expand(x.shape[1], -1, -1, -1), x.shape[1]
+        filters, channels = taps.expand(x.shape[1], -1, -1, -1), x.shape[1]
         padding = (taps.shape[-1] - 1) // 2 if padding is None else padding
-        if change == "up":
-            return F.conv_transpose2d(x, 4 * each, stride=2, padding=padding, groups=channels)
-        return F.conv2d(x, each, stride=2, padding=padding, groups=channels)
+        if resample == "up":
+            return F.conv_transpose2d(x, 4 * filters, stride=2, padding=padding, groups=channels)
+        return F.conv2d(x, filters, stride=2, padding=padding, groups=channels)
 
-    def conv(self, x: Tensor, name: str, change: str | None = None) -> Tensor:
+    def conv(self, x: Tensor, name: str, resample: str | None = None) -> Tensor:
         weight, bias = self.get(f"{name}.weight"), self.get(f"{name}.bias")
-        return F.conv2d(self.filter(x, name, change), weight, bias, padding=weight.shape[-1] // 2)
+        return F.conv2d(self.filter(x, name, resample), weight, bias, padding=weight.shape[-1] // 2)
 
     def conv_down(self, x: Tensor, name: str) -> Tensor:
         weight, taps = self.get(f"{name}.weight"), self.get(f"{name}.resample_filter")
         x = F.conv2d(x, weight, padding=1 + (taps.shape[-1] - 1) // 2)
         return self.filter(x, name, "down", padding=0) + self.get(f"{name}.bias")[:, None, None]
 
-    def block(self, x: Tensor, name: str, emb: Tensor, change: str | None = None) -> Tensor:
-        h = self.conv(F.silu(self.norm(x, f"{name}.norm0")), f"{name}.conv0", change)
+    def block(self, x: Tensor, name: str, emb: Tensor, resample: str | None = None) -> Tensor:
+        h = self.conv(F.silu(self.norm(x, f"{name}.norm0")), f"{name}.conv0", resample)
         h = h + self.linear(emb, f"{name}.affine")[:, :, None, None]
-        h = F.dropout(F.silu(self.norm(h, f"{name}.norm1")), self.rate, self.training)
+        h = F.dropout(F.silu(self.norm(h, f"{name}.norm1")), self.dropout, self.training)
         h = self.conv(h, f"{name}.conv1")
-        x = (h + (self.conv(x, f"{name}.skip", change) if f"{name}.skip.weight" in self.name else x)) * math.sqrt(0.5)
+        x = (h + (self.conv(x, f"{name}.skip", resample) if f"{name}.skip.weight" in self.name else x)) * math.sqrt(0.5)
         if f"{name}.qkv.weight" not in self.name:
             return x
-        rows, channels, height, width = x.shape
+        batch, channels, height, width = x.shape
         qkv = self.conv(self.norm(x, f"{name}.norm2"), f"{name}.qkv")
-        q, k, v = qkv.reshape(rows, channels, 3, height * width).unbind(2)
+        q, k, v = qkv.reshape(batch, channels, 3, height * width).unbind(2)
         weight = torch.einsum("bcq,bck->bqk", q, k / math.sqrt(channels)).float().softmax(2).to(q.dtype)
         mixed = torch.einsum("bqk,bck->bcq", weight, v).reshape(x.shape)
         return (x + self.conv(mixed, f"{name}.proj")) * math.sqrt(0.5)
 
-    def waves(self, noise: Tensor) -> Tensor:
+    def noise_embedding(self, c_noise: Tensor) -> Tensor:
         if self.fourier:
-            angle = noise[:, None] * (2 * math.pi * self.get("map_noise.freqs"))
+            angle = c_noise[:, None] * (2 * math.pi * self.get("map_noise.freqs"))
         else:
             half = self.get("map_layer0.weight").shape[1] // 2
-            angle = noise[:, None] * 10000 ** -(torch.arange(half, device=noise.device) / (half - 1))
+            angle = c_noise[:, None] * 10000 ** -(torch.arange(half, device=c_noise.device) / (half - 1))
         return torch.cat([angle.sin(), angle.cos()], 1)
 
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
-        emb = F.silu(self.linear(self.waves(noise), "map_layer0"))
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        emb = F.silu(self.linear(self.noise_embedding(c_noise), "map_layer0"))
         emb = F.silu(self.linear(emb, "map_layer1"))
-        beside, seen = x, []
-        for r in self.levels:
-            if r == self.levels[0]:
+        residual, skips = x, []
+        for r in self.resolutions:
+            if r == self.resolutions[0]:
                 x = self.conv(x, f"enc.{r}_conv")
             else:
                 x = self.block(x, f"enc.{r}_down", emb, "down")
                 if self.fourier:
-                    x = beside = (x + self.conv_down(beside, f"enc.{r}_aux_residual")) / math.sqrt(2)
-            seen.append(x)
+                    x = residual = (x + self.conv_down(residual, f"enc.{r}_aux_residual")) / math.sqrt(2)
+            skips.append(x)
             for i in range(self.blocks):
                 x = self.block(x, f"enc.{r}_block{i}", emb)
-                seen.append(x)
-        for r in reversed(self.levels):
-            if r == self.levels[-1]:
+                skips.append(x)
+        for r in reversed(self.resolutions):
+            if r == self.resolutions[-1]:
                 x = self.block(self.block(x, f"dec.{r}_in0", emb), f"dec.{r}_in1", emb)
             else:
                 x = self.block(x, f"dec.{r}_up", emb, "up")
             for i in range(self.blocks + 1):
-                x = self.block(torch.cat([x, seen.pop()], 1), f"dec.{r}_block{i}", emb)
-        r = self.levels[0]
+                x = self.block(torch.cat([x, skips.pop()], 1), f"dec.{r}_block{i}", emb)
+        r = self.resolutions[0]
         return self.conv(F.silu(self.norm(x, f"dec.{r}_aux_norm")), f"dec.{r}_aux_conv")
 
 
-def contenders(preset: str, device: str, compiled: bool) -> dict[str, nn.Module]:
-    """The network in both forms, with equal weights away from their first zeros, and equal answers."""
+def both_forms(preset: str, device: str, compiled: bool) -> dict[str, nn.Module]:
+    """The network in both forms with equal weights; zero-initialized weights are perturbed, and outputs compared."""
     torch.manual_seed(0)
     ours = PRESETS[preset]()
     for parameter in ours.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    plain, ours = Plain(ours).to(device), ours.to(device, memory_format=torch.channels_last)
+    plain, ours = PlainUNet(ours).to(device), ours.to(device, memory_format=torch.channels_last)
     forms: dict[str, nn.Module] = {"plain": plain, "stablefield": ours}
-    x, noise = torch.randn(2, 3, 32, 32, device=device), torch.randn(2, device=device)
+    x, c_noise = torch.randn(2, 3, 32, 32, device=device), torch.randn(2, device=device)
     with torch.no_grad():
-        expected, answer = (form.eval()(x, noise) for form in forms.values())
-    assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max(), "the two forms disagree"
+        expected, output = (form.eval()(x, c_noise) for form in forms.values())
+    assert (output - expected).abs().max() <= 1e-5 * expected.abs().max(), "the outputs of the two forms differ"
     if compiled:
         forms["compiled"] = torch.compile(ours, fullgraph=True)
     return forms
 
 
 def work(form: nn.Module, batch: int, device: str, dtype: torch.dtype, training: bool) -> Callable[[], None]:
-    """One forward pass, or one forward and backward pass, at this precision."""
-    x, noise = torch.randn(batch, 3, 32, 32, device=device), torch.randn(batch, device=device)
+    """Function that runs one forward pass, or one forward and backward pass."""
+    x, c_noise = torch.randn(batch, 3, 32, 32, device=device), torch.randn(batch, device=device)
 
     def once() -> None:
         form.train(training)
         with torch.set_grad_enabled(training):
             with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                loss = form(x, noise).square().mean()
+                loss = form(x, c_noise).square().mean()
             if training:
                 loss.backward()
                 form.zero_grad()
@@ -155,15 +155,15 @@ def work(form: nn.Module, batch: int, device: str, dtype: torch.dtype, training:
 
 
 def speed(preset: str, precision: str, batch: int, device: str, repeats: int, compiled: bool) -> None:
-    forms = contenders(preset, device, compiled)
+    forms = both_forms(preset, device, compiled)
     for training in (False, True):
         steps = {k: work(form, batch, device, PRECISIONS[precision], training) for k, form in forms.items()}
-        found = interleaved(steps, repeats)
-        for name, (middle, low, high) in found.items():
+        times = interleaved(steps, repeats)
+        for name, (middle, low, high) in times.items():
             print(
                 f"  {preset} {precision:8} {'forward and backward' if training else 'forward':20} {name:12}"
                 f" {batch / middle:9.2f} images/s   ({batch / high:.2f} to {batch / low:.2f})"
-                f"   x {found['plain'][0] / middle:.2f}",
+                f"   x {times['plain'][0] / middle:.2f}",
                 flush=True,
             )
 
@@ -173,13 +173,13 @@ def memory(preset: str, precision: str, batch: int, device: str) -> None:
     for name in ("plain", "stablefield", "checkpointing"):
         used = peak_memory(__file__, "--peak", name, preset, precision, str(batch), device)
         base = base or used
-        print(f"  {preset} {precision:8} {name:15} {used / batch:7.1f} MB an image   x {used / base:.2f}", flush=True)
+        print(f"  {preset} {precision:8} {name:15} {used / batch:7.1f} MB per image   x {used / base:.2f}", flush=True)
 
 
 def report_peak(name: str, preset: str, precision: str, batch: str, device: str) -> None:
-    """One training step of one form, and what it took beyond weights and gradients (a smaller one goes before)."""
+    """Print the peak memory of one training step of one form, beyond weights and gradients, after a smaller step."""
     network: nn.Module = PRESETS[preset](checkpointing=name == "checkpointing")
-    form = Plain(network).to(device) if name == "plain" else network.to(device, memory_format=torch.channels_last)
+    form = PlainUNet(network).to(device) if name == "plain" else network.to(device, memory_format=torch.channels_last)
     work(form, 1, device, PRECISIONS[precision], True)()
     for parameter in form.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -194,11 +194,11 @@ def report_peak(name: str, preset: str, precision: str, batch: str, device: str)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="NCSN++ in float32 alone, two rounds")
-    parser.add_argument("--compile", action="store_true", help="torch.compile beside it")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="CPU threads: fewer than there are cores on a busy machine")
-    parser.add_argument("--batch", type=int, help="images (4 on a CPU, 128 on a GPU)")
+    parser.add_argument("--quick", action="store_true", help="only NCSN++ in float32, two rounds")
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile")
+    parser.add_argument("--repeats", type=int, default=3, help="number of rounds (3)")
+    parser.add_argument("--threads", type=int, help="number of CPU threads; use fewer than the cores on a busy machine")
+    parser.add_argument("--batch", type=int, help="images per batch (4 on a CPU, 128 on a GPU)")
     parser.add_argument("--peak", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.threads:
@@ -212,10 +212,10 @@ if __name__ == "__main__":
     cases = [(preset, precision) for preset in PRESETS for precision in PRECISIONS][: 1 if options.quick else None]
     print(headline(__file__))
     print(f"load of this machine before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
-    print(f"Images a second, {images} at a time (median and quartiles, taking turns; ratio to the plain form)")
+    print(f"Images per second in batches of {images} (median and quartiles, in turns; ratio to the plain form)")
     for case in cases:
         speed(*case, images, where, rounds, options.compile)
-    print(f"\nPeak memory of forward and backward beyond the weights, {images} at a time")
+    print(f"\nPeak memory of forward and backward beyond the weights, in batches of {images}")
     for case in cases[::2]:
         memory(*case, images, where)
     print(f"\nload of this machine after: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores")

@@ -1,9 +1,9 @@
-"""How fast the posterior is, and how little memory it takes, against the form that is written out.
+"""Time and memory of `posterior`, against the formula written out.
 
-    python benchmarks/posterior.py            on the CPU, or a GPU where there is one
+    python benchmarks/posterior.py            on a GPU if there is one, else on the CPU
 
-The written-out form is what one would type: all differences x_t - x_k at once, (B, n, D). Ratios within this run are
-what counts; the seconds are this machine's.
+The written-out form computes all differences x_t - x_k at once, (B, n, D). Compare ratios within one run; the seconds
+are those of this machine.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from common import headline, interleaved, peak_memory, peak_of
 
 from stablefield import posterior
 
-ROWS, DIM = 64, 3072
+BATCH, DIM = 64, 3072
 
 
 def written_out(x_t: torch.Tensor, support: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -25,16 +25,16 @@ def written_out(x_t: torch.Tensor, support: torch.Tensor, sigma: torch.Tensor) -
 
 
 def kernel(x_t: torch.Tensor, support: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The same from the package."""
+    """The posterior mean from the package."""
     return posterior(x_t, support, sigma=sigma).mean
 
 
 def inputs(n: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x_t, support and sigma: noisy members of a random support, at intermediate noise."""
+    """x_t, support and sigma: noisy candidates of a random support, at intermediate noise levels."""
     torch.manual_seed(0)
     support = torch.rand(n, DIM) * 2 - 1
-    sigma = torch.logspace(-1, 1.5, ROWS)
-    x_t = support[torch.randint(n, (ROWS,))] + sigma[:, None] * torch.randn(ROWS, DIM)
+    sigma = torch.logspace(-1, 1.5, BATCH)
+    x_t = support[torch.randint(n, (BATCH,))] + sigma[:, None] * torch.randn(BATCH, DIM)
     return x_t.to(device), support.to(device), sigma.to(device)
 
 
@@ -72,7 +72,7 @@ def cuda_peak(name: str) -> float:
 
 
 def report_peak(name: str) -> None:
-    """Run one form once, and print what it took beyond what was there (a small one first, for the libraries)."""
+    """Run one form once and print the memory that it took (after a small call that loads the libraries)."""
     x_t, support, sigma = inputs(1024, "cpu")
     posterior(x_t[:2], support[:2], sigma=sigma[:2])
     written_out(x_t[:2], support[:2], sigma[:2])
@@ -86,7 +86,7 @@ def growth(device: str, repeats: int) -> None:
         x_t, support, sigma = inputs(n, device)
         middle, _, _ = interleaved({"": lambda s=(x_t, support, sigma): posterior(s[0], s[1], sigma=s[2])}, repeats)[""]
         extra = peak_memory(__file__, "--peak-of", str(n)) if device == "cpu" else float("nan")
-        print(f"  {n:7} {1e3 * middle:9.2f} {4 * ROWS * n * DIM / middle / 1e9:9.0f} {extra:9.1f}")
+        print(f"  {n:7} {1e3 * middle:9.2f} {4 * BATCH * n * DIM / middle / 1e9:9.0f} {extra:9.1f}")
     print()
 
 
@@ -97,9 +97,9 @@ def report_peak_of(n: int) -> None:
 
 
 def products(device: str, repeats: int) -> None:
-    """The rate of the two products of the kernel, in the libraries there are, for the size of one call."""
+    """Rate of the kernel's two matrix products in the installed libraries, for the size of one call."""
     x_t, support, _ = inputs(1024, device)
-    weight = torch.rand(ROWS, 1024, device=device)
+    weight = torch.rand(BATCH, 1024, device=device)
     wide = [tensor.double() for tensor in (x_t, support, weight)]
     candidates = {
         "torch float32": lambda: (x_t @ support.T, weight @ support),
@@ -113,17 +113,17 @@ def products(device: str, repeats: int) -> None:
         try:
             import faiss
 
-            # faiss has distances only, which are the first product: the second is numpy's
+            # faiss has distances only, which are the first product; the second is numpy's
             candidates["faiss float32"] = lambda: (
                 faiss.pairwise_distances(narrow_np[0], narrow_np[1]),
                 narrow_np[2] @ narrow_np[1],
             )
         except ImportError:
             print("  (faiss is not installed: pip install 'stablefield[bench]')")
-    candidates["stablefield, all of it"] = lambda: posterior(x_t, support, sigma=1.0)
-    flops = 4 * ROWS * 1024 * DIM
+    candidates["stablefield, complete"] = lambda: posterior(x_t, support, sigma=1.0)
+    flops = 4 * BATCH * 1024 * DIM
     for name, work in candidates.items():
-        # each alone: the libraries' threads wait for each other's where they take turns
+        # one library after the other: threads of several libraries that take turns wait for each other
         middle, _, _ = interleaved({name: work}, repeats)[name]
         print(f"  {name:22} {1e3 * middle:9.2f} ms {flops / middle / 1e9:9.0f} Gflop/s")
 
@@ -140,11 +140,11 @@ if __name__ == "__main__":
         sys.exit(report_peak_of(options.peak_of))
     where = "cuda" if torch.cuda.is_available() else "cpu"
     print(headline(__file__))
-    print(f"Time at B = {ROWS}, n = 1,024, D = {DIM:,} (median and quartiles, taking turns)")
+    print(f"Time at B = {BATCH}, n = 1,024, D = {DIM:,} (median and quartiles, taking turns)")
     speed(where, options.repeats)
     print("Peak memory beyond the inputs")
     memory(where)
-    print(f"Against the size of the support, B = {ROWS}, D = {DIM:,}")
+    print(f"Against the size of the support, B = {BATCH}, D = {DIM:,}")
     growth(where, options.repeats)
     print("The two matrix products alone, n = 1,024")
     products(where, options.repeats)

@@ -1,13 +1,13 @@
-"""Where the time of a training step goes, what the package costs over a bare loop, and what decoding once saves.
+"""Time of the parts of a training step, overhead of the package over a bare loop, and time saved by decoding once.
 
-    python benchmarks/training.py               on the CPU, or a GPU where there is one; some five minutes
-    python benchmarks/training.py --batch 64    larger steps (on a CPU: many minutes)
-    python benchmarks/training.py --data ZIP    real images, instead of made-up ones, for the decoding
+    python benchmarks/training.py               on the CPU, or a GPU where there is one; about five minutes
+    python benchmarks/training.py --batch 64    larger batches (on a CPU: many minutes)
+    python benchmarks/training.py --data ZIP    real images instead of synthetic ones for the decoding
 
-The step is that of the recipe `cifar10-ncsnpp-edm-stf`: NCSN++ at full width, 1,024 references out of 50,000 images of
-3 x 32 x 32 bytes in a store, in a smaller batch. What a part of it takes is timed alone and set against the whole step,
-both taking turns with all else. The bare loop is denoising score matching as one would type it, on the same network:
-no references, no augmentation, nothing kept or counted. Ratios within this run are what counts.
+The step is that of the recipe `cifar10-ncsnpp-edm-stf` with a smaller batch: NCSN++ at full width, 1,024 references
+out of 50,000 images of 3 x 32 x 32 bytes in a store. Each part of it is timed alone and compared with the whole step,
+in turns with all others. The bare loop is a minimal implementation of denoising score matching with the same network:
+without references, augmentation, metrics or checkpoints. Compare ratios within one run.
 """
 
 import argparse
@@ -27,60 +27,61 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from stablefield import FullDataset, Perturbed, Pool
+from stablefield import NoisyBatch, Pool
+from stablefield.build import Components, build
 from stablefield.config import override, resolve
-from stablefield.data import Shuffled, Store, write, write_zip
+from stablefield.data import ShuffledBatches, Store, write_store, write_zip
 from stablefield.data.contents import Contents
 from stablefield.engine import TrainState, train
-from stablefield.engine.train import perturb
+from stablefield.engine.loop import perturb
 from stablefield.recipes import read_recipe
-from stablefield.run import Parts, assemble
 from stablefield.seeding import generator
+from stablefield.targets import ExactTarget
 
 RECIPE, SIZE, SEED = "cifar10-ncsnpp-edm-stf", 50_000, 0
 Timing = tuple[float, float, float]  # median and quartiles
 
 
-def made_up(n: int) -> Pool:
-    """Smooth images with a little noise: about as long as photographs once they are PNG."""
+def synthetic(n: int) -> Pool:
+    """Smooth images with a little noise, whose PNG files are about as large as those of photographs."""
     draw = torch.Generator().manual_seed(SEED)
     smooth = interpolate(torch.rand(n, 3, 6, 6, generator=draw), (32, 32), mode="bicubic", antialias=True)
     noisy = 255 * smooth + 6 * torch.randn(n, 3, 32, 32, generator=draw)
     return Pool(noisy.clamp(0, 255).to(torch.uint8))
 
 
-def parts_of(store: Path, *settings: str) -> Parts:
-    """The recipe's, with some of it changed."""
+def components_of(store: Path, *settings: str) -> Components:
+    """Components of the recipe with changed settings."""
     data = ["data.kind=store", f"data.path={store}", f"training.seed={SEED}"]
-    return assemble(resolve(override(read_recipe(RECIPE), [*data, *settings])))
+    return build(resolve(override(read_recipe(RECIPE), [*data, *settings])))
 
 
-def whole_step(parts: Parts) -> Callable[[], object]:
-    """A step of `train`, as the package does it."""
-    state = TrainState(parts.denoiser)
-    steps = train(state, parts.objective, parts.batches, images=10**12, seed=SEED)
+def whole_step(components: Components) -> Callable[[], object]:
+    """Function that runs one step of `train`."""
+    state = TrainState(components.denoiser)
+    steps = train(state, components.objective, components.batches, images=10**12, seed=SEED)
     return lambda: next(steps)
 
 
-def pieces(parts: Parts) -> dict[str, Callable[[], object]]:
-    """What is done in a step beside the network, each alone, on another batch every time."""
-    state, size, device = TrainState(parts.denoiser), parts.batches.size, next(parts.denoiser.parameters()).device
-    seen = iter(range(0, 10**12, size))
+def step_parts(components: Components) -> dict[str, Callable[[], object]]:
+    """Parts of a training step besides the network, each timed alone on a new batch."""
+    state, device = TrainState(components.denoiser), next(components.denoiser.parameters()).device
+    images = iter(range(0, 10**12, components.batches.size))
 
-    def noisy() -> Perturbed:
-        return perturb(state, parts.objective.times, parts.batches, next(seen), SEED)
+    def noisy() -> NoisyBatch:
+        return perturb(state, components.objective.times, components.batches, next(images), SEED)
 
-    known, everything = noisy(), FullDataset(parts.objective.target.pool)
+    batch, exact = noisy(), ExactTarget(components.pool, missing_mass=0.0)
     return {
-        "loading": lambda: parts.batches(next(seen)).to(device),
+        "loading": lambda: components.batches(next(images)).to(device),
         "loading and noise": noisy,
-        "target": lambda: parts.objective.target(known, generator=generator(SEED, "references", next(seen))),
-        "target of all 50,000": lambda: everything(known),
+        "target": lambda: components.objective.target(batch, generator=generator(SEED, "references", next(images))),
+        "target of all 50,000": lambda: exact(batch),
     }
 
 
 def bare_step(network: nn.Module, data: Tensor, batch: int) -> Callable[[], object]:
-    """A step of denoising score matching in EDM's form, as one would type it."""
+    """Function that runs one step of a minimal implementation of denoising score matching in EDM's form."""
     device = next(network.parameters()).device
     average = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
@@ -92,9 +93,9 @@ def bare_step(network: nn.Module, data: Tensor, batch: int) -> Callable[[], obje
         sigma = (1.2 * torch.randn(batch, 1, 1, 1, device=device) - 1.2).exp()
         variance = sigma**2 + 0.25
         x_t = x + sigma * torch.randn_like(x)
-        answer = network(x_t / variance.sqrt(), sigma.flatten().log() / 4)
-        answer = 0.25 / variance * x_t + 0.5 * sigma / variance.sqrt() * answer
-        loss = (variance / (0.5 * sigma) ** 2 * (answer - x) ** 2).mean()
+        output = network(x_t / variance.sqrt(), sigma.flatten().log() / 4)
+        x0 = 0.25 / variance * x_t + 0.5 * sigma / variance.sqrt() * output
+        loss = (variance / (0.5 * sigma) ** 2 * (x0 - x) ** 2).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -106,38 +107,38 @@ def bare_step(network: nn.Module, data: Tensor, batch: int) -> Callable[[], obje
 
 
 def ratio(part: Timing, whole: Timing) -> Timing:
-    """Of medians, and how far it may be off: a low part over a high whole, and the other way round."""
+    """Ratio of medians and its range: lowest part over highest whole, and highest over lowest."""
     return part[0] / whole[0], part[1] / whole[2], part[2] / whole[1]
 
 
 def shares(store: Path, batch: int, repeats: int) -> None:
-    parts = parts_of(store, f"training.batch_size={batch}")
-    numbers = sum(p.numel() for p in parts.denoiser.parameters())
-    print(f"Shares of a step: NCSN++ of {numbers / 1e6:.1f} M parameters, {batch} images, 1,024 references of 50,000")
-    found = interleaved({"whole step": whole_step(parts), **pieces(parts)}, repeats)
-    step = found["whole step"]
-    for name, timing in found.items():
+    components = components_of(store, f"training.batch_size={batch}")
+    parameters = sum(p.numel() for p in components.denoiser.parameters())
+    print(f"Shares of a step: NCSN++, {parameters / 1e6:.1f} M parameters, {batch} images, 1,024 references of 50,000")
+    times = interleaved({"whole step": whole_step(components), **step_parts(components)}, repeats)
+    step = times["whole step"]
+    for name, timing in times.items():
         middle, low, high = (100 * value for value in ratio(timing, step))
         print(f"  {name:22} {1000 * timing[0]:10.2f} ms   {middle:7.3f} %   ({low:.3f} to {high:.3f})", flush=True)
 
 
 def against_a_bare_loop(store: Path, width: int, batch: int, repeats: int, targets: list[str]) -> None:
     settings = [f"training.batch_size={batch}", f"network.model_channels={width}", "augmentation.kind=none"]
-    bare = parts_of(store, *settings)
-    steps = {f"ours, target {kind}": whole_step(parts_of(store, *settings, *KINDS[kind])) for kind in targets}
-    found = interleaved({**steps, BARE: bare_step(bare.denoiser.network, bare.pool.data, batch)}, repeats)
-    print(f"\nImages a second, NCSN++ of width {width}, {batch} at a time (ratio to the bare loop)")
-    for name, timing in found.items():
-        middle, low, high = ratio(found[BARE], timing)
+    bare = components_of(store, *settings)
+    steps = {f"stablefield, {kind}": whole_step(components_of(store, *settings, *TARGETS[kind])) for kind in targets}
+    times = interleaved({**steps, BARE: bare_step(bare.denoiser.network, bare.pool.data, batch)}, repeats)
+    print(f"\nImages per second, NCSN++ of width {width}, in batches of {batch} (ratio to the bare loop)")
+    for name, timing in times.items():
+        middle, low, high = ratio(times[BARE], timing)
         print(f"  {name:26} {batch / timing[0]:9.2f}   x {middle:.3f}   ({low:.3f} to {high:.3f})", flush=True)
 
 
-KINDS: dict[str, list[str]] = {"reference": [], "single": ["target.kind=single"]}
-BARE = "bare loop, single samples"
+TARGETS: dict[str, list[str]] = {"stf": [], "dsm": ["target.kind=dsm"]}
+BARE = "bare loop, DSM"
 
 
 def decoded_each_epoch(path: Path, batch: int) -> Callable[[], Tensor]:
-    """A batch of images read from a zip, decoded every time they are seen."""
+    """Function that reads and decodes a batch of images from a ZIP file."""
     archive = zipfile.ZipFile(path)
     names = [name for name in archive.namelist() if name.endswith((".png", ".jpg"))]
     draw = np.random.default_rng(SEED)
@@ -150,42 +151,45 @@ def decoded_each_epoch(path: Path, batch: int) -> Callable[[], Tensor]:
     return load
 
 
-def decoding(folder: Path, given: Path | None, store: Path, batch: int, repeats: int) -> None:
-    if given is None:
-        write_zip(folder / "made-up.zip", Contents.of(made_up(5_000)))
+def decoding(folder: Path, archive: Path | None, store: Path, batch: int, repeats: int) -> None:
+    if archive is None:
+        write_zip(folder / "synthetic.zip", Contents.from_pool(synthetic(5_000)))
     loads = {
-        "decoded at every step": decoded_each_epoch(given or folder / "made-up.zip", batch),
-        "decoded once, mapped": _next_of(Store(store).load(), batch),
+        "decoded at every step": decoded_each_epoch(archive or folder / "synthetic.zip", batch),
+        "decoded once, memory map": _next_of(Store(store).load(), batch),
     }
-    found = interleaved(loads, repeats)
-    print(f"\nLoading, images a second, {batch} at a time, from {given.name if given else 'PNG files in a zip'}")
-    for name, timing in found.items():
-        middle, low, high = ratio(found["decoded at every step"], timing)
+    times = interleaved(loads, repeats)
+    origin = archive.name if archive else "PNG files in a ZIP file"
+    print(f"\nLoading, images per second in batches of {batch}, from {origin}")
+    for name, timing in times.items():
+        middle, low, high = ratio(times["decoded at every step"], timing)
         print(f"  {name:26} {batch / timing[0]:11,.0f}   x {middle:.1f}   ({low:.1f} to {high:.1f})", flush=True)
 
 
 def _next_of(pool: Pool, batch: int) -> Callable[[], object]:
-    batches, seen = Shuffled(pool, batch, SEED), iter(range(0, 10**12, batch))
-    return lambda: batches(next(seen))
+    batches, images = ShuffledBatches(pool, batch, SEED), iter(range(0, 10**12, batch))
+    return lambda: batches(next(images))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
-    parser.add_argument("--batch", type=int, default=256 if on_gpu else 16, help="images a step")
+    parser.add_argument("--batch", type=int, default=256 if on_gpu else 16, help="images per step")
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 4, help="rounds at full width")
     parser.add_argument("--narrow", type=int, default=32, help="width of the reduced network")
-    parser.add_argument("--data", type=Path, help="a zip of images to decode")
-    parser.add_argument("--quick", action="store_true", help="narrow networks alone, two rounds")
+    parser.add_argument("--data", type=Path, help="a ZIP file of images to decode")
+    parser.add_argument("--quick", action="store_true", help="only the narrow network, two rounds")
     options = parser.parse_args()
     start = time.perf_counter()
     print(headline(__file__) + f"seed {SEED}, load before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
-        write(store, Contents.of(made_up(SIZE)), source="made up")
+        write_store(store, Contents.from_pool(synthetic(SIZE)), source="synthetic")
         if not options.quick:
             shares(store, options.batch, options.repeats)
-            against_a_bare_loop(store, 128, options.batch, options.repeats, ["reference"])
-        against_a_bare_loop(store, options.narrow, options.batch, 2 if options.quick else 3 * options.repeats, [*KINDS])
+            against_a_bare_loop(store, 128, options.batch, options.repeats, ["stf"])
+        against_a_bare_loop(
+            store, options.narrow, options.batch, 2 if options.quick else 3 * options.repeats, [*TARGETS]
+        )
         decoding(Path(scratch), options.data, store, 64, 20)
     print(f"\n{time.perf_counter() - start:.0f} s; load after: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores")

@@ -1,4 +1,4 @@
-"""Shapes and types written in annotations are checked in every call that the tests make, on one thread."""
+"""Test setup: annotated shapes and types are checked in every call, torch uses one thread, caches are temporary."""
 
 import sys
 from collections.abc import Iterator
@@ -8,12 +8,12 @@ import pytest
 import torch
 
 jaxtyping.install_import_hook("stablefield", "typechecker.checked")
-torch.set_num_threads(1)  # over tensors this small a team mostly waits for its last member, on a busy machine for long
+torch.set_num_threads(1)  # more threads only wait for each other on tensors this small
 
 
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """Without those checks: to see what a user is told who passes something wrong."""
+    """Disable those checks, to test the error messages for wrong arguments."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -21,7 +21,7 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is decoded or trained once is so once for all tests, and leaves nothing behind."""
+    """A temporary cache for all tests: data are decoded and classifiers trained once, and nothing is left behind."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STABLEFIELD_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -29,7 +29,7 @@ def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 @pytest.fixture(scope="session")
 def fidelity() -> object:
-    """torch-fidelity, if it is there; it only needs the names of two operators of torchvision, which may not fit."""
+    """torch-fidelity if installed; defines two operators of torchvision where torchvision does not fit this torch."""
     try:
         import torchvision  # noqa: F401
     except ImportError:
@@ -40,4 +40,4 @@ def fidelity() -> object:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-    return pytest.importorskip("torch_fidelity"), locals()  # the library lives as long as somebody holds it
+    return pytest.importorskip("torch_fidelity"), locals()  # keep a reference, or the operators are removed

@@ -1,4 +1,4 @@
-"""Small data sets as others would publish them, made on the spot."""
+"""Small data sets in the formats of other projects, written by the tests."""
 
 import gzip
 import io
@@ -16,12 +16,12 @@ from PIL import Image
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
-    """Bytes."""
+    """Random bytes."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def png(pixels: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
-    """An image file of (C, H, W) bytes, or of (H, W) numbers of another type."""
+    """Content of an image file with pixels (C, H, W) in bytes, or (H, W) of another type."""
     file = io.BytesIO()
     if pixels.ndim == 3:
         pixels = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
@@ -30,6 +30,7 @@ def png(pixels: np.ndarray, form: str = "PNG", **options: Any) -> bytes:
 
 
 def make_folder(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Folder with files of the given contents."""
     for name, content in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
@@ -37,6 +38,7 @@ def make_folder(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def make_zip(path: Path, files: Mapping[str, bytes]) -> Path:
+    """ZIP file with files of the given contents."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
             archive.writestr(name, content)
@@ -44,22 +46,22 @@ def make_zip(path: Path, files: Mapping[str, bytes]) -> Path:
 
 
 def edm_files(images: np.ndarray, labels: Any) -> dict[str, bytes]:
-    """EDM's layout."""
+    """Images in the layout of EDM and StyleGAN, with `dataset.json`."""
     names = [f"{number // 4:05d}/img{number:08d}.png" for number in range(len(images))]
-    said = None if labels is None else [[name, label] for name, label in zip(names, labels, strict=True)]
+    listed = None if labels is None else [[name, label] for name, label in zip(names, labels, strict=True)]
     files = dict(zip(names, map(png, images), strict=True))
-    return files | {"dataset.json": json.dumps({"labels": said}).encode()}
+    return files | {"dataset.json": json.dumps({"labels": listed}).encode()}
 
 
 def idx(array: np.ndarray) -> bytes:
-    """An IDX file."""
+    """Content of an IDX file."""
     kind = {"u1": 0x08, "i4": 0x0C, "f4": 0x0D}[array.dtype.str[1:]]
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape)
     return header + array.astype(array.dtype.newbyteorder(">")).tobytes()
 
 
 def make_mnist(folder: Path, images: np.ndarray, labels: np.ndarray, *, packed: bool = True) -> Path:
-    """Training images and labels by their usual names."""
+    """Folder with the training images and labels under their usual names."""
     folder.mkdir(exist_ok=True)
     for name, array in (("train-images-idx3-ubyte", images), ("train-labels-idx1-ubyte", labels)):
         content = idx(array)
@@ -68,6 +70,7 @@ def make_mnist(folder: Path, images: np.ndarray, labels: np.ndarray, *, packed: 
 
 
 def make_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    """Tar archive in the layout of CIFAR with files of the given contents."""
     with tarfile.open(path, "w:gz") as tar:
         for name, content in files.items():
             entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
@@ -80,7 +83,7 @@ CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def cifar_files(images: np.ndarray, labels: list[int]) -> dict[str, bytes]:
-    """Five batches of training data, one of test data, and the names of the classes."""
+    """Contents of CIFAR-10's files: five training batches, a test batch with one image, and the class names."""
     files = {}
     for number, part in enumerate(np.array_split(np.arange(len(images)), 5), 1):
         flat, own = images[part].reshape(len(part), -1), [labels[i] for i in part]

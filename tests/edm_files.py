@@ -1,10 +1,10 @@
-"""Checkpoints in the forms that EDM and STF publish, for the tests.
+"""Checkpoints in the file formats that EDM and STF publish, for the tests.
 
-The published form of a small network is mostly its weights, and these lie in `state.safetensors` too. So
-`data/edm/*/*.hollow.xz` keeps the files without them: a line of JSON that says where each tensor belongs, and
-the pickle with zeros in their place. `snapshot` and `training_state` put the two together again.
+A published file of a small network consists mostly of its weights, which are in `state.safetensors` too. So
+`data/edm/*/*.hollow.xz` holds the files without them: a line of JSON with the position of each tensor, and the pickle
+with zeros in their place. `snapshot` and `training_state` put the two together again.
 
-`save` writes networks of the test's own in every form, by way of the real `pickle.dump` and `torch.save`.
+`save` writes networks made by the tests in every format, with the real `pickle.dump` and `torch.save`.
 """
 
 import io
@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 DATA = Path(__file__).parent / "data" / "edm"
 CONFIGURATIONS = ["ddpmpp-edm", "ddpmpp-vp", "ncsnpp-edm-cond", "ncsnpp-ve"]
-FORMS = ["pickle3", "pickle4", "pickle5", "zip", "older"]
+FORMATS = ["pickle3", "pickle4", "pickle5", "zip", "legacy"]
 
 
 def weights(configuration):
@@ -46,7 +46,7 @@ def snapshot(configuration):
 
 
 def training_state(configuration):
-    """The published `training-state-000012.pt`, but for zeros in `net` and in the optimiser's averages."""
+    """The published `training-state-000012.pt`, except for zeros in `net` and in the optimiser's averages."""
     where, pickled = _hollow(configuration, "training-state-000012.hollow.xz")
     records = {f"data/{key}": bytes(size) for key, size in where["sizes"].items()}
     for key, tensor in weights(configuration).items():
@@ -77,7 +77,7 @@ class EasyDict(dict):
 
 @contextmanager
 def edm_modules():
-    """EDM's modules as far as pickle looks at them: it writes a name only if it finds the thing there."""
+    """EDM's modules as far as pickle needs them: it writes a name only if it can import the object of that name."""
     homes = {"torch_utils.persistence": _reconstruct_persistent_obj, "dnnlib.util": EasyDict}
     modules = {name: types.ModuleType(name) for home in homes for name in (home, home.partition(".")[0])}
     for home, thing in homes.items():
@@ -92,7 +92,7 @@ def edm_modules():
 
 
 def persistent(class_name, base=torch.nn.Module, source="raise RuntimeError('never to be run')", **arguments):
-    """An instance that pickles as EDM's classes do: what it is called, its source, its `__dict__`."""
+    """An instance that is pickled as EDM's classes are: with the class name, its source code, and its `__dict__`."""
 
     def reduce(self):
         meta = {"type": "class", "version": 6, "module_src": source, "class_name": class_name}
@@ -103,12 +103,12 @@ def persistent(class_name, base=torch.nn.Module, source="raise RuntimeError('nev
     return thing
 
 
-class Plain:
-    """Base of the losses, which are no modules."""
+class NotAModule:
+    """Base class of the losses, which are not modules."""
 
 
 def network(source="raise RuntimeError('never to be run')", precond="EDMPrecond", **arguments):
-    """A little of everything that networks consist of, in EDM's arrangement; not meant to be evaluated."""
+    """A network with a layer of every kind, with EDM's structure; it cannot be evaluated."""
 
     def draw(*size, dtype=torch.float32):
         return torch.randn(*size, generator=generator).to(dtype)
@@ -134,12 +134,12 @@ def network(source="raise RuntimeError('never to be run')", precond="EDMPrecond"
 
 
 def contents(kind="network-snapshot", **replaced):
-    """What a published file is a pickle of."""
+    """The object that a published file is a pickle of."""
     ema = replaced.pop("ema", None) or network()
     if kind == "network-snapshot":
         parts = {
-            "loss_fn": persistent("EDMLoss", Plain, sigma_data=np.float64(0.5)),
-            "augment_pipe": persistent("AugmentPipe", Plain, p=0.12),
+            "loss_fn": persistent("EDMLoss", NotAModule, sigma_data=np.float64(0.5)),
+            "augment_pipe": persistent("AugmentPipe", NotAModule, p=0.12),
             "dataset_kwargs": EasyDict(path="x.zip", resolution=np.int64(16)),
         }
     else:
@@ -152,12 +152,12 @@ def contents(kind="network-snapshot", **replaced):
     return {"ema": ema, **parts, **replaced}
 
 
-def save(data, form):
-    """The bytes of `data`, in one of `FORMS`."""
+def save(data, file_format):
+    """The bytes of `data` in one of `FORMATS`."""
     file = io.BytesIO()
     with edm_modules():
-        if form.startswith("pickle"):
-            pickle.dump(data, file, protocol=int(form[-1]))
+        if file_format.startswith("pickle"):
+            pickle.dump(data, file, protocol=int(file_format[-1]))
         else:
-            torch.save(data, file, _use_new_zipfile_serialization=form == "zip")
+            torch.save(data, file, _use_new_zipfile_serialization=file_format == "zip")
     return file.getvalue()

@@ -1,9 +1,9 @@
-"""Changes checkpoints at random and reads them under watch; `test_interop_edm.py` runs it in its own process.
+"""Mutate checkpoints at random and read them under audit; `test_interop_edm.py` runs this in its own process.
 
     python edm_fuzz.py SEED ROUNDS FOLDER FILE...
 
-Prints how many were read and how many refused. Ends with an error at any other exception, at any event that
-Python's auditing reports beyond reading the file, after ten seconds on one file, or out of memory.
+Prints how many were read and how many refused. Fails on any other exception, on any audit event of Python other than
+reading the file, after ten seconds on one file, or when memory runs out.
 """
 
 import json
@@ -31,21 +31,21 @@ def watch(event, arguments):
 
 
 def spans(octets):
-    """Where the instructions are: everything but the numbers of tensors."""
-    found, last = [], None
+    """Positions of the instructions: everything except the numbers of tensors."""
+    ranges, last = [], None
     for _, _, position in pickletools.genops(octets):
         if last is not None:
-            found.append((last, min(position, last + 450)))  # of a tensor, only its archive's head
+            ranges.append((last, min(position, last + 450)))  # of a tensor only the head of its archive
         last = position
-    return found
+    return ranges
 
 
 def mutated(octets, draw):
     octets = bytearray(octets)
-    places = spans(bytes(octets))
+    ranges = spans(bytes(octets))
     for _ in range(draw.choice([1, 1, 1, 2, 5])):
         place = min(
-            draw.randrange(*draw.choice(places)) if draw.random() < 0.9 else draw.randrange(len(octets)),
+            draw.randrange(*draw.choice(ranges)) if draw.random() < 0.9 else draw.randrange(len(octets)),
             len(octets) - 1,
         )
         match draw.randrange(6):
@@ -58,7 +58,7 @@ def mutated(octets, draw):
             case 3:
                 del octets[place : place + draw.choice([1, 1, 4, 100])]
             case 4:  # an instruction from elsewhere
-                start, end = draw.choice(places)
+                start, end = draw.choice(ranges)
                 octets[place:place] = octets[start:end]
             case 5:
                 octets[place] = draw.choice(b"()]}NRQb\x81\x82\x83\x85\x86\x87\x93\x94csuet.0")
@@ -66,12 +66,12 @@ def mutated(octets, draw):
 
 
 def changed(octets, draw):
-    """A mutation; of a zip mostly of the pickle in it, whose checksum is then right."""
+    """A mutation; of a ZIP file mostly of the pickle in it, with the right checksum."""
     if octets[:4] != b"PK\x03\x04":
-        # in the older form, the pickle of the data follows three others
+        # in the legacy format, the pickle of the data follows three others
         head = 0 if octets[2:3] != b"\x8a" else octets.index(b".\x80", 60) + 1
         return octets[:head] + mutated(octets[head:], draw)
-    if draw.random() < 0.3:  # or of its directory
+    if draw.random() < 0.3:  # sometimes of its directory
         place = draw.randrange(octets.index(b"PK\x01\x02"), len(octets) - 1)
         place = draw.choice([place, draw.randrange(len(octets) - 22, len(octets) - 1)])
         return octets[:place] + draw.choice([b"\x00", b"\xff", draw.randbytes(1)]) + octets[place + 1 :]
@@ -86,7 +86,7 @@ def outcome(path):
     try:
         edm.read(path)
         return "read"
-    except edm.RefusedCheckpoint:
+    except edm.EDMCheckpointError:
         return "refused"
     finally:
         signal.alarm(0)
@@ -97,8 +97,8 @@ def main(seed, rounds, folder, *files):
     draw, counts = random.Random(int(seed)), {"read": 0, "refused": 0}
     path = Path(folder) / "mutant"
     for file in files:
-        edm.read(file)  # what Python loads when first needed is loaded here,
-    b"x".decode("cp437")  # and so is what zipfile spells odd names with
+        edm.read(file)  # modules that Python imports on first use are imported here,
+    b"x".decode("cp437")  # and so is the encoding that zipfile uses for unusual names
     sys.addaudithook(watch)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + 2**30, used + 2**30))

@@ -1,6 +1,7 @@
-"""A checkpoint is whole or it is refused, and a failed write takes nothing with it."""
+"""A checkpoint is read completely or refused, and a failed write leaves the previous file untouched."""
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import stablefield.checkpoint
-from stablefield.checkpoint import CheckpointError, read, save
+from stablefield.checkpoint import CheckpointError, checksum, read, save
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -27,7 +28,7 @@ def written(tmp_path_factory):
     return path, tensors
 
 
-def test_what_is_read_is_what_was_saved_bit_for_bit(written):
+def test_a_checkpoint_is_read_as_it_was_saved_bit_for_bit(written):
     path, tensors = written
     found = read(path)
     assert found.images == 1234
@@ -39,7 +40,7 @@ def test_what_is_read_is_what_was_saved_bit_for_bit(written):
         assert torch.equal(found.tensors[name], tensor)
 
 
-def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path):
+def test_a_checkpoint_that_is_replaced_during_reading_is_read_completely(tmp_path):
     path, done = tmp_path / "checkpoint.safetensors", threading.Event()
     for number in range(2):
         save(tmp_path / str(number), {"x": torch.full((1000,), float(number))}, config={}, images=number)
@@ -63,7 +64,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_whole(tmp_path):
         thread.join()
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_read_is_told_to_be_missing(tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_removed_during_reading_is_reported_as_missing(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.safetensors"
     save(path, {"x": torch.zeros(3)}, config={}, images=1)
 
@@ -80,11 +81,11 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_told_to_be_missing(tmp
 
 @settings(max_examples=60, deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_short_anywhere_is_refused(written, share):
+def test_an_incomplete_file_is_refused_wherever_it_ends(written, share):
     path, _ = written
-    whole = path.read_bytes()
+    content = path.read_bytes()
     short = path.with_name("short.safetensors")
-    short.write_bytes(whole[: int(share * len(whole))])
+    short.write_bytes(content[: int(share * len(content))])
     with pytest.raises(CheckpointError, match=r"short\.safetensors"):
         read(short)
 
@@ -104,15 +105,31 @@ def test_a_changed_byte_is_refused_or_changes_no_tensor(written, share, flip):
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
 
 
-def test_other_programs_files_and_missing_ones_are_refused_by_name(tmp_path):
+def test_files_of_other_programs_and_missing_files_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         read(tmp_path / "none.safetensors")
     save_file({"x": torch.ones(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="no checkpoint of the format"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of the format"):
         read(tmp_path / "other.safetensors")
     torch.save({"x": 1}, tmp_path / "pickle.pt")
-    with pytest.raises(CheckpointError, match="is no checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         read(tmp_path / "pickle.pt")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (1, r"earlier version \(format 1\) and cannot be read; train it again or use the version that wrote it$"),
+        (3, r"later version \(format 3\), and this one reads format 2; upgrade stablefield$"),
+    ],
+)
+def test_a_checkpoint_of_another_format_is_refused_in_one_line(tmp_path, version, message):
+    path, tensors = tmp_path / "c.safetensors", {"x": torch.ones(2)}
+    metadata = {"format": f"stablefield/{version}", "config": json.dumps({}), "images": "1"}
+    save_file(tensors, path, metadata | {"checksum": checksum(tensors, metadata)})
+    with pytest.raises(CheckpointError, match=message) as found:
+        read(path)
+    assert len(str(found.value).splitlines()) == 1
 
 
 FILL = """
@@ -127,7 +144,7 @@ except OSError as error:
 """
 
 
-def test_a_disk_that_fills_up_leaves_the_previous_checkpoint(tmp_path):
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     save(path, {"x": torch.ones(3)}, config={}, images=1)
     done = subprocess.run([sys.executable, "-c", FILL, str(path)], capture_output=True, text=True, check=True)
@@ -140,7 +157,7 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
     x = torch.ones(3)
     save(
         tmp_path / "c.safetensors",
-        {"a": x, "b": x, "row": torch.eye(3)[1], "turned": torch.eye(3).T},
+        {"a": x, "b": x, "row": torch.eye(3)[1], "transposed": torch.eye(3).T},
         config={},
         images=0,
     )

@@ -1,4 +1,4 @@
-"""The report stands alone, says no more than the numbers do, and can be looked at on a screen and on a phone."""
+"""The report is self-contained, claims no more than the numbers show, and fits screens of any width."""
 
 import csv
 import json
@@ -7,19 +7,18 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from base64 import b64decode
-from dataclasses import replace
 from html.parser import HTMLParser
-from math import exp, inf, log
+from math import exp, log
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stablefield.checkpoint import replacing
-from stablefield.compare import Arm, Experiment, Results, findings, write_report
-from stablefield.compare.experiment import NUMBER
-from stablefield.config import overlay, override, resolve
+from stablefield.checkpoint import atomic_path
+from stablefield.config import override, resolve
+from stablefield.studies.compare import Arm, Experiment, Results, summarize, write_report
+from stablefield.studies.compare.experiment import SUPPORT_SIZE_KEYS
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -27,66 +26,78 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 LEVELS = [0.02, 0.2, 2.0]
 
 
-def line(images: int, **changed: float) -> dict:
-    """What a look finds, in round numbers."""
-    told = {"frechet": 5e4 / images, "held_out_loss": 0.5, "exact_error": 0.2, "nearest_ratio": 1.0, "copies": 0.0}
-    told |= {"frechet_held_out": 6e4 / images, "gradient_variance": 0.3, "gradient_variance_of_target": 0.1}
-    told |= {"gradient_squared_mean": 0.2, "evaluations": 12, "images": images} | changed
-    return told | {
-        f"{name}_by_level": [told[name] * (1 + k) for k in range(3)] for name in ("exact_error", "held_out_loss")
+def scores(images: int, **changed: float) -> dict:
+    """Scores of an evaluation, in round numbers."""
+    values = {"frechet": 5e4 / images, "held_out_loss": 0.5, "exact_error": 0.2, "nearest_ratio": 1.0, "copies": 0.0}
+    values |= {"frechet_held_out": 6e4 / images, "gradient_variance": 0.3, "gradient_variance_of_target": 0.1}
+    values |= {"gradient_squared_mean": 0.2, "network_evaluations": 12, "images": images} | changed
+    return values | {
+        f"{name}_by_level": [values[name] * (1 + k) for k in range(3)] for name in ("exact_error", "held_out_loss")
     }
 
 
-TWO = (Arm("single"), Arm("reference", 64))
+DSM_AND_STF = (Arm("dsm"), Arm("stf", 64))
 
 
-def made(out: Path, gains: dict[str, float], seeds: int = 4, pace: float = 2.1, arms: tuple[Arm, ...] = TWO) -> Path:
-    """An experiment whose second arm is so many times the first, up to a little luck; no training needed."""
-    source = np.random.default_rng(0)
+def write_experiment(
+    out: Path,
+    factors: dict[str, float],
+    seeds: int = 4,
+    seconds_per_kimg: float = 2.1,
+    arms: tuple[Arm, ...] = DSM_AND_STF,
+) -> Path:
+    """Write an experiment without training, in which the second arm has scores times given factors and some scatter."""
+    random = np.random.default_rng(0)
     config = resolve(override({}, ["training.images=16000", "training.batch_size=10", "data.holdout=100"]))
     experiment = Experiment(
-        config, arms, tuple(range(seeds)), looks=5, samples=50, rows=8, command="stablefield <compare>"
+        config, arms, tuple(range(seeds)), evaluations=5, samples=50, examples=8, command="stablefield <compare>"
     )
     experiment.write(out)
-    real = {"real": 2.0, "nearest_held_out": 1.0, "copies_held_out": 0.0, "trained": 1697, "held_out": 100}
-    said = {
+    evaluator = {
         "levels": LEVELS,
         "shares": [0.2, 0.5, 0.3],
         "weights": [1.0, 1.0, 1.0],
         "features": "pixels",
         "accuracy": 0.9,
+        "train_size": 1697,
+        "held_out_size": 100,
+        "frechet_of_held_out": 2.0,
+        "nearest_of_held_out": 1.0,
+        "copies_of_held_out": 0.0,
     }
-    (out / "yardstick.json").write_text(json.dumps(said | real))
+    (out / "evaluator.json").write_text(json.dumps(evaluator))
     machine = {"device": "cpu", "cores": 2, "threads": 1, "jobs": 1, "torch": "2", "python": "3"}
     (out / "machine.json").write_text(json.dumps(machine))
     for arm in arms:
         for seed in range(seeds):
-            folder = experiment.folder(out, arm, seed)
+            folder = experiment.run_folder(out, arm, seed)
             (folder.path / "samples").mkdir(parents=True)
-            for mark in experiment.marks:
-                luck = 1 + 0.02 * source.normal()
-                changed = {name: line(mark)[name] * gain * luck for name, gain in gains.items() if arm.number}
-                with (folder.path / "looks.jsonl").open("a") as file:
-                    file.write(json.dumps(line(mark, **changed)) + "\n")
-                Image.fromarray(source.integers(0, 255, (80, 80), dtype=np.uint8)).save(
-                    folder.path / "samples" / f"{mark:09d}.png"
+            for images in experiment.evaluation_points:
+                scatter = 1 + 0.02 * random.normal()
+                changed = {
+                    name: scores(images)[name] * factor * scatter for name, factor in factors.items() if arm.number
+                }
+                with (folder.path / "evaluations.jsonl").open("a") as file:
+                    file.write(json.dumps(scores(images, **changed)) + "\n")
+                Image.fromarray(random.integers(0, 255, (80, 80), dtype=np.uint8)).save(
+                    folder.path / "samples" / f"{images:09d}.png"
                 )
                 folder.log(
-                    {"Progress/kimg": mark / 1000, "Loss/loss": 0.5, "Target/ess": 3.0}
-                    | {"Timing/sec_per_kimg": pace if arm.number else 2.0}
+                    {"progress/kimg": images / 1000, "loss/loss": 0.5, "target/ess": 3.0}
+                    | {"timing/sec_per_kimg": seconds_per_kimg if arm.number else 2.0}
                 )
     return out
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    out = made(tmp_path_factory.mktemp("made"), {"frechet": 0.8})
+    out = write_experiment(tmp_path_factory.mktemp("experiment"), {"frechet": 0.8})
     write_report(out)
     return out
 
 
 class Page(HTMLParser):
-    """What a page refers to, and whether what it opens is closed."""
+    """References and tags of an HTML page; checks that tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -104,7 +115,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_needs_nothing_else_and_is_well_formed(report):
+def test_the_page_is_self_contained_and_well_formed(report):
     text = (report / "report.html").read_text()
     page = Page(text)
     assert not page.open
@@ -118,32 +129,32 @@ def test_the_page_needs_nothing_else_and_is_well_formed(report):
     assert "stablefield &lt;compare&gt;" in text
 
 
-def test_every_plot_says_what_its_axes_are(report):
+def test_every_plot_labels_its_axes(report):
     page = Page((report / "report.html").read_text())
     for image in page.images:
         if "svg" in image["src"][:20]:
             drawing = ElementTree.fromstring(b64decode(image["src"].partition(",")[2]))
             words = " ".join(drawing.itertext())
             assert re.search(r"images seen|training time \(s\)|noise level sigma / alpha \(data units\)", words)
-            assert re.search(r"units|%|weighted, per dimension|effective number", words)
+            assert re.search(r"units|%|weighted, per dimension|effective sample size", words)
             assert "STF, n = 64" in words
 
 
 def test_every_number_is_in_the_json_and_the_csv(report):
     def refuse(name):
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
-    whole = json.loads((report / "results.json").read_text(), parse_constant=refuse)
+    results = json.loads((report / "results.json").read_text(), parse_constant=refuse)
     with (report / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    # a score is 10 numbers, two at three levels and its time; a turn three numbers
-    assert len(rows) == len(whole["scores"]) * 17 + len(whole["training"]) * 3 == 40 * 20
-    last = [r for r in rows if (r["arm"], r["images"], r["name"]) == ("reference:64", "16000", "frechet")]
-    found = whole["statistics"]["arms"]["reference:64"]["scores"]["frechet"]
-    assert np.mean([float(r["value"]) for r in last]) == pytest.approx(found["mean"])
-    assert found["n"] == 4
-    assert whole["statistics"]["arms"]["single"]["overhead"] == 0
-    assert whole["statistics"]["arms"]["reference:64"]["overhead"] == pytest.approx(0.05)
+    # an evaluation has 10 numbers, two at three noise levels and its time; a line of training metrics has three
+    assert len(rows) == len(results["scores"]) * 17 + len(results["training"]) * 3 == 40 * 20
+    last = [r for r in rows if (r["arm"], r["images"], r["name"]) == ("stf:64", "16000", "frechet")]
+    estimate = results["statistics"]["arms"]["stf:64"]["scores"]["frechet"]
+    assert np.mean([float(r["value"]) for r in last]) == pytest.approx(estimate["mean"])
+    assert estimate["n"] == 4
+    assert results["statistics"]["arms"]["dsm"]["overhead"] == 0
+    assert results["statistics"]["arms"]["stf:64"]["overhead"] == pytest.approx(0.05)
     assert {r["noise_level"] for r in rows} == {"", *(f"{level:g}" for level in LEVELS)}
 
 
@@ -156,81 +167,84 @@ def test_the_summary_has_the_tables_of_the_page(report):
     assert "`stablefield <compare>`" in summary
 
 
-def test_a_target_that_takes_twice_as_long_has_seen_half_as_much_after_equal_time(tmp_path):
-    results = Results.read(made(tmp_path, {"frechet": 0.8}, pace=4.0))  # and Frechet falls as 1 / images
-    single, stable = results.experiment.arms
-    assert results.deadline == pytest.approx(32)
-    assert [results.by_then(arm) for arm in (single, stable)] == [16000, 8000]
-    assert results.at_equal_time(single, "frechet") == results.at(single, 16000, "frechet")
-    assert results.at_equal_time(stable, "frechet") == results.at(stable, 8000, "frechet")
-    for change, factor in ((results.ratio_at_equal_time(stable, "frechet"), 1.6), (results.faster(stable, 10), 1.6)):
+def test_a_target_that_takes_twice_as_long_has_seen_half_as_many_images_after_equal_time(tmp_path):
+    # the Frechet distance falls as 1 / images
+    results = Results.read(write_experiment(tmp_path, {"frechet": 0.8}, seconds_per_kimg=4.0))
+    dsm, stf = results.experiment.arms
+    assert results.equal_time == pytest.approx(32)
+    assert [results.images_at_equal_time(arm) for arm in (dsm, stf)] == [16000, 8000]
+    assert results.by_seed_at_equal_time(dsm, "frechet") == results.by_seed(dsm, 16000, "frechet")
+    assert results.by_seed_at_equal_time(stf, "frechet") == results.by_seed(stf, 8000, "frechet")
+    seconds = results.log_ratio_of_seconds(stf, 10)
+    for change, factor in ((results.log_ratio_at_equal_time(stf, "frechet"), 1.6), (seconds, 1.6)):
         assert exp(change.mean) == pytest.approx(factor, rel=0.05)
-    assert results.faster(stable, 10).mean == pytest.approx(results.speed(stable, 10).mean + log(2))
-    text = " ".join(findings(results))
-    assert re.search(r"samples to the data: lower, -(19|20|21)\.\d %", text)
+    assert seconds.mean == pytest.approx(results.log_ratio_of_images(stf, 10).mean + log(2))
+    text = " ".join(summarize(results))
+    assert re.search(r"samples to the training data: lower, -(19|20|21)\.\d %", text)
     assert re.search(r"after equal time, 32 s: higher, \+[56]\d\.\d %", text)
 
 
-def test_the_faster_target_sets_the_time_also_where_it_is_not_the_first(tmp_path):
-    results = Results.read(made(tmp_path, {"frechet": 1.0}, pace=1.0))
-    single, stable = results.experiment.arms
-    assert results.deadline == pytest.approx(16)
-    assert [results.by_then(arm) for arm in (single, stable)] == [8000, 16000]
-    assert exp(results.ratio_at_equal_time(stable, "frechet").mean) == pytest.approx(0.5, rel=0.05)
+def test_the_fastest_target_sets_the_equal_time_even_if_it_is_not_the_baseline(tmp_path):
+    results = Results.read(write_experiment(tmp_path, {"frechet": 1.0}, seconds_per_kimg=1.0))
+    dsm, stf = results.experiment.arms
+    assert results.equal_time == pytest.approx(16)
+    assert [results.images_at_equal_time(arm) for arm in (dsm, stf)] == [8000, 16000]
+    assert exp(results.log_ratio_at_equal_time(stf, "frechet").mean) == pytest.approx(0.5, rel=0.05)
 
 
-def test_what_slows_the_machine_down_slows_no_target_down_more(tmp_path):
-    out = made(tmp_path, {"frechet": 0.8})
+def test_a_busy_machine_does_not_change_relative_times(tmp_path):
+    out = write_experiment(tmp_path, {"frechet": 0.8})
     experiment = Experiment.read(out)
     before = Results.read(out)
-    for arm in experiment.arms:  # one seed of both, while something else was running
-        place = experiment.folder(out, arm, 2).metrics
-        lines = [json.loads(text) for text in place.read_text().splitlines()]
-        slow = [line | {"Timing/sec_per_kimg": 3 * line["Timing/sec_per_kimg"]} for line in lines]
-        with replacing(place) as beside:
-            beside.write_text("".join(json.dumps(line) + "\n" for line in slow))
+    for arm in experiment.arms:  # both arms of one seed trained while the machine was busy
+        file = experiment.run_folder(out, arm, 2).metrics
+        lines = [json.loads(text) for text in file.read_text().splitlines()]
+        slow = [line | {"timing/sec_per_kimg": 3 * line["timing/sec_per_kimg"]} for line in lines]
+        with atomic_path(file) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in slow))
     after = Results.read(out)
     for arm in experiment.arms:
-        assert after.pace(arm) / after.pace(after.baseline) == pytest.approx(before.pace(arm) / 2.0)
-        assert after.by_then(arm) == pytest.approx(before.by_then(arm))
+        ratio = after.paired_seconds_per_kimg(arm) / after.paired_seconds_per_kimg(after.baseline)
+        assert ratio == pytest.approx(before.paired_seconds_per_kimg(arm) / 2.0)
+        assert after.images_at_equal_time(arm) == pytest.approx(before.images_at_equal_time(arm))
 
 
 @pytest.mark.parametrize("images", [3_000, 16_000, 150_000, 640_000])
-def test_what_is_paid_beforehand_counts_for_the_steps_that_it_was_paid_for(images):
+def test_the_time_of_prefetched_targets_is_spread_over_the_steps_that_use_them(images):
     config = resolve(override({}, [f"training.images={images}", "training.batch_size=72", "network.kind=mlp"]))
-    arms = Arm("single"), Arm("full")
-    experiment = Experiment(config, arms, (0, 1), looks=3)
-    assert experiment.stretch == 14 * 72  # of 1,024 rows
+    arms = Arm("dsm"), Arm("exact")
+    experiment = Experiment(config, arms, (0, 1), evaluations=3)
+    assert experiment.segment_images == 14 * 72  # at most 1,024 examples
     training = {(arm, seed): [] for arm in arms for seed in (0, 1)}
     for (arm, _), lines in training.items():
         before = 0
-        for goal in experiment.goals:
-            # a step takes 1 s, and that all data pass 7 s for 14 steps, at the first of them
-            steps = range(before, goal, 72)
-            spent = len(steps) + (7 * sum(step % (14 * 72) == 0 for step in steps) if arm == arms[1] else 0)
-            lines.append({"Progress/kimg": goal / 1000, "Timing/sec_per_kimg": 1000 * spent / (goal - before)})
-            before = goal
+        for point in experiment.switch_points:
+            # a step takes 1 s, and exact targets take 7 s for 14 steps, in the first of them
+            steps = range(before, point, 72)
+            seconds = len(steps) + (7 * sum(step % (14 * 72) == 0 for step in steps) if arm == arms[1] else 0)
+            lines.append({"progress/kimg": point / 1000, "timing/sec_per_kimg": 1000 * seconds / (point - before)})
+            before = point
     results = Results(experiment, {}, training, {}, {})
-    assert results.seconds(arms[0]) == pytest.approx(1000 / 72)
+    assert results.seconds_per_kimg(arms[0]) == pytest.approx(1000 / 72)
     assert results.overhead(arms[1]) == pytest.approx(0.5)
 
 
-def test_a_stretch_counts_from_its_last_image_on(tmp_path):
+def test_a_segment_is_finished_with_its_last_image_in_spite_of_rounding(tmp_path):
     config = resolve(override({}, ["training.images=50000", "training.batch_size=77", "network.kind=mlp"]))
-    arms = Arm("single"), Arm("full")
-    experiment = Experiment(config, arms, (0,), looks=2)
-    assert experiment.stretch == 1001  # 1.001 thousands are a little less than that, as floating numbers are
-    for images, stretches in ((924, [0]), (1001, [0]), (1078, [0]), (2002, [0, 1])):
-        turns = [end for end in (924, 1001, 1078, 2002) if end <= images]
-        lines = [{"Progress/kimg": end / 1000, "Timing/sec_per_kimg": 10.0} for end in turns]
+    arms = Arm("dsm"), Arm("exact")
+    experiment = Experiment(config, arms, (0,), evaluations=2)
+    assert experiment.segment_images == 1001  # 1000 * 1.001 is a little less in floating point
+    for images, segments in ((924, [0]), (1001, [0]), (1078, [0]), (2002, [0, 1])):
+        counts = [count for count in (924, 1001, 1078, 2002) if count <= images]
+        lines = [{"progress/kimg": count / 1000, "timing/sec_per_kimg": 10.0} for count in counts]
         results = Results(experiment, {}, {(arm, 0): lines for arm in arms}, {}, {})
-        assert list(results.paces(arms[0], 0)) == stretches
+        assert list(results.segment_seconds_per_kimg(arms[0], 0)) == segments
 
 
-def test_an_experiment_without_any_time_is_compared_at_equal_images_alone(tmp_path):
-    out = made(tmp_path, {"frechet": 0.8})
-    for place in out.rglob("metrics.jsonl"):
-        place.unlink()
+def test_without_training_metrics_arms_are_compared_at_equal_images_only(tmp_path):
+    out = write_experiment(tmp_path, {"frechet": 0.8})
+    for file in out.rglob("metrics.jsonl"):
+        file.unlink()
     write_report(out)
     text = (out / "report.html").read_text()
     assert "After 16,000 images" in text
@@ -238,75 +252,76 @@ def test_an_experiment_without_any_time_is_compared_at_equal_images_alone(tmp_pa
     assert json.loads((out / "results.json").read_text())["statistics"]["seconds"] is None
 
 
-def said(folder: Path, **gains: float) -> str:
-    return " ".join(findings(Results.read(made(folder, gains))))
+def summary_text(folder: Path, **factors: float) -> str:
+    return " ".join(summarize(Results.read(write_experiment(folder, factors))))
 
 
-def test_a_gain_is_claimed_where_the_seeds_show_it(tmp_path):
-    text = said(tmp_path, frechet=0.8)
-    assert "Samples surely better than DSM's: STF, n = 64." in text
-    assert re.search(r"samples to the data: lower, -(19|20|21)\.\d %", text)
+def test_a_significant_gain_is_claimed(tmp_path):
+    text = summary_text(tmp_path, frechet=0.8)
+    assert "Samples significantly better than DSM's: STF, n = 64." in text
+    assert re.search(r"samples to the training data: lower, -(19|20|21)\.\d %", text)
     assert "A step took 5 % more time." in text
     assert "memorisation" not in text
 
 
-def test_no_gain_is_said_plainly(tmp_path):
-    text = said(tmp_path, frechet=1.0, held_out_loss=1.0)
-    assert "No difference in samples that can be told from chance: STF, n = 64." in text
+def test_no_significant_difference_is_reported_as_such(tmp_path):
+    text = summary_text(tmp_path, frechet=1.0, held_out_loss=1.0)
+    assert "No significant difference in samples: STF, n = 64." in text
 
 
-def test_a_loss_is_said_too(tmp_path):
-    assert "Samples surely worse than DSM's: STF, n = 64." in said(tmp_path, frechet=1.3)
+def test_a_significant_loss_is_reported(tmp_path):
+    assert "Samples significantly worse than DSM's: STF, n = 64." in summary_text(tmp_path, frechet=1.3)
 
 
 def test_a_gain_in_the_exact_error_alone_is_called_memorisation(tmp_path):
-    assert "alone, that is memorisation, not quality" in said(tmp_path / "alone", exact_error=0.7)
-    assert "memorisation" not in said(tmp_path / "both", exact_error=0.7, held_out_loss=0.8)
-    assert "mind memorisation" in said(tmp_path / "worse", exact_error=0.7, frechet=0.7, held_out_loss=1.2)
+    assert "this is memorisation, not quality" in summary_text(tmp_path / "alone", exact_error=0.7)
+    assert "memorisation" not in summary_text(tmp_path / "both", exact_error=0.7, held_out_loss=0.8)
+    text = summary_text(tmp_path / "worse", exact_error=0.7, frechet=0.7, held_out_loss=1.2)
+    assert "a possible sign of memorisation" in text
 
 
-def test_one_seed_claims_nothing(tmp_path):
-    text = " ".join(findings(Results.read(made(tmp_path, {"frechet": 0.5}, seeds=1))))
-    assert "One seed cannot tell a difference from chance" in text
-    assert "surely" not in text
+def test_nothing_is_claimed_from_one_seed(tmp_path):
+    text = " ".join(summarize(Results.read(write_experiment(tmp_path, {"frechet": 0.5}, seeds=1))))
+    assert "One seed cannot separate a difference from chance" in text
+    assert "significant" not in text
 
 
-def test_half_an_experiment_is_compared_at_equal_images_over_common_seeds(tmp_path):
-    out = made(tmp_path, {"frechet": 0.8})
+def test_an_unfinished_experiment_is_compared_at_equal_images_over_common_seeds(tmp_path):
+    out = write_experiment(tmp_path, {"frechet": 0.8})
     experiment = Experiment.read(out)
     for seed, kept in ((0, 5), (1, 4), (2, 4), (3, 0)):
-        place = experiment.folder(out, experiment.arms[1], seed).path / "looks.jsonl"
-        lines = place.read_text().splitlines(keepends=True)
-        with replacing(place) as beside:
-            beside.write_text("".join(lines[:kept]))
+        file = experiment.run_folder(out, experiment.arms[1], seed).path / "evaluations.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        with atomic_path(file) as temporary:
+            temporary.write_text("".join(lines[:kept]))
     results = Results.read(out)
-    assert results.last == experiment.marks[3]
-    assert results.common(results.last) == {0, 1, 2}
+    assert results.compared_at == experiment.evaluation_points[3]
+    assert results.common_seeds(results.compared_at) == {0, 1, 2}
     write_report(out)
     text = (out / "report.html").read_text()
-    assert f"After {experiment.marks[3]:,} images" in text
+    assert f"After {experiment.evaluation_points[3]:,} images" in text
     assert "The experiment is not finished" in text
 
 
-def test_an_experiment_without_any_score_has_a_report_that_says_so(tmp_path):
-    out = made(tmp_path, {})
-    for place in out.rglob("looks.jsonl"):
-        place.unlink()
+def test_an_experiment_without_any_evaluation_has_a_report_that_says_so(tmp_path):
+    out = write_experiment(tmp_path, {})
+    for file in out.rglob("evaluations.jsonl"):
+        file.unlink()
     write_report(out)
-    assert "Nothing has been scored yet" in (out / "report.html").read_text()
+    assert "Nothing has been evaluated yet" in (out / "report.html").read_text()
 
 
 def chromium(*arguments: object) -> str:
     assert CHROMIUM is not None
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars")
-    found = subprocess.run([CHROMIUM, *flags, *map(str, arguments)], capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+    process = subprocess.run([CHROMIUM, *flags, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("width", [1200, 500])
-def test_a_browser_shows_it_on_a_screen_and_on_a_phone(report, tmp_path, width):
+def test_a_browser_shows_the_page_without_overflow_on_screens_and_phones(report, tmp_path, width):
     shot, profile = tmp_path / "shot.png", f"--user-data-dir={tmp_path / 'profile'}"
     chromium(profile, f"--window-size={width},5000", f"--screenshot={shot}", (report / "report.html").as_uri())
     grey = np.asarray(Image.open(shot).convert("L"))
@@ -317,19 +332,14 @@ def test_a_browser_shows_it_on_a_screen_and_on_a_phone(report, tmp_path, width):
 document.body.dataset.shown = [...document.images].filter(i => i.naturalWidth > 0).length</script></body>"
     measured.write_text((report / "report.html").read_text().replace("</body>", script))
     page = chromium(profile, f"--window-size={width},5000", "--dump-dom", measured.as_uri())
-    found = dict(re.findall(r'data-(width|shown)="(\d+)"', page))
-    assert int(found["width"]) <= width  # nothing sticks out
-    assert int(found["shown"]) == 14
+    values = dict(re.findall(r'data-(width|shown)="(\d+)"', page))
+    assert int(values["width"]) <= width  # nothing overflows
+    assert int(values["shown"]) == 14
 
 
-def test_every_target_that_can_be_compared_is_told_of_in_words(tmp_path):
-    arms = tuple(Arm(kind, 64 if key else None) for kind, key in NUMBER.items())
-    out = made(tmp_path, {"frechet": 0.8}, seeds=1, arms=arms)
-    experiment = Experiment.read(out)
-    bands = [[2.5, "single"], [inf, "reference:64"]]
-    config = resolve(overlay(experiment.config.sections, {"target": {"kind": "auto", "bands": bands}}))
-    replace(experiment, config=config).write(out)
+def test_the_summary_describes_every_kind_of_target(tmp_path):
+    arms = tuple(Arm(kind, 64 if key else None) for kind, key in SUPPORT_SIZE_KEYS.items())
+    out = write_experiment(tmp_path, {"frechet": 0.8}, seeds=1, arms=arms)
     write_report(out, tmp_path / "summary.md")
-    said = (tmp_path / "summary.md").read_text()
-    assert all(f"{arm.title}: " in said for arm in arms)
-    assert "single up to 2.5, reference:64 beyond" in said
+    text = (tmp_path / "summary.md").read_text()
+    assert all(f"{arm.title}: " in text for arm in arms)

@@ -1,33 +1,44 @@
-"""A configuration says everything, comes back from its file, and explains what is wrong with it."""
+"""A resolved configuration has every value, is restored from its file, and every mistake has a clear message."""
 
 import tomllib
 
 import pytest
 from torch import nn
 
-from stablefield.config import FAMILIES, PARTS, SPREADS, ConfigError, override, read_toml, resolve
+from stablefield.config import (
+    COMPONENTS,
+    PROCESS_DEFAULTS,
+    SIGMA_DATA,
+    ConfigError,
+    Training,
+    is_unedited,
+    override,
+    read_toml,
+    refuse_other_format,
+    resolve,
+)
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 class Own(nn.Module):
-    """A network as a stranger might write it: no labels, one option of its own."""
+    """A network outside the package, without labels and with one option of its own."""
 
     def __init__(self, shape, *, width: int = 8) -> None:
         super().__init__()
         self.layer = nn.Linear(shape[-1], shape[-1])
 
-    def forward(self, x, noise):
+    def forward(self, x, c_noise):
         return self.layer(x)
 
 
-def test_what_is_resolved_comes_back_from_its_own_file():
-    for process in PARTS["process"]:
+def test_a_resolved_configuration_is_restored_from_its_file():
+    for process in COMPONENTS["process"]:
         config = resolve({"process": {"kind": process}, "training": {"seed": 3}})
         assert resolve(tomllib.loads(config.toml())) == config
 
 
-# what a kind cannot do without, and what goes with it
+# keys without a default, and other sections that a kind needs
 NEEDS = {
     "arrays": {"path": "x.npz"},
     "store": {"path": "x"},
@@ -36,8 +47,8 @@ NEEDS = {
     "idx": {"path": "train-images-idx3-ubyte.gz"},
     "cifar": {"path": "cifar-10-python.tar.gz"},
     "huggingface": {"path": "mnist"},
-    "head": {"head": "v"},
-    "predicts": {"head": "noise"},
+    "prediction": {"prediction_type": "v"},
+    ("preconditioning", "none"): {"prediction_type": "v"},
 }
 GOES_WITH = {
     ("times", "uniform"): {"process": {"kind": "flow"}},
@@ -46,35 +57,35 @@ GOES_WITH = {
 }
 
 
-@pytest.mark.parametrize(("section", "kind"), [(s, k) for s, kinds in PARTS.items() for k in kinds if s != k])
+@pytest.mark.parametrize(("section", "kind"), [(s, k) for s, kinds in COMPONENTS.items() for k in kinds if s != k])
 def test_every_kind_of_every_section_can_be_configured(section, kind):
-    said = {"kind": kind, **NEEDS.get(kind, {})}
-    config = resolve({section: said, **GOES_WITH.get((section, kind), {})})
+    values = {"kind": kind, **NEEDS.get(kind, NEEDS.get((section, kind), {}))}
+    config = resolve({section: values, **GOES_WITH.get((section, kind), {})})
     assert config[section]["kind"] == kind
     assert resolve(tomllib.loads(config.toml())) == config
 
 
-def test_defaults_are_those_of_the_parts_and_suit_the_process():
-    for process, family in FAMILIES.items():
+def test_defaults_are_those_of_the_classes_and_suit_the_process():
+    for process, kinds in PROCESS_DEFAULTS.items():
         config = resolve({"process": {"kind": process}, "data": {"kind": "arrays", "path": "x.npz"}})
-        for section, kind in family.items():
+        for section, kind in kinds.items():
             assert config[section]["kind"] == kind
-            assert config.make(section) == PARTS[section][kind]()
+            assert config.make(section) == COMPONENTS[section][kind]()
 
 
-def test_what_suits_the_data_is_what_the_data_are():
-    for data, spread in SPREADS.items():
-        pool = PARTS["data"][data]().load()
-        assert pool.decode(pool.data).std().item() == pytest.approx(spread, rel=0.01)
+def test_sigma_data_is_the_standard_deviation_of_the_data():
+    for data, sigma_data in SIGMA_DATA.items():
+        pool = COMPONENTS["data"][data]().load()
+        assert pool.decode(pool.data).std().item() == pytest.approx(sigma_data, rel=0.01)
         config = resolve({"data": {"kind": data}})
-        assert config["scaling"]["sigma_data"] == config["weight"]["sigma_data"] == spread
-        assert resolve({"scaling": {"sigma_data": 0.1}})["scaling"]["sigma_data"] == 0.1
+        assert config["preconditioning"]["sigma_data"] == config["weight"]["sigma_data"] == sigma_data
+        assert resolve({"preconditioning": {"sigma_data": 0.1}})["preconditioning"]["sigma_data"] == 0.1
 
 
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"target": {"sise": 3}}, "target.sise: 'reference' has no such key; did you mean target.size?"),
+        ({"target": {"sise": 3}}, "target.sise: 'stf' has no such key; did you mean target.size?"),
         ({"targets": {}}, "targets: there is no such section; did you mean target?"),
         ({"process": {"kind": "vpp"}}, "process.kind: 'vpp' is none of .*did you mean vp"),
         ({"training": {"batch_size": "many"}}, "training.batch_size: .*integer.*'many'"),
@@ -83,24 +94,24 @@ def test_what_suits_the_data_is_what_the_data_are():
         ({"training": {"kind": "long"}}, "training.kind: .*no such key"),
         ({"target": 3}, "target: must be a section"),
         ({"times": {"kind": "loguniform", "low": 3.0, "high": 2.0}}, "times: .*low=3.0, high=2.0"),
-        ({"scaling": {"sigma_data": 0.0}}, "scaling: sigma_data must be positive"),
+        ({"preconditioning": {"sigma_data": 0.0}}, "preconditioning: sigma_data must be positive"),
         ({"process": {"kind": "flow"}, "times": {"kind": "lognormal"}}, "times.kind: 'lognormal' reaches t = .*'flow'"),
-        ({"grid": {"kind": "uniform"}}, "grid: a uniform grid for VE.* needs a start"),
+        ({"grid": {"kind": "uniform"}}, "grid: a uniform grid for VE.* needs a finite start"),
         ({"network": {"kind": "nowhere:Net"}}, "network.kind: 'nowhere:Net' names code outside this package"),
-        ({"data": {"kind": "arrays"}}, "data.path: has no default"),
+        ({"data": {"kind": "arrays"}}, "data.path: has no default and must be set, with --data PATH at the terminal"),
         (
             {"data": {"path": "x"}},
-            "'digits' has no such key; say also which data.kind it is for: arrays, store, images",
+            "data.path: 'digits' has no such key; set data.kind too, to one that has it: arrays, store, images",
         ),
     ],
 )
-def test_a_mistake_is_named_with_the_way_out(raw, message):
+def test_the_message_of_a_mistake_names_the_key_and_the_way_out(raw, message):
     with pytest.raises(ConfigError, match=message):
         resolve(raw)
 
 
-def test_an_allowed_name_that_leads_to_no_network_is_named():
-    for name, message in (("nowhere:Net", "cannot be imported"), ("math:pi", "is no torch.nn.Module")):
+def test_an_allowed_name_that_is_not_a_network_is_refused():
+    for name, message in (("nowhere:Net", "cannot be imported"), ("math:pi", "is not a torch.nn.Module")):
         with pytest.raises(ConfigError, match=f"network.kind: '{name}' {message}"):
             resolve({"network": {"kind": name}}, allow=[name])
 
@@ -111,22 +122,20 @@ def test_all_mistakes_are_reported_at_once():
     assert len(str(found.value).splitlines()) == 3
 
 
-def test_a_setting_is_written_as_in_toml_or_as_a_bare_word():
+def test_the_value_of_a_setting_is_toml_or_a_word_without_quotes():
     raw = override({"target": {"size": 7}}, ["target.size=2048", "process.kind=vp", "data.path='a b.npz'"])
     assert raw == {"target": {"size": 2048}, "process": {"kind": "vp"}, "data": {"path": "a b.npz"}}
     assert override({}, ["training.stratified=true"]) == {"training": {"stratified": True}}
     for wrong in ("target", "target.size", "target=3", ".size=3"):
-        with pytest.raises(ConfigError, match="settings look like"):
+        with pytest.raises(ConfigError, match="settings have the form"):
             override({}, [wrong])
 
 
-def test_a_new_kind_forgets_the_keys_of_the_old_one():
-    assert override({"target": {"kind": "reference", "size": 7}}, ["target.kind=single"]) == {
-        "target": {"kind": "single"}
-    }
+def test_a_new_kind_removes_the_keys_of_the_old_one():
+    assert override({"target": {"kind": "stf", "size": 7}}, ["target.kind=dsm"]) == {"target": {"kind": "dsm"}}
 
 
-def test_anyones_network_has_its_own_options():
+def test_the_options_of_a_user_s_own_network_can_be_configured():
     config = resolve({"network": {"kind": f"{__name__}:Own", "width": 16}}, allow=[Own])
     assert config["network"] == {"kind": f"{__name__}:Own", "width": 16}
     assert isinstance(config.make("network", shape=(1, 8, 8)), Own)
@@ -134,15 +143,84 @@ def test_anyones_network_has_its_own_options():
         resolve({"network": {"kind": f"{__name__}:Own", "widht": 16}}, allow=[Own])
 
 
-def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
+def test_a_missing_or_damaged_toml_file_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match="no configuration"):
         read_toml(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("[target\n")
-    with pytest.raises(ConfigError, match=r"bad\.toml is no TOML"):
+    with pytest.raises(ConfigError, match=r"bad\.toml is not a TOML file"):
         read_toml(tmp_path / "bad.toml")
 
 
-def test_differences_are_the_keys_that_differ():
+def test_differences_are_the_keys_whose_values_differ():
     one, other = resolve({}), resolve({"target": {"size": 2}, "training": {"seed": 1}})
     assert one.differences(other) == ["target.size", "training.seed"]
     assert one.differences(one) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"label_dropout": 1.5, "conditional": True}, "label_dropout is a probability between 0 and 1, not 1.5"),
+        ({"label_dropout": 0.1}, "label_dropout=0.1 needs labels to drop: set conditional=true"),
+        ({"target_prefetch": 0}, "target_prefetch must be between 1 and 65,536, not 0"),
+        ({"ema_half_life": (100.0, 100.0)}, "at least one half-life, all different"),
+        ({"learning_rate_decay": "inverse-sqrt"}, "inverse-sqrt decay needs decay_start > 0"),
+    ],
+)
+def test_settings_of_training_that_exclude_each_other_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Training(**values)
+
+
+# --- formats
+
+
+EARLIER = r"was written by an earlier version \(format 1\) and cannot be read; train it again or use the version"
+
+
+def test_the_last_line_states_the_format_and_shows_every_edit(tmp_path):
+    text = resolve({}).toml()
+    assert text.splitlines()[-1].startswith("# stablefield 2, SHA-256 of the lines above: ")
+    assert is_unedited(text)
+    refuse_other_format(text, tmp_path)
+    for changed in (
+        text[:-1],
+        text + "\n",
+        text.replace("seed = 0", "seed = 1"),
+        text.replace("stablefield 2", "x"),
+        "",
+    ):
+        assert not is_unedited(changed)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[target]\nkind = "reference"\n',
+        '[scaling]\nkind = "edm"\n',
+        "[scaling]\n",
+        "[training]\nseed = 1\n\n# SHA-256 of the lines above: 0123\n",
+        "# stablefield 1, SHA-256 of the lines above: 0123\n",
+        *(
+            f'target = {{ kind = "{kind}" }}\n'
+            for kind in ("single", "rolling", "neighbours", "found", "full", "pruned")
+        ),
+    ],
+)
+def test_a_configuration_of_an_earlier_format_is_refused_in_one_line(text, tmp_path):
+    (tmp_path / "config.toml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"config\.toml {EARLIER}") as found:
+        read_toml(tmp_path / "config.toml")
+    assert len(str(found.value).splitlines()) == 1
+
+
+def test_a_configuration_of_a_later_format_asks_for_an_upgrade(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(resolve({}).toml().replace("# stablefield 2,", "# stablefield 3,"))
+    with pytest.raises(ConfigError, match=r"later version \(format 3\), and this one reads format 2; upgrade"):
+        read_toml(path)
+
+
+def test_a_configuration_that_a_user_wrote_needs_no_format(tmp_path):
+    (tmp_path / "mine.toml").write_text('[target]\nkind = "exact"\n')
+    assert read_toml(tmp_path / "mine.toml") == {"target": {"kind": "exact"}}

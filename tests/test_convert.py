@@ -1,4 +1,4 @@
-"""A published checkpoint becomes a run that samples the published images, and goes back with EDM's names."""
+"""Published checkpoints of EDM become runs that sample the published images, and can be converted back."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from stablefield.checkpoint import read
 from stablefield.cli import app
 from stablefield.interop.convert import from_edm
-from stablefield.interop.edm import EDMCheckpoint, RefusedCheckpoint
+from stablefield.interop.edm import EDMCheckpoint, EDMCheckpointError
 from stablefield.run import load
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -36,18 +36,18 @@ def converted(request, tmp_path_factory):
     return folder / "run", np.load(DATA / request.param / "io.npz"), request.param
 
 
-def relative(found, wanted) -> float:
-    """The largest difference of an image over its largest value, of all images."""
-    found, wanted = (np.asarray(a, np.float64).reshape(len(wanted), -1) for a in (found, wanted))
-    return float((abs(found - wanted).max(1) / abs(wanted).max(1)).max())
+def relative_error(found, expected) -> float:
+    """Largest difference of an image relative to its largest value, over all images."""
+    found, expected = (np.asarray(a, np.float64).reshape(len(expected), -1) for a in (found, expected))
+    return float((abs(found - expected).max(1) / abs(expected).max(1)).max())
 
 
-def test_the_denoiser_answers_as_published(converted):
+def test_the_denoiser_equals_the_published_one(converted):
     run, io, _ = converted
     x, sigma = torch.from_numpy(io["x"]), torch.from_numpy(io["sigma"]).float().flatten()
     label = torch.from_numpy(io["class_labels"]).argmax(1) if "class_labels" in io else None
     augment = torch.from_numpy(io["augment_labels"]) if "augment_labels" in io else None
-    assert relative(load(run)(x, sigma.expand(len(x)), label, augment), io["denoised"]) < 1e-5
+    assert relative_error(load(run)(x, sigma.expand(len(x)), label, augment), io["denoised"]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -66,25 +66,25 @@ def test_the_command_samples_the_published_images(converted, tmp_path, name, set
     result = command(*arguments, "--out", tmp_path / "x.npz")
     assert result.exit_code == 0, result.output
     found = np.load(tmp_path / "x.npz")["arr_0"].astype(int)
-    wanted = io["heun8_uint8"] if name == "heun8" else np.clip(io[name] * 127.5 + 128, 0, 255).astype(np.uint8)
-    wanted = wanted.transpose(0, 2, 3, 1).astype(int)
-    assert abs(found - wanted).max() <= 1
-    assert (found != wanted).mean() < 1e-3
+    expected = io["heun8_uint8"] if name == "heun8" else np.clip(io[name] * 127.5 + 128, 0, 255).astype(np.uint8)
+    expected = expected.transpose(0, 2, 3, 1).astype(int)
+    assert abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 1e-3
 
 
-def test_the_way_back_gives_edms_names_and_bits(converted, tmp_path):
+def test_converting_back_gives_edms_names_and_the_same_bits(converted, tmp_path):
     run, _, configuration = converted
     assert command("convert", run, tmp_path / "edm.safetensors", "--to", "edm").exit_code == 0
-    found, wanted = load_file(tmp_path / "edm.safetensors"), load_file(DATA / configuration / "state.safetensors")
-    wanted = {name if name.startswith("model.") else f"model.{name}": value for name, value in wanted.items()}
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    found, expected = load_file(tmp_path / "edm.safetensors"), load_file(DATA / configuration / "state.safetensors")
+    expected = {name if name.startswith("model.") else f"model.{name}": value for name, value in expected.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_training_goes_on_from_published_weights_on_data_with_a_name(converted, tmp_path):
+def test_published_weights_are_trained_further_on_data_that_are_set(converted, tmp_path):
     run, _, configuration = converted
-    refused = command("train", "--from", run, "--out", tmp_path / "none")
-    assert "does not say what data" in str(refused.exception)
+    refused = command("train", "--init-from", run, "--out", tmp_path / "none")
+    assert "does not say which data" in str(refused.exception)
     assert not (tmp_path / "none").exists()
     rng = np.random.default_rng(0)
     labels = {"labels": np.arange(32) % 4} if "cond" in configuration else {}
@@ -92,7 +92,7 @@ def test_training_goes_on_from_published_weights_on_data_with_a_name(converted, 
     settings = ["data.kind=arrays", f"data.path={tmp_path / 'data.npz'}", "target.size=16", "training.images=16"]
     settings += ["training.batch_size=8", f"training.conditional={'true' if labels else 'false'}"]
     flags = [part for setting in settings for part in ("--set", setting)]
-    result = command("train", "--from", run, "--out", tmp_path / "tuned", *flags)
+    result = command("train", "--init-from", run, "--out", tmp_path / "tuned", *flags)
     assert result.exit_code == 0, result.output
     before, after = read(run / "checkpoint.safetensors"), read(tmp_path / "tuned" / "checkpoint.safetensors")
     weights = [name for name in before.tensors if name.endswith("conv0.weight")]
@@ -102,33 +102,33 @@ def test_training_goes_on_from_published_weights_on_data_with_a_name(converted, 
 
 def test_weights_for_other_data_are_refused(converted, tmp_path):
     run, _, _ = converted
-    refused = command("train", "--from", run, "--out", tmp_path / "none", "--set", "data.kind=digits")
+    refused = command("train", "--init-from", run, "--out", tmp_path / "none", "--set", "data.kind=digits")
     assert refused.exit_code == 1
-    assert "do not fit" in str(refused.exception) or "target" in str(refused.exception)
+    assert "they are for data of shape" in str(refused.exception) or "target" in str(refused.exception)
 
 
-def test_arguments_that_nothing_answers_to_are_refused_by_name():
+def test_unknown_arguments_and_tensors_are_refused_by_name():
     arguments = {"model_type": "SongUNet", "img_resolution": 16, "img_channels": 3, "label_dim": 0}
-    with pytest.raises(RefusedCheckpoint, match="mystery"):
+    with pytest.raises(EDMCheckpointError, match="mystery"):
         from_edm(EDMCheckpoint("network-snapshot", "EDMPrecond", arguments | {"mystery": 1}, {}))
-    with pytest.raises(RefusedCheckpoint, match="OtherUNet"):
+    with pytest.raises(EDMCheckpointError, match="OtherUNet"):
         from_edm(EDMCheckpoint("network-snapshot", "EDMPrecond", arguments | {"model_type": "OtherUNet"}, {}))
-    with pytest.raises(RefusedCheckpoint, match="beside its model"):
+    with pytest.raises(EDMCheckpointError, match="outside of its model"):
         from_edm(EDMCheckpoint("network-snapshot", "EDMPrecond", arguments, {"extra": torch.ones(1)}))
 
 
-def test_a_small_unet_has_no_name_at_edm(tmp_path):
+def test_a_network_that_edm_does_not_have_is_refused(tmp_path):
     settings = ["training.images=128", "target.size=8", "network.channels=8", "network.blocks=1"]
     flags = [part for setting in settings for part in ("--set", setting)]
     assert command("train", "--out", tmp_path / "run", *flags).exit_code == 0
     refused = command("convert", tmp_path / "run", tmp_path / "x.safetensors", "--to", "edm")
-    assert "EDM has no network like 'unet'" in str(refused.exception)
+    assert "EDM has no network 'unet'" in str(refused.exception)
 
 
 @pytest.mark.skipif(
-    "STABLEFIELD_FIXTURES" not in os.environ, reason="needs the published files in STABLEFIELD_FIXTURES"
+    "STABLEFIELD_FIXTURES" not in os.environ, reason="requires the published files in STABLEFIELD_FIXTURES"
 )
-def test_adm_and_training_states_convert_too(tmp_path):
+def test_published_files_of_adm_and_training_states_are_converted(tmp_path):
     folder = Path(os.environ["STABLEFIELD_FIXTURES"]) / "edm"
     for place in sorted(folder.glob("*/network-snapshot-*.pkl")) + sorted(folder.glob("*/training-state-*.pt")):
         out = tmp_path / f"{place.parent.name}-{place.suffix[1:]}"
@@ -137,4 +137,4 @@ def test_adm_and_training_states_convert_too(tmp_path):
         label = torch.from_numpy(io["class_labels"]).argmax(1) if "class_labels" in io else None
         augment = torch.from_numpy(io["augment_labels"]) if "augment_labels" in io else None
         x, sigma = torch.from_numpy(io["x"]), torch.from_numpy(io["sigma"]).float().flatten()
-        assert relative(load(out)(x, sigma.expand(len(x)), label, augment), io["denoised"]) < 1e-5, arguments
+        assert relative_error(load(out)(x, sigma.expand(len(x)), label, augment), io["denoised"]) < 1e-5, arguments

@@ -1,4 +1,4 @@
-"""What a person does with data at the terminal: convert them to any form, look at them, train on them."""
+"""Data at the command line: convert them to every format, inspect them, train on them."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from stablefield.checkpoint import read as read_checkpoint
 from stablefield.cli import app
 from stablefield.config import resolve
 from stablefield.data import Arrays, Contents, Images, Source, Store, content_hash, guess_kind
-from stablefield.reference import Pool
+from stablefield.pool import Pool
 
 pytestmark = pytest.mark.usefixtures("unchecked", "cache")
 
@@ -29,7 +29,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def command(*arguments: object):
-    """A command, in this process: its result, with the error a user would see as its exception."""
+    """Result of a command that is run in this process; an error is its exception."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -44,7 +44,7 @@ def read(dest) -> Source:
 
 
 def make(kind: str, folder) -> object:
-    """A source of each kind, six members each."""
+    """Path of a source of each kind with six data points."""
     images, labels = noise(6, 3, 8, 8), [0, 2, 1, 1, 0, 2]
     if kind == "arrays":
         np.savez(folder / "x.npz", data=images, labels=np.array(labels))
@@ -65,10 +65,10 @@ def make(kind: str, folder) -> object:
 
 @pytest.mark.parametrize("dest", ["store", "again.zip", "again.npz"])
 @pytest.mark.parametrize("kind", ["arrays", "idx", "cifar", "celeba", "folder", "zip"])
-def test_every_source_keeps_pixels_labels_and_hash_in_every_form(kind, dest, tmp_path):
+def test_every_source_keeps_pixels_labels_and_hash_in_every_format(kind, dest, tmp_path):
     source = make(kind, tmp_path)
     output = convert(source, dest)
-    assert f"taken as  { {'folder': 'images', 'zip': 'images'}.get(kind, kind) }" in output
+    assert f"kind      { {'folder': 'images', 'zip': 'images'}.get(kind, kind) } (guessed" in output
     guessed, path = guess_kind(str(source))
     direct = resolve({"data": {"kind": guessed, "path": path}}).make("data")
     before, after = direct.load(), read(tmp_path / dest).load()
@@ -78,16 +78,16 @@ def test_every_source_keeps_pixels_labels_and_hash_in_every_form(kind, dest, tmp
     assert read(tmp_path / dest).contents().classes == direct.contents().classes
 
 
-def test_forms_go_around_in_a_circle(tmp_path):
+def test_data_survive_a_conversion_through_all_formats(tmp_path):
     convert(make("folder", tmp_path), "a")
     for source, dest in (("a", "b.zip"), ("b.zip", "c.npz"), ("c.npz", "d")):
         convert(source, dest)
     first, last = Store(tmp_path / "a"), Store(tmp_path / "d")
     assert first.verify() == last.verify()
-    assert first.about()["classes"] == last.about()["classes"] == ["a", "b", "c"]
+    assert first.metadata()["classes"] == last.metadata()["classes"] == ["a", "b", "c"]
 
 
-def test_a_zip_is_in_edms_layout_and_the_same_data_give_the_same_bytes(tmp_path):
+def test_a_zip_file_has_edms_layout_and_equal_data_give_equal_bytes(tmp_path):
     images = noise(1002, 1, 2, 2)
     np.savez("x.npz", data=images, labels=np.arange(1002) % 7)
     convert("x.npz", "a.zip")
@@ -106,7 +106,7 @@ def test_a_zip_is_in_edms_layout_and_the_same_data_give_the_same_bytes(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(5, 2), (5, 1, 7), (5, 1, 3, 4, 5), (5, 4, 6, 6), (5, 1, 6, 6), (5, 3, 6, 6)])
-def test_vectors_signals_volumes_latents_and_fields_go_into_a_store_and_back(shape, tmp_path):
+def test_vectors_signals_volumes_latents_and_fields_survive_a_store(shape, tmp_path):
     values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     np.save("x.npy", values)
     convert("x.npy", "store")
@@ -114,25 +114,25 @@ def test_vectors_signals_volumes_latents_and_fields_go_into_a_store_and_back(sha
     assert np.array_equal(Store(tmp_path / "store").load().data.numpy(), values)
     assert np.array_equal(Arrays(tmp_path / "back.npz").load().data.numpy(), values)
     result = command("data", "convert", "x.npy", "x.zip")
-    assert "a zip holds images in bytes with 1 or 3 channels, not float32" in str(result.exception)
+    assert "a ZIP file can only contain images in bytes with 1 or 3 channels, not float32" in str(result.exception)
     assert not (tmp_path / "x.zip").exists()
 
 
-def test_bytes_that_are_declared_floats_go_into_no_zip(tmp_path):
+def test_bytes_declared_as_floats_are_refused_in_a_zip_file(tmp_path):
     np.save("x.npy", noise(5, 3, 6, 6))
     result = command("data", "convert", "x.npy", "x.zip", "--set", "data.values=float")
-    assert "a zip holds images, and bytes (3, 6, 6) with values=float are none" in str(result.exception)
+    assert "a ZIP file can only contain images, not bytes (3, 6, 6) with values=float" in str(result.exception)
     assert not (tmp_path / "x.zip").exists()
 
 
-def test_the_levels_of_the_digits_are_kept_or_the_form_is_refused(tmp_path):
+def test_num_levels_of_the_digits_are_kept_or_the_format_is_refused(tmp_path):
     convert("digits", "digits-store")
     convert("digits-store", "digits.npz")
-    assert Store(tmp_path / "digits-store").load().levels == Arrays(tmp_path / "digits.npz").load().levels == 17
-    assert "256 levels, these have 17" in str(command("data", "convert", "digits", "digits.zip").exception)
+    assert Store(tmp_path / "digits-store").load().num_levels == Arrays(tmp_path / "digits.npz").load().num_levels == 17
+    assert "256 levels, not 17" in str(command("data", "convert", "digits", "digits.zip").exception)
 
 
-def test_options_are_those_of_the_kind(tmp_path):
+def test_options_set_the_keys_of_the_kind(tmp_path):
     source = make_folder(tmp_path / "x", {f"{n}.png": png(noise(4, 9, 12 + n)) for n in range(5)})
     options = (
         "--resolution",
@@ -158,10 +158,10 @@ def test_options_are_those_of_the_kind(tmp_path):
         (("nowhere", "x"), "no file or folder nowhere"),
         (("x.npy", "y", "--resolution", "4x4"), "data.resolution: 'arrays' has no such key"),
         (("x.npy", "y", "--kind", "image"), "data.kind: 'image' is none of .*did you mean images"),
-        (("x.npy", "taken"), "taken is there already"),
+        (("x.npy", "taken"), "taken exists already"),
         (("photos", "y", "--transform", "crop"), "data.transform: .*center-crop"),
-        (("photos", "y", "--set", "training.seed=1"), "only keys of the data can be set here"),
-        (("x.bin", "y"), "x.bin has no name that tells what it is"),
+        (("photos", "y", "--set", "training.seed=1"), "only keys of the section data can be set here"),
+        (("x.bin", "y"), "cannot guess the kind of x.bin"),
     ],
 )
 def test_mistakes_are_explained(arguments, message, tmp_path):
@@ -174,30 +174,30 @@ def test_mistakes_are_explained(arguments, message, tmp_path):
     assert not (tmp_path / "y").exists()
 
 
-def test_a_look_says_how_many_of_what_and_shows_some(tmp_path):
+def test_inspect_prints_shape_moments_classes_and_hash_and_saves_a_sheet(tmp_path):
     source = make("folder", tmp_path)
     pool = Images(source).load()
-    result = command("data", "inspect", source, "--sheet", "look.png")
+    result = command("data", "inspect", source, "--sheet", "images.png")
     x = pool.data.numpy() / 127.5 - 1
     for part in (
         "6 of shape (3, 8, 8), uint8",
-        f"mean {x.mean():.4f}, deviation {x.std():.4f}",
-        f"scaling.sigma_data={x.std():.2g}",
+        f"mean {x.mean():.4f}, standard deviation {x.std():.4f}",
+        f"preconditioning.sigma_data={x.std():.2g}",
         "classes   3",
         "2  b",
         content_hash(pool),
     ):
         assert part in result.output
-    sheet = np.asarray(Image.open("look.png"))
+    sheet = np.asarray(Image.open("images.png"))
     factor, first = 6, pool.data[0].numpy().transpose(1, 2, 0)
     assert np.array_equal(sheet[1 : 1 + 8 * factor : factor, 1 : 1 + 8 * factor : factor], first)
 
 
-def test_a_look_at_a_store_checks_it_and_what_is_no_picture_has_none(tmp_path):
+def test_inspect_verifies_a_store_and_saves_no_sheet_of_vectors(tmp_path):
     np.save("x.npy", np.random.default_rng(0).normal(3, 2, size=(500, 4)))
     convert("x.npy", "store")
     result = command("data", "inspect", "store")
-    assert "as it was written" in result.output
+    assert "(verified)" in result.output
     assert "classes   none" in result.output
     assert not (tmp_path / "sheet.png").exists()
     content = (tmp_path / "store" / "data.npy").read_bytes()
@@ -205,7 +205,7 @@ def test_a_look_at_a_store_checks_it_and_what_is_no_picture_has_none(tmp_path):
     assert "is damaged" in str(command("data", "inspect", "store").exception)
 
 
-def test_a_look_at_floats_has_a_sheet_only_where_they_are_declared_images(tmp_path):
+def test_inspect_saves_a_sheet_of_floats_only_if_they_are_declared_images(tmp_path):
     x = np.random.default_rng(0).standard_normal((20, 1, 6, 6)).astype(np.float32)
     np.save("fields.npy", x)
     np.save("images.npy", np.tanh(x))
@@ -221,7 +221,7 @@ def test_a_look_at_floats_has_a_sheet_only_where_they_are_declared_images(tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["arrays", "idx", "cifar", "celeba", "folder", "zip"])
-def test_any_source_can_be_trained_on_directly(kind, tmp_path):
+def test_every_source_can_be_trained_on_directly(kind, tmp_path):
     guessed, path = guess_kind(str(make(kind, tmp_path)))
     sets = [f"data.kind={guessed}", f"data.path={path}", "target.size=4", "network.channels=8"]
     result = command("train", "--dry-run", *(part for setting in sets for part in ("--set", setting)))
@@ -229,11 +229,17 @@ def test_any_source_can_be_trained_on_directly(kind, tmp_path):
     assert "Pool((6, " in result.output
 
 
-def test_training_on_a_store_or_its_zip_or_the_array_is_the_same_to_the_last_bit(tmp_path):
+def test_training_on_a_store_a_zip_file_and_an_array_is_equal_bit_for_bit(tmp_path):
     np.save("x.npy", noise(64, 1, 8, 8))
     convert("x.npy", "x")
     convert("x.npy", "x.zip")
-    quick = ["training.images=128", "training.ramp=0", "target.size=16", "network.channels=8", "network.blocks=1"]
+    quick = [
+        "training.images=128",
+        "training.learning_rate_warmup=0",
+        "target.size=16",
+        "network.channels=8",
+        "network.blocks=1",
+    ]
     checkpoints = []
     for kind, path in (("arrays", "x.npy"), ("store", "x"), ("images", "x.zip")):
         sets = [*quick, f"data.kind={kind}", f"data.path={path}"]
@@ -245,12 +251,12 @@ def test_training_on_a_store_or_its_zip_or_the_array_is_the_same_to_the_last_bit
         assert all((other[name] == tensor).all() for name, tensor in tensors[0].items())
 
 
-def test_a_pool_s_contents_are_what_it_holds():
+def test_the_contents_of_a_pool_are_its_data():
     pool = Pool(torch.from_numpy(noise(300, 2)))
-    assert np.array_equal(np.concatenate(list(Contents.of(pool).blocks())), pool.data.numpy())
+    assert np.array_equal(np.concatenate(list(Contents.from_pool(pool).blocks())), pool.data.numpy())
 
 
-def test_the_page_on_data_shows_what_runs(tmp_path):
+def test_the_commands_and_code_of_the_page_on_data_run(tmp_path):
     images, labels = noise(12, 3, 32, 32), [number % 10 for number in range(12)]
     make_zip(tmp_path / "cifar10-32x32.zip", edm_files(images, labels))
     make_tar(tmp_path / "cifar-10-python.tar.gz", cifar_files(images, labels))
@@ -262,7 +268,7 @@ def test_the_page_on_data_shows_what_runs(tmp_path):
     lines = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert len(lines) >= 10
     for line in lines:
-        if "hf:" not in line:  # the hub is not asked by tests
+        if "hf:" not in line:  # tests do not access the hub
             sets = ["--set", "target.size=8"] if " train " in line else []
             result = command(*shlex.split(line.replace("holdout=500", "holdout=3"))[1:], *sets)
             assert result.exit_code == 0, (line, result.output, result.exception)

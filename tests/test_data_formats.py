@@ -1,4 +1,4 @@
-"""IDX files, CIFAR's pickles and the hub's data sets give what was put into them, and run nothing."""
+"""IDX files, CIFAR's pickles and data sets of the hub are read exactly, and no code in them is run."""
 
 import gzip
 import pickle
@@ -11,7 +11,7 @@ from data_files import CLASSES, cifar_files, idx, make_folder, make_mnist, make_
 
 from stablefield.data import CIFAR, IDX, HuggingFace
 from stablefield.data.cifar import read_pickle
-from stablefield.data.idx import labels_beside, read_idx
+from stablefield.data.idx import find_labels, read_idx
 
 pytestmark = pytest.mark.usefixtures("unchecked", "cache")
 
@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_mnists_files_give_images_of_one_channel_and_the_labels_beside_them(packed, tmp_path):
+def test_idx_files_of_mnist_are_read_as_images_of_one_channel_with_their_labels(packed, tmp_path):
     images, labels = noise(6, 7, 5), noise(6) % 10
     folder = make_mnist(tmp_path / "x", images, labels, packed=packed)
     for path in (folder, folder / ("train-images-idx3-ubyte" + packed * ".gz")):
@@ -40,36 +40,36 @@ def test_mnists_files_give_images_of_one_channel_and_the_labels_beside_them(pack
         ("train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz"),
     ],
 )
-def test_labels_are_found_by_the_usual_names(images, labels, tmp_path):
+def test_labels_are_found_under_their_usual_file_names(images, labels, tmp_path):
     make_folder(tmp_path, {images: b"", labels: b""})
-    assert labels_beside(tmp_path / images) == tmp_path / labels
-    assert labels_beside(tmp_path / "other-images-idx3-ubyte") is None
-    assert labels_beside(tmp_path / "other") is None
+    assert find_labels(tmp_path / images) == tmp_path / labels
+    assert find_labels(tmp_path / "other-images-idx3-ubyte") is None
+    assert find_labels(tmp_path / "other") is None
 
 
-def test_mnist_is_resized_as_images_in_files_are(tmp_path):
+def test_idx_images_are_resized_and_converted(tmp_path):
     folder = make_mnist(tmp_path / "x", noise(3, 8, 8), noise(3) % 10)
     pool = IDX(folder, resolution="4x4", mode="rgb").load()
     assert pool.shape == (3, 4, 4)
     assert (pool.data[:, 0] == pool.data[:, 2]).all()
 
 
-def test_floating_idx_files_are_taken_as_they_are(tmp_path):
+def test_floating_idx_files_are_read_unchanged(tmp_path):
     values = np.random.default_rng(0).normal(size=(4, 6)).astype("f4")
     (tmp_path / "x.idx").write_bytes(idx(values))
     assert np.array_equal(IDX(tmp_path / "x.idx").load().data.numpy(), values)
-    with pytest.raises(ValueError, match="no images in bytes, to be cut or resized"):
+    with pytest.raises(ValueError, match="only images in bytes can be cropped"):
         IDX(tmp_path / "x.idx", resolution="4x4").load()
 
 
-def test_damaged_idx_files_are_named(tmp_path):
+def test_damaged_idx_files_are_refused_by_name(tmp_path):
     file, whole = tmp_path / "train-images-idx3-ubyte", idx(noise(6, 7, 5))
     for content, message in (
-        (whole[:-1], r"\(6, 7, 5\) needs 226 bytes, there are 225"),
-        (whole + b"x", "needs 226 bytes, there are 227"),
-        (whole[:7], "its header needs 16 bytes, there are 7"),
-        (b"PK" + whole, "is no IDX file"),
-        (b"", "is no IDX file"),
+        (whole[:-1], r"\(6, 7, 5\) needs 226 bytes, the file has 225"),
+        (whole + b"x", "needs 226 bytes, the file has 227"),
+        (whole[:7], "its header needs 16 bytes, the file has 7"),
+        (b"PK" + whole, "is not an IDX file"),
+        (b"", "is not an IDX file"),
         (gzip.compress(whole)[:-9], "cannot be decompressed"),
     ):
         file.write_bytes(content)
@@ -77,7 +77,7 @@ def test_damaged_idx_files_are_named(tmp_path):
             read_idx(file)
     file.write_bytes(whole)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(noise(5)))
-    with pytest.raises(ValueError, match=r"holds 6 images, but .*train-labels-idx1-ubyte \(5,\) labels"):
+    with pytest.raises(ValueError, match=r"contains 6 images, but .*train-labels-idx1-ubyte .* of shape \(5,\)"):
         IDX(file).load()
 
 
@@ -86,7 +86,7 @@ def cifar():
     return noise(12, 3, 32, 32), [number % 10 for number in range(12)]
 
 
-def test_cifars_batches_come_in_order_with_names(cifar, tmp_path):
+def test_cifar_10_is_read_in_order_with_the_names_of_its_classes(cifar, tmp_path):
     images, labels = cifar
     files = cifar_files(images, labels)
     tar = make_tar(tmp_path / "cifar-10-python.tar.gz", dict(reversed(files.items())))
@@ -98,7 +98,7 @@ def test_cifars_batches_come_in_order_with_names(cifar, tmp_path):
         assert np.array_equal(CIFAR(path, split="test").load().data.numpy(), images[:1])
 
 
-def test_cifar_100_has_its_fine_labels(cifar, tmp_path):
+def test_cifar_100_is_read_with_its_fine_labels(cifar, tmp_path):
     images, labels = cifar
     batch = {b"data": images.reshape(12, -1), b"fine_labels": labels, b"coarse_labels": [0] * 12}
     files = {"train": batch, "meta": {b"fine_label_names": [b"apple", b"bear"], b"coarse_label_names": [b"x"]}}
@@ -107,7 +107,7 @@ def test_cifar_100_has_its_fine_labels(cifar, tmp_path):
     assert CIFAR(tar).contents().classes == ("apple", "bear")
 
 
-def test_pickles_as_python_2_wrote_them_are_read():
+def test_pickles_of_python_2_are_read():
     # protocol 2 of Python 2: byte strings as such, and numpy under its old name
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\nq\x01cnumpy\nndarray\nq\x02K\x00\x85U\x01b\x87Rq\x03(K\x01K\x01M\x00\x0c\x86"
@@ -120,7 +120,7 @@ def test_pickles_as_python_2_wrote_them_are_read():
 
 
 class Calls:
-    """Asks whoever reads it to call something."""
+    """Object whose pickle asks the unpickler to call a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -129,7 +129,7 @@ class Calls:
         return self.call
 
 
-def test_a_pickle_that_asks_for_anything_else_is_refused_and_nothing_runs(cifar, tmp_path):
+def test_a_pickle_that_asks_for_another_name_is_refused_and_nothing_runs(cifar, tmp_path):
     touched = tmp_path / "touched"
     for call in (Calls(open, str(touched), "w"), Calls(eval, f"open({str(touched)!r}, 'w')"), Calls(getattr, int, "x")):
         files = cifar_files(*cifar) | {"data_batch_3": pickle.dumps({b"data": call, b"labels": []}, 2)}
@@ -155,12 +155,12 @@ def test_a_pickle_that_asks_for_anything_else_is_refused_and_nothing_runs(cifar,
         b"Pname\n.",
     ],
 )
-def test_every_other_name_is_refused(content):
+def test_names_that_cifar_does_not_need_are_refused(content):
     with pytest.raises(ValueError, match=r"x is (refused|damaged)"):
         read_pickle(content, "x")
 
 
-def test_what_stands_for_a_name_cannot_be_changed_by_a_pickle():
+def test_a_pickle_cannot_change_the_replacements_of_names():
     for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n"):
         for state in (b"}S'call'\nI1\ns", b"N}S'call'\nI1\ns\x86", b"N}S'__class__'\nI1\ns\x86"):
             with pytest.raises(ValueError, match="damaged"):
@@ -168,7 +168,7 @@ def test_what_stands_for_a_name_cannot_be_changed_by_a_pickle():
     assert read_pickle(pickle.dumps({b"data": noise(2, 3)}, 2), "x")["data"].shape == (2, 3)
 
 
-def test_arrays_of_objects_and_of_another_length_are_refused():
+def test_arrays_of_objects_or_of_a_wrong_length_are_refused():
     for array in (np.array([{}, []], object), np.zeros(3), np.zeros(3, ">i4")):
         with pytest.raises(ValueError, match="x is damaged: an array in it is not of bytes"):
             read_pickle(pickle.dumps({b"data": array}, 2), "x")
@@ -178,21 +178,21 @@ def test_arrays_of_objects_and_of_another_length_are_refused():
         read_pickle(content[: place + 1] + bytes([78]) + content[place + 2 :], "x")
 
 
-def test_a_cifar_that_is_not_whole_says_what_is_missing(cifar, tmp_path):
+def test_an_incomplete_or_damaged_cifar_is_refused_by_name(cifar, tmp_path):
     files = cifar_files(*cifar)
     del files["data_batch_4"]
-    with pytest.raises(ValueError, match=r"x\.tar\.gz is no CIFAR, or not all of it: it lacks data_batch_4 or train"):
+    with pytest.raises(ValueError, match=r"x\.tar\.gz is not a complete CIFAR .*: data_batch_4 or train is missing"):
         CIFAR(make_tar(tmp_path / "x.tar.gz", files)).load()
     whole = make_tar(tmp_path / "y.tar.gz", cifar_files(*cifar)).read_bytes()
     (tmp_path / "y.tar.gz").write_bytes(whole[:-3000])
-    with pytest.raises(ValueError, match=r"y\.tar\.gz is no tar, or damaged"):
+    with pytest.raises(ValueError, match=r"y\.tar\.gz is not a tar archive, or is damaged"):
         CIFAR(tmp_path / "y.tar.gz").load()
     files = cifar_files(*cifar)
     files["data_batch_2"] = files["data_batch_2"][:-30]
     with pytest.raises(ValueError, match=r"data_batch_2 in .* is damaged"):
         CIFAR(make_tar(tmp_path / "z.tar.gz", files)).load()
     files["data_batch_2"] = pickle.dumps({b"data": noise(2, 3072), b"labels": [1]}, 2)
-    with pytest.raises(ValueError, match=r"data_batch_2 in .* holds 2 images, and not as many labels"):
+    with pytest.raises(ValueError, match=r"data_batch_2 in .* contains 2 images, but not one label for each"):
         CIFAR(make_tar(tmp_path / "w.tar.gz", files)).load()
 
 
@@ -211,7 +211,7 @@ def hub(tmp_path):
     return tmp_path / "hub", images.transpose(0, 3, 1, 2)
 
 
-def test_a_data_set_of_the_hub_gives_its_images_classes_and_names(hub):
+def test_a_data_set_of_the_hub_is_read_with_its_images_labels_and_class_names(hub):
     path, images = hub
     pool = HuggingFace(str(path)).load()
     assert np.array_equal(pool.data.numpy(), images)
@@ -221,12 +221,12 @@ def test_a_data_set_of_the_hub_gives_its_images_classes_and_names(hub):
     assert HuggingFace(str(path), resolution="4x4", max_images=2).load().data.shape == (2, 3, 4, 4)
 
 
-def test_a_column_that_is_not_there_is_named_with_those_that_are(hub):
-    with pytest.raises(ValueError, match="no column 'picture': its columns are number, img, kind"):
+def test_an_unknown_column_is_refused_with_the_names_of_all_columns(hub):
+    with pytest.raises(ValueError, match="no column 'picture'; its columns are number, img, kind"):
         HuggingFace(str(hub[0]), image="picture").load()
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch):
+def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'stablefield\[datasets\]'"):
         HuggingFace("mnist").load()

@@ -1,4 +1,4 @@
-"""Images become the numbers they are stored as, with the labels that belong to them, or are refused by name."""
+"""Image files are decoded to their pixels with the right labels, or refused by name."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from data_files import edm_files, make_folder, make_zip, noise, png
 from PIL import Image
 
 from stablefield.data import CelebA, Images
-from stablefield.data.decode import Rules, largest_window
+from stablefield.data.decode import Preprocessing, largest_window
 
 pytestmark = pytest.mark.usefixtures("unchecked", "cache")
 
@@ -31,20 +31,20 @@ def one(tmp_path, content: bytes, name: str = "a.png", **options) -> np.ndarray:
 
 @pytest.mark.parametrize("make", [make_zip, make_folder])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8), (3, 6, 10), (1, 5, 3)])
-def test_edms_layout_gives_pixels_and_labels_back(make, shape, tmp_path):
+def test_images_and_labels_in_edms_layout_are_read_exactly(make, shape, tmp_path):
     images, labels = noise(9, *shape), [3, 1, 0, 2, 2, 1, 0, 0, 1]
     pool = Images(make(tmp_path / "x.zip", edm_files(images, labels))).load()
     assert np.array_equal(pool.data.numpy(), images)
     assert pool.labels.tolist() == labels
 
 
-def test_labels_belong_to_names_and_not_to_places_in_the_list(tmp_path):
+def test_labels_are_assigned_by_name_and_not_by_position(tmp_path):
     files = edm_files(noise(5, 1, 4, 4), [4, 3, 2, 1, 0])
     files["dataset.json"] = json.dumps({"labels": json.loads(files["dataset.json"])["labels"][::-1]}).encode()
     assert Images(make_zip(tmp_path / "x.zip", files)).load().labels.tolist() == [4, 3, 2, 1, 0]
 
 
-def test_one_hot_labels_are_classes_and_null_is_none(tmp_path):
+def test_one_hot_labels_are_classes_and_null_means_no_labels(tmp_path):
     images = noise(3, 1, 4, 4)
     one_hot = np.eye(5)[[4, 0, 2]].tolist()
     assert Images(make_zip(tmp_path / "a.zip", edm_files(images, one_hot))).load().labels.tolist() == [4, 0, 2]
@@ -52,17 +52,17 @@ def test_one_hot_labels_are_classes_and_null_is_none(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [[[0.5, 0.2], [1.0, 0.1], [0, 1]], [0.5, 1, 2], [-1, 0, 1], [[0, 1], [1], [1]]])
-def test_labels_that_are_no_classes_are_refused_or_left_out(labels, tmp_path):
+def test_labels_that_are_not_classes_are_refused_or_ignored_on_request(labels, tmp_path):
     path = make_zip(tmp_path / "x.zip", edm_files(noise(3, 1, 4, 4), labels))
     with pytest.raises(ValueError, match=r"labels in .*x\.zip are"):
         Images(path).load()
     assert Images(path, labels=False).load().labels is None
 
 
-def test_labels_must_be_those_of_the_images(tmp_path):
+def test_every_image_needs_a_label_and_every_label_an_image(tmp_path):
     files = edm_files(noise(3, 1, 4, 4), [0, 1, 2])
     less = {name: content for name, content in files.items() if "0002" not in name}
-    with pytest.raises(ValueError, match=r"labels 00000/img00000002.png, and there is no such image"):
+    with pytest.raises(ValueError, match=r"has a label for 00000/img00000002.png, which does not exist"):
         Images(make_zip(tmp_path / "less.zip", less)).load()
     with pytest.raises(ValueError, match=r"no label for 00000/more.png"):
         Images(make_zip(tmp_path / "more.zip", files | {"00000/more.png": png(noise(1, 4, 4))})).load()
@@ -70,7 +70,7 @@ def test_labels_must_be_those_of_the_images(tmp_path):
         Images(make_zip(tmp_path / "odd.zip", files | {"dataset.json": b"[1, 2"})).load()
 
 
-def test_the_top_folder_is_the_class_in_the_order_of_names(tmp_path):
+def test_top_folders_are_classes_in_alphabetical_order(tmp_path):
     names = ["dog/1.png", "cat/x/2.png", "ant/9.png", "dog/0.png"]
     images = noise(4, 3, 4, 4)
     files = dict(zip(names, map(png, images), strict=True))
@@ -81,7 +81,7 @@ def test_the_top_folder_is_the_class_in_the_order_of_names(tmp_path):
         assert Images(path).contents().classes == ("ant", "cat", "dog")
 
 
-def test_a_folder_around_everything_and_hidden_files_are_looked_through(tmp_path):
+def test_a_single_outer_folder_and_hidden_files_are_ignored(tmp_path):
     files = {"photos/b/1.png": png(noise(1, 4, 4)), "photos/a/1.png": png(noise(1, 4, 4, seed=1))}
     hidden = {"__MACOSX/photos/b/._1.png": b"?", ".DS_Store": b"?", "photos/a/.thumb.png": b"?", "LICENSE.txt": b"?"}
     pool = Images(make_zip(tmp_path / "x.zip", files | hidden)).load()
@@ -89,44 +89,44 @@ def test_a_folder_around_everything_and_hidden_files_are_looked_through(tmp_path
     assert Images(make_folder(tmp_path / "flat", {"x.png": png(noise(1, 4, 4))})).load().labels is None
 
 
-def test_shards_are_no_classes(tmp_path):
+def test_folders_of_edms_layout_are_not_classes(tmp_path):
     files = edm_files(noise(9, 1, 4, 4), None)
     del files["dataset.json"]
     assert Images(make_zip(tmp_path / "x.zip", files)).load().labels is None
 
 
-def test_images_beside_class_folders_are_refused_or_taken_without_labels(tmp_path):
+def test_images_beside_class_folders_are_refused_or_read_without_labels(tmp_path):
     path = make_folder(tmp_path / "x", {"a/1.png": png(noise(1, 4, 4)), "stray.png": png(noise(1, 4, 4))})
     with pytest.raises(ValueError, match=r"stray\.png"):
         Images(path).load()
     assert len(Images(path, labels=False).load()) == 2
 
 
-def test_images_of_differing_sizes_are_named_with_both_sizes(tmp_path):
+def test_images_of_different_sizes_are_refused_with_both_names_and_sizes(tmp_path):
     path = make_folder(tmp_path / "x", {"a.png": png(noise(3, 4, 6)), "b.png": png(noise(3, 5, 6))})
     with pytest.raises(ValueError, match=r"a\.png is 6x4 in colour, but b\.png is 6x5 .*--resolution"):
         Images(path).load()
     assert pixels(Images(path, resolution="4x4")).shape == (2, 3, 4, 4)
 
 
-def test_grey_among_colour_is_refused_unless_it_is_said_what_all_should_be(tmp_path):
+def test_grey_and_colour_images_together_are_refused_unless_a_mode_is_set(tmp_path):
     grey, colour = noise(1, 4, 4), noise(3, 4, 4)
     path = make_folder(tmp_path / "x", {"a.png": png(grey), "b.png": png(colour)})
-    with pytest.raises(ValueError, match=r"a\.png is 4x4 in grey, but b\.png is 4x4 in colour: --mode"):
+    with pytest.raises(ValueError, match=r"a\.png is 4x4 in grey, but b\.png is 4x4 in colour; .*--mode"):
         Images(path).load()
     assert np.array_equal(pixels(Images(path, mode="rgb")), np.stack([grey.repeat(3, 0), colour]))
     luma = np.asarray(Image.fromarray(colour.transpose(1, 2, 0)).convert("L"))
     assert np.array_equal(pixels(Images(path, mode="grey")), np.stack([grey, luma[None]]))
 
 
-def test_sixteen_bits_lose_their_low_byte_and_eight_bits_in_sixteen_lose_nothing(tmp_path):
+def test_16_bit_images_keep_their_high_byte(tmp_path):
     deep = np.random.default_rng(0).integers(0, 2**16, (6, 5), dtype=np.uint16)
     assert np.array_equal(one(tmp_path, png(deep))[0], deep // 256)
     shallow = noise(6, 5)
     assert np.array_equal(one(tmp_path, png(shallow.astype(np.uint16) * 257))[0], shallow)
 
 
-def test_a_palette_gives_its_colours_and_one_bit_black_and_white(tmp_path):
+def test_palettes_become_rgb_and_one_bit_becomes_black_and_white(tmp_path):
     picture = Image.fromarray(noise(3, 6, 5).transpose(1, 2, 0)).quantize(16)
     picture.save(tmp_path / "p.png")
     expected = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
@@ -136,14 +136,14 @@ def test_a_palette_gives_its_colours_and_one_bit_black_and_white(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [2, 4])
-def test_transparency_is_refused_unless_dropped_and_then_the_colours_stay(channels, tmp_path):
+def test_transparency_is_refused_or_dropped_without_changing_the_colours(channels, tmp_path):
     image = noise(channels, 6, 5)
     with pytest.raises(ValueError, match=r"a\.png .*transparency.*--drop-alpha"):
         one(tmp_path, png(image))
     assert np.array_equal(one(tmp_path, png(image), drop_alpha=True), image[:-1])
 
 
-def test_a_transparent_palette_is_transparency_too(tmp_path):
+def test_a_palette_with_transparency_is_refused_or_drops_it(tmp_path):
     picture = Image.fromarray(noise(3, 6, 5).transpose(1, 2, 0)).quantize(16)
     picture.save(tmp_path / "p.png", transparency=bytes(range(16)))
     content = (tmp_path / "p.png").read_bytes()
@@ -164,7 +164,7 @@ def test_floating_pixels_and_several_frames_are_refused_by_name(tmp_path):
 
 
 def central(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The central window, counted by hand."""
+    """The central window of an image."""
     left, top = (image.shape[2] - width) // 2, (image.shape[1] - height) // 2
     return image[:, top : top + height, left : left + width]
 
@@ -175,7 +175,7 @@ def resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(9, 14), (14, 9), (11, 8), (8, 8)])
-def test_a_centre_crop_is_the_largest_central_square_resized(height, width, tmp_path):
+def test_center_crop_is_the_largest_central_square_resized(height, width, tmp_path):
     image, side = noise(3, height, width), min(height, width)
     found = one(tmp_path, png(image), resolution="6x6", transform="center-crop")
     assert np.array_equal(found, resized(central(image, side, side), 6, 6))
@@ -183,7 +183,7 @@ def test_a_centre_crop_is_the_largest_central_square_resized(height, width, tmp_
     assert np.array_equal(unscaled, central(image, side, side))
 
 
-def test_a_wide_crop_has_black_bars_and_is_square(tmp_path):
+def test_center_crop_wide_pads_with_black_bars_to_a_square(tmp_path):
     image = noise(3, 12, 18)
     found = one(tmp_path, png(image), resolution="8x6", transform="center-crop-wide")
     assert found.shape == (3, 8, 8)
@@ -191,7 +191,7 @@ def test_a_wide_crop_has_black_bars_and_is_square(tmp_path):
     assert np.array_equal(found[:, 1:7], resized(central(image, 16, 12), 8, 6))
 
 
-def test_a_resolution_alone_stretches(tmp_path):
+def test_a_resolution_without_a_transform_stretches(tmp_path):
     image = noise(3, 12, 18)
     assert np.array_equal(one(tmp_path, png(image), resolution="5x7"), resized(image, 5, 7))
 
@@ -205,16 +205,16 @@ def test_the_largest_window_fits_and_touches_the_borders(size, proportions):
     assert width == size[0] or height == size[1]
 
 
-def test_celeba_is_cropped_to_140_and_resized_to_64(tmp_path):
+def test_celeba_is_cropped_to_140x140_and_resized_to_64x64(tmp_path):
     image = noise(3, 218, 178)
     path = make_folder(tmp_path / "img_align_celeba", {"000001.png": png(image)})
     assert np.array_equal(pixels(CelebA(path))[0], resized(image[:, 39:179, 19:159], 64, 64))
     small = make_folder(tmp_path / "small", {"000001.png": png(noise(3, 100, 178))})
-    with pytest.raises(ValueError, match="178x100, too small to cut 140x140"):
+    with pytest.raises(ValueError, match="178x100, too small for a crop of 140x140"):
         CelebA(small).load()
 
 
-def test_only_the_first_images_are_read(tmp_path):
+def test_max_images_reads_only_the_first_images(tmp_path):
     images = noise(6, 1, 4, 4)
     files = edm_files(images, range(6)) | {"00001/img00000005.png": b"damaged"}
     pool = Images(make_zip(tmp_path / "x.zip", files), max_images=4).load()
@@ -223,15 +223,15 @@ def test_only_the_first_images_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("make", [make_zip, make_folder])
-def test_a_damaged_image_is_named(make, tmp_path):
+def test_a_damaged_image_is_refused_by_name(make, tmp_path):
     files = edm_files(noise(6, 3, 16, 16), None)
-    for content in (files["00000/img00000003.png"][:200], b"no image", b""):
+    for content in (files["00000/img00000003.png"][:200], b"not an image", b""):
         path = make(tmp_path / f"{len(content)}.zip", files | {"00000/img00000003.png": content})
         with pytest.raises(ValueError, match=r"00000/img00000003\.png .*cannot be decoded"):
             Images(path).load()
 
 
-def test_a_damaged_zip_is_named_with_its_member(tmp_path):
+def test_a_damaged_zip_file_is_refused_with_the_name_of_the_image(tmp_path):
     path = make_zip(tmp_path / "x.zip", edm_files(noise(6, 3, 16, 16), None))
     content = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -240,7 +240,7 @@ def test_a_damaged_zip_is_named_with_its_member(tmp_path):
     with pytest.raises(ValueError, match=r"00001/img00000004\.png in .*x\.zip cannot be read"):
         Images(path).load()
     path.write_bytes(content[:-40])
-    with pytest.raises(ValueError, match=r"x\.zip is no zip, or was cut short"):
+    with pytest.raises(ValueError, match=r"x\.zip is not a ZIP file, or was cut short"):
         Images(path).load()
 
 
@@ -249,29 +249,29 @@ def test_a_damaged_zip_is_named_with_its_member(tmp_path):
     [
         ({"resolution": "64"}, "WIDTHxHEIGHT.*'64'"),
         ({"resolution": "0x4"}, "WIDTHxHEIGHT"),
-        ({"transform": "center-crop"}, "needs a resolution"),
+        ({"transform": "center-crop"}, "requires a resolution"),
         ({"transform": "center-crop-wide", "resolution": "4x8"}, "wider than high, not 4x8"),
         ({"max_images": 0}, "at least 1, not 0"),
     ],
 )
-def test_options_without_meaning_are_refused(options, message, tmp_path):
+def test_invalid_options_are_refused(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Images(tmp_path, **options)
 
 
-def test_where_there_are_no_images_it_is_said(tmp_path):
-    with pytest.raises(ValueError, match="there are no images in"):
+def test_paths_without_images_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"there are no images \(\.png, .*\) in"):
         Images(make_folder(tmp_path / "x", {"a.txt": b"?"})).load()
     with pytest.raises(ValueError, match="there is no file or folder"):
         Images(tmp_path / "nowhere").load()
 
 
-def test_a_source_is_decoded_once_and_again_when_it_changes(tmp_path, cache, monkeypatch):
+def test_images_are_decoded_once_and_again_when_a_file_changes(tmp_path, cache, monkeypatch):
     files = edm_files(noise(3, 1, 8, 8), [0, 1, 2])
     folder, archive = make_folder(tmp_path / "x", files), make_zip(tmp_path / "x.zip", files)
     first = pixels(Images(folder)), pixels(Images(archive))
-    with monkeypatch.context() as undisturbed:
-        undisturbed.setattr(Rules, "__call__", None)  # whatever decodes fails
+    with monkeypatch.context() as patch:
+        patch.setattr(Preprocessing, "__call__", None)  # decoding would fail
         again = pixels(Images(folder)), pixels(Images(archive))
         assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     other = noise(1, 8, 8, seed=9)
@@ -285,13 +285,13 @@ def test_a_source_is_decoded_once_and_again_when_it_changes(tmp_path, cache, mon
     assert pixels(Images(archive, resolution="4x4")).shape == (3, 1, 4, 4)
 
 
-def test_another_label_is_another_source(tmp_path):
+def test_images_are_decoded_again_when_a_label_changes(tmp_path):
     images = noise(3, 1, 8, 8)
     assert Images(make_zip(tmp_path / "x.zip", edm_files(images, [0, 1, 2]))).load().labels.tolist() == [0, 1, 2]
     assert Images(make_zip(tmp_path / "x.zip", edm_files(images, [0, 2, 1]))).load().labels.tolist() == [0, 2, 1]
 
 
-def test_a_moved_zip_is_not_decoded_again(tmp_path, cache):
+def test_a_renamed_zip_file_is_not_decoded_again(tmp_path, cache):
     path = make_zip(tmp_path / "x.zip", edm_files(noise(3, 1, 8, 8), None))
     Images(path).load()
     Images(path.rename(tmp_path / "y.zip")).load()
@@ -299,7 +299,7 @@ def test_a_moved_zip_is_not_decoded_again(tmp_path, cache):
 
 
 @pytest.mark.parametrize("form", ["JPEG", "BMP", "WEBP", "TIFF"])
-def test_other_forms_are_decoded_as_pillow_does(form, tmp_path):
+def test_other_image_formats_are_decoded_as_by_pillow(form, tmp_path):
     content = png(noise(3, 8, 8), form)
     (tmp_path / "a").write_bytes(content)
     expected = np.asarray(Image.open(tmp_path / "a").convert("RGB")).transpose(2, 0, 1)

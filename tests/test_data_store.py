@@ -1,4 +1,4 @@
-"""A store holds what was put into it, whole or not at all, and training cannot tell it from memory."""
+"""A store returns exactly the data that were written, is complete or absent, and trains like data in memory."""
 
 import json
 import multiprocessing
@@ -13,9 +13,20 @@ import pytest
 import torch
 from data_files import edm_files, make_zip, noise
 
-from stablefield.data import IDX, Arrays, Contents, Digits, Images, Shuffled, Store, content_hash, write, write_npz
+from stablefield.data import (
+    IDX,
+    Arrays,
+    Contents,
+    Digits,
+    Images,
+    ShuffledBatches,
+    Store,
+    content_hash,
+    write_npz,
+    write_store,
+)
 from stablefield.data import store as stores
-from stablefield.reference import Pool
+from stablefield.pool import Pool
 
 pytestmark = pytest.mark.usefixtures("unchecked", "cache")
 
@@ -32,36 +43,40 @@ def pool_of(*shape: int, labels: bool = True, floating: bool = False) -> Pool:
     return Pool(data, torch.arange(shape[0]) % 3 if labels else None)
 
 
-def keep(path, pool: Pool) -> Store:
-    return write(path, Contents.of(pool), source="a test")
+def store_of(path, pool: Pool) -> Store:
+    return write_store(path, Contents.from_pool(pool), source="a test")
 
 
 def same(a: Pool, b: Pool) -> bool:
     labels = (a.labels is None and b.labels is None) or torch.equal(a.labels, b.labels)
-    return a.data.dtype == b.data.dtype and torch.equal(a.data, b.data) and labels and a.levels == b.levels
+    return a.data.dtype == b.data.dtype and torch.equal(a.data, b.data) and labels and a.num_levels == b.num_levels
 
 
 @pytest.mark.parametrize("shape", [(7, 3, 4, 6), (7, 1, 5, 5), (7, 2), (300, 4, 3), (7, 1, 3, 4, 5)])
 @pytest.mark.parametrize("labels", [True, False])
 @pytest.mark.parametrize("floating", [True, False])
-def test_data_of_any_shape_come_back_bit_for_bit(shape, labels, floating, tmp_path):
+def test_data_of_any_shape_are_stored_bit_for_bit(shape, labels, floating, tmp_path):
     pool = pool_of(*shape, labels=labels, floating=floating)
-    store = keep(tmp_path / "x", pool)
+    store = store_of(tmp_path / "x", pool)
     assert same(store.load(), pool)
     assert store.verify() == content_hash(pool)
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
-def test_levels_and_names_of_classes_come_back(tmp_path):
+def test_num_levels_and_class_names_are_stored(tmp_path):
     pool = Digits().load()
-    store = write(tmp_path / "x", Contents.of(pool, tuple("abcdefghij")), source="a test")
-    assert store.load().levels == 17
+    store = write_store(tmp_path / "x", Contents.from_pool(pool, tuple("abcdefghij")), source="a test")
+    assert store.load().num_levels == 17
     assert store.contents().classes == tuple("abcdefghij")
 
 
-def test_the_hash_changes_with_any_pixel_label_shape_and_meaning():
+def test_the_hash_depends_on_every_pixel_every_label_the_shape_and_num_levels():
     data, labels = torch.from_numpy(noise(5, 1, 2, 3)), torch.arange(5)
-    hashes = {content_hash(Pool(data, labels)), content_hash(Pool(data)), content_hash(Pool(data, labels, levels=17))}
+    hashes = {
+        content_hash(Pool(data, labels)),
+        content_hash(Pool(data)),
+        content_hash(Pool(data, labels, num_levels=17)),
+    }
     hashes.add(content_hash(Pool(data.reshape(5, 1, 3, 2), labels)))
     for place in range(data.numel()):
         changed = data.clone()
@@ -72,8 +87,8 @@ def test_the_hash_changes_with_any_pixel_label_shape_and_meaning():
     assert len(hashes) == 4 + data.numel() + 5
 
 
-def test_a_store_is_mapped_without_a_warning_and_never_changed_by_whoever_writes_to_it(tmp_path):
-    store = keep(tmp_path / "x", pool_of(50, 3, 4, 4))
+def test_a_store_is_mapped_without_a_warning_and_writing_to_its_tensor_changes_no_file(tmp_path):
+    store = store_of(tmp_path / "x", pool_of(50, 3, 4, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pool = store.load()
@@ -82,18 +97,18 @@ def test_a_store_is_mapped_without_a_warning_and_never_changed_by_whoever_writes
     assert store.load().data.any()
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux to say what is mapped")
-def test_the_data_are_pages_of_the_file(tmp_path):
-    pool = keep(tmp_path / "x", pool_of(50, 3, 4, 4)).load()
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="requires Linux, which lists what is mapped")
+def test_the_data_of_a_store_are_pages_of_its_file(tmp_path):
+    pool = store_of(tmp_path / "x", pool_of(50, 3, 4, 4)).load()
     with open("/proc/self/maps") as maps:
         own = [line for line in maps if str(tmp_path / "x" / "data.npy") in line]
     low, high = (int(end, 16) for end in own[0].split()[0].split("-"))
     assert low <= pool.data.data_ptr() < high
 
 
-def test_where_private_pages_are_refused_data_are_read_only_and_the_same(tmp_path, monkeypatch):
+def test_data_are_mapped_read_only_where_copy_on_write_is_refused(tmp_path, monkeypatch):
     pool, load = pool_of(50, 3, 4, 4), np.load
-    store = keep(tmp_path / "x", pool)
+    store = store_of(tmp_path / "x", pool)
 
     def refuse(path, mmap_mode, **options):
         if mmap_mode == "c":
@@ -106,24 +121,24 @@ def test_where_private_pages_are_refused_data_are_read_only_and_the_same(tmp_pat
         assert same(store.load(), pool)
 
 
-def test_training_sees_the_same_batches_and_no_step_decodes_anything(tmp_path, monkeypatch):
+def test_batches_of_a_store_equal_those_of_memory_and_need_no_decoding(tmp_path, monkeypatch):
     images, labels = noise(40, 3, 8, 8), [number % 4 for number in range(40)]
     mapped = Images(make_zip(tmp_path / "x.zip", edm_files(images, labels))).load()
     memory = Pool(torch.from_numpy(images), torch.tensor(labels))
     monkeypatch.setattr("PIL.Image.open", None)
     monkeypatch.setattr("zipfile.ZipFile.open", None)
     for seen in range(0, 160, 16):
-        one, other = (Shuffled(pool, 16, seed=3)(seen) for pool in (mapped, memory))
+        one, other = (ShuffledBatches(pool, 16, seed=3)(seen) for pool in (mapped, memory))
         assert torch.equal(one.x, other.x)
         assert torch.equal(one.index, other.index)
         assert torch.equal(one.label, other.label)
 
 
-def test_nothing_is_written_over(tmp_path):
+def test_an_existing_store_is_not_overwritten(tmp_path):
     pool = pool_of(5, 2)
-    keep(tmp_path / "x", pool)
-    with pytest.raises(ValueError, match="x is there already"):
-        keep(tmp_path / "x", pool_of(6, 2))
+    store_of(tmp_path / "x", pool)
+    with pytest.raises(ValueError, match="x exists already"):
+        store_of(tmp_path / "x", pool_of(6, 2))
     assert same(Store(tmp_path / "x").load(), pool)
 
 
@@ -136,46 +151,46 @@ def failing(pool: Pool, error: BaseException) -> Contents:
 
 
 @pytest.mark.parametrize("error", [ValueError("damaged"), KeyboardInterrupt(), OSError("no space left")])
-def test_a_store_that_could_not_be_finished_leaves_nothing_behind(error, tmp_path):
+def test_a_failed_write_leaves_nothing_behind(error, tmp_path):
     with pytest.raises(type(error)):
-        write(tmp_path / "x", failing(pool_of(5, 2), error), source="a test")
+        write_store(tmp_path / "x", failing(pool_of(5, 2), error), source="a test")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_process_killed_while_writing_leaves_no_store_and_does_not_hinder_the_next(tmp_path):
+def test_a_process_killed_while_writing_leaves_no_store_and_the_next_write_succeeds(tmp_path):
     code = """
 import os, sys, numpy as np
 from pathlib import Path
-from stablefield.data import Contents, write
+from stablefield.data import Contents, write_store
 
 def blocks():
     yield np.zeros((3, 2), np.uint8)
     os._exit(9)
 
-write(Path(sys.argv[1]), Contents(5, blocks), source="a test")
+write_store(Path(sys.argv[1]), Contents(5, blocks), source="a test")
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True)
     assert done.returncode == 9, done.stderr
     assert not (tmp_path / "x").exists()
     (left,) = tmp_path.iterdir()
-    with pytest.raises(ValueError, match=r"no whole store: it has no store\.json"):
+    with pytest.raises(ValueError, match=r"not a complete store: store\.json is missing"):
         Store(left).load()
-    assert len(keep(tmp_path / "x", pool_of(5, 2)).load()) == 5
+    assert len(store_of(tmp_path / "x", pool_of(5, 2)).load()) == 5
 
 
-def test_blocks_that_are_unlike_or_not_finite_are_refused(tmp_path):
+def test_blocks_of_different_types_or_not_finite_are_refused(tmp_path):
     def contents(*blocks):
         return Contents(sum(map(len, blocks)), lambda: iter(blocks))
 
     for other in (np.zeros((2, 4), np.uint8), np.zeros((2, 3), np.float32)):
-        with pytest.raises(ValueError, match="all must be alike"):
-            write(tmp_path / "x", contents(np.zeros((2, 3), np.uint8), other), source="a test")
+        with pytest.raises(ValueError, match="must have the same type and shape"):
+            write_store(tmp_path / "x", contents(np.zeros((2, 3), np.uint8), other), source="a test")
     with pytest.raises(ValueError, match="not finite"):
-        write(tmp_path / "x", contents(np.full((2, 3), np.nan, np.float32)), source="a test")
+        write_store(tmp_path / "x", contents(np.full((2, 3), np.nan, np.float32)), source="a test")
 
 
-def test_what_was_cut_short_swapped_or_damaged_is_refused_by_name(tmp_path):
-    store = keep(tmp_path / "x", pool_of(50, 3, 4, 4))
+def test_truncated_swapped_and_damaged_files_are_refused_by_name(tmp_path):
+    store = store_of(tmp_path / "x", pool_of(50, 3, 4, 4))
     for name in ("data.npy", "labels.npy", "store.json"):
         whole = (tmp_path / "x" / name).read_bytes()
         for damaged in (whole[:-1], whole[: len(whole) // 2], b"", whole + b"}"):
@@ -183,44 +198,45 @@ def test_what_was_cut_short_swapped_or_damaged_is_refused_by_name(tmp_path):
             with pytest.raises(ValueError, match=name.replace(".", r"\.")):
                 store.load()
         (tmp_path / "x" / name).unlink()
-        with pytest.raises(ValueError, match=f"no whole store: it has no {name}"):
+        with pytest.raises(ValueError, match=f"not a complete store: {name} is missing"):
             store.load()
         (tmp_path / "x" / name).write_bytes(whole)
-    keep(tmp_path / "y", pool_of(49, 3, 4, 4))
+    store_of(tmp_path / "y", pool_of(49, 3, 4, 4))
     (tmp_path / "y" / "data.npy").replace(tmp_path / "x" / "data.npy")
-    with pytest.raises(ValueError, match=r"holds uint8 \(49, 3, 4, 4\), but store.json says uint8 \(50, 3, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"contains uint8 \(49, 3, 4, 4\), but store.json says uint8 \(50, 3, 4, 4\)"):
         store.load()
 
 
-def test_a_single_changed_bit_is_found_on_demand(tmp_path):
-    store = keep(tmp_path / "x", pool_of(50, 3, 4, 4))
+def test_verify_detects_a_single_changed_bit(tmp_path):
+    store = store_of(tmp_path / "x", pool_of(50, 3, 4, 4))
     for name in ("data.npy", "labels.npy"):
         whole = (tmp_path / "x" / name).read_bytes()
         (tmp_path / "x" / name).write_bytes(whole[:-8] + bytes([whole[-8] ^ 1]) + whole[-7:])
-        with pytest.raises(ValueError, match="is damaged: its contents have the hash"):
+        with pytest.raises(ValueError, match="is damaged: its data have the hash"):
             store.verify()
         (tmp_path / "x" / name).write_bytes(whole)
     assert store.verify()
 
 
-def test_a_store_of_another_version_is_refused(tmp_path):
-    keep(tmp_path / "x", pool_of(5, 2))
-    about = json.loads((tmp_path / "x" / "store.json").read_text())
-    (tmp_path / "x" / "store.json").write_text(json.dumps(about | {"format": "stablefield store 9"}))
-    with pytest.raises(ValueError, match=r"'stablefield store 9'.*'stablefield store 1'"):
-        Store(tmp_path / "x").load()
+def test_a_store_of_another_format_is_refused(tmp_path):
+    store_of(tmp_path / "x", pool_of(5, 2))
+    metadata = json.loads((tmp_path / "x" / "store.json").read_text())
+    for other in ("stablefield store 1", "stablefield store 9"):
+        (tmp_path / "x" / "store.json").write_text(json.dumps(metadata | {"format": other}))
+        with pytest.raises(ValueError, match=f"x has the format '{other}', .* 'stablefield store 2'; convert the data"):
+            Store(tmp_path / "x").load()
 
 
-def test_ranks_that_start_together_decode_once(tmp_path, monkeypatch):
+def test_ranks_that_start_together_decode_the_data_once(tmp_path, monkeypatch):
     source = Images(make_zip(tmp_path / "x.zip", edm_files(noise(30, 3, 8, 8), None)))
-    written, really = tmp_path / "written", write
+    log, original = tmp_path / "written", write_store
 
-    def noted(*arguments, **options):
-        with written.open("a") as file:
+    def recorded(*arguments, **options):
+        with log.open("a") as file:
             file.write("once\n")
-        return really(*arguments, **options)
+        return original(*arguments, **options)
 
-    monkeypatch.setattr(stores, "write", noted)
+    monkeypatch.setattr(stores, "write_store", recorded)
     fork = multiprocessing.get_context("fork")
     found = fork.Queue()
     ranks = [fork.Process(target=lambda: found.put(content_hash(source.load()))) for _ in range(4)]
@@ -229,16 +245,16 @@ def test_ranks_that_start_together_decode_once(tmp_path, monkeypatch):
     assert {found.get(timeout=60) for _ in ranks} == {content_hash(Pool(torch.from_numpy(noise(30, 3, 8, 8))))}
     for rank in ranks:
         rank.join()
-    assert written.read_text() == "once\n"
+    assert log.read_text() == "once\n"
 
 
 @pytest.mark.parametrize("when", ["before the first block", "before the last rename"])
-def test_without_locks_the_first_to_finish_wins_and_nobody_fails(when, cache, monkeypatch):
+def test_without_locks_the_first_store_is_used_and_no_rank_fails(when, cache, monkeypatch):
     pool = pool_of(5, 2)
-    monkeypatch.setattr(stores, "alone", lambda lock: nullcontext())
+    monkeypatch.setattr(stores, "exclusive_lock", lambda path: nullcontext())
 
     def other_rank():
-        stores.cached("recipe", lambda: Contents.of(pool), source="a test")
+        stores.cached("recipe", lambda: Contents.from_pool(pool), source="a test")
 
     def contents():
         def blocks():
@@ -255,16 +271,16 @@ def test_without_locks_the_first_to_finish_wins_and_nobody_fails(when, cache, mo
     assert len([place for place in cache.iterdir() if place.is_dir()]) == 1
 
 
-def test_what_is_damaged_in_the_cache_says_how_to_get_it_again(tmp_path, cache):
+def test_the_error_of_a_damaged_cache_says_which_folder_to_remove(tmp_path, cache):
     source = Images(make_zip(tmp_path / "x.zip", edm_files(noise(3, 3, 8, 8), None)))
     source.load()
     (place,) = (place for place in cache.iterdir() if place.is_dir())
     (place / "data.npy").write_bytes((place / "data.npy").read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"in the cache: remove {place}, and it is decoded again"):
+    with pytest.raises(ValueError, match=f"in the cache; remove {place} to decode the data again"):
         source.load()
 
 
-def test_a_npy_is_mapped_and_its_damage_named(tmp_path):
+def test_a_npy_file_is_mapped_and_refused_by_name_if_damaged(tmp_path):
     data = noise(20, 3, 8, 8)
     np.save(tmp_path / "x.npy", data)
     pool = Arrays(tmp_path / "x.npy").load()
@@ -277,13 +293,13 @@ def test_a_npy_is_mapped_and_its_damage_named(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.float32])
-def test_floating_arrays_of_any_width_and_order_become_float32(dtype, tmp_path):
+def test_floating_arrays_of_any_precision_and_memory_order_become_float32(dtype, tmp_path):
     data = np.asfortranarray(np.random.default_rng(0).normal(size=(6, 5, 4)).astype(dtype))
     np.save(tmp_path / "x.npy", data)
     assert torch.equal(Arrays(tmp_path / "x.npy").load().data, torch.from_numpy(np.array(data, np.float32, order="C")))
 
 
-def test_channels_that_look_last_must_be_said(tmp_path):
+def test_bytes_that_look_channels_last_require_channels_last_to_be_set(tmp_path):
     data = noise(6, 8, 8, 3)
     np.savez(tmp_path / "x.npz", arr_0=data)
     with pytest.raises(ValueError, match=r"\(6, 8, 8, 3\).*channels_last"):
@@ -293,26 +309,26 @@ def test_channels_that_look_last_must_be_said(tmp_path):
     assert Arrays(tmp_path / "x.npz", channels_last=False).load().shape == (8, 8, 3)
 
 
-def test_labels_of_an_archive_must_be_whole_numbers(tmp_path):
+def test_labels_in_an_archive_must_be_whole_numbers(tmp_path):
     np.savez(tmp_path / "x.npz", data=noise(3, 2), labels=np.array([0.5, 1, 2]))
     with pytest.raises(ValueError, match=r"labels in .*x\.npz are float64"):
         Arrays(tmp_path / "x.npz").load()
 
 
 @pytest.mark.parametrize("name", ["label", "y", "targets"])
-def test_labels_under_another_name_are_not_silently_left_out(name, tmp_path):
+def test_labels_under_another_name_are_refused_and_not_ignored(name, tmp_path):
     np.savez(tmp_path / "x.npz", data=noise(3, 2), **{name: np.array([0, 1, 2])})
-    with pytest.raises(ValueError, match=f"holds {name}, but labels are expected under the name labels"):
+    with pytest.raises(ValueError, match=f"contains an array {name}; labels must be named labels"):
         Arrays(tmp_path / "x.npz").load()
 
 
 def fields(n: int = 20, channels: int = 1) -> np.ndarray:
-    """Normalised fields: a third of their values lie beyond [-1, 1]."""
+    """Normalised fields, with a third of their values outside [-1, 1]."""
     return np.random.default_rng(0).standard_normal((n, channels, 4, 4)).astype(np.float32)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_floats_are_numbers_and_bytes_are_images_until_they_say_otherwise(channels):
+def test_by_default_floats_are_floats_and_bytes_of_one_or_three_channels_are_images(channels):
     floats, octets = torch.from_numpy(fields(5, channels)), torch.from_numpy(noise(5, channels, 4, 4))
     assert [Pool(data).values for data in (floats, floats / 10, octets)] == ["float", "float", "image"]
     assert [Pool(floats / 10, values="image").images, Pool(octets, values="float").images] == [True, False]
@@ -322,12 +338,12 @@ def test_floats_are_numbers_and_bytes_are_images_until_they_say_otherwise(channe
     assert view.to(torch.device("cpu")).images
 
 
-def test_floats_beyond_the_range_of_images_are_refused_with_the_range_that_was_found():
+def test_images_outside_their_range_are_refused_with_the_range_found():
     x = torch.zeros(3000, 3, 2, 2)
     x[2999, 2, 1, 1], x[5, 0, 0, 0] = 1.0005, -1.0005
     assert Pool(x, values="image").images  # rounding
     x[2999, 2, 1, 1] = 2.5
-    with pytest.raises(ValueError, match=r"floats in \[-1, 1\], and these are -1 to 2\.5"):
+    with pytest.raises(ValueError, match=r"floats in \[-1, 1\], but these are -1 to 2\.5"):
         Pool(x, values="image")
     with pytest.raises(ValueError, match=r"-255 to -0:"):
         Pool(-255 * torch.eye(4).view(4, 1, 2, 2), values="image")
@@ -336,39 +352,39 @@ def test_floats_beyond_the_range_of_images_are_refused_with_the_range_that_was_f
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 4, 6, 6), (5, 1, 4), (5, 1, 3, 4, 5)])
-def test_what_cannot_be_drawn_cannot_be_declared_an_image(shape):
+def test_data_of_other_shapes_cannot_be_declared_images(shape):
     for data in (torch.zeros(shape), torch.zeros(shape, dtype=torch.uint8)):
-        with pytest.raises(ValueError, match=r"needs images \(1 or 3, H, W\)"):
+        with pytest.raises(ValueError, match=r"needs data of shape \(1 or 3, H, W\)"):
             Pool(data, values="image")
     with pytest.raises(ValueError, match="channels_last=true"):
         Pool(torch.zeros(5, 8, 8, 3), values="image")
 
 
 @pytest.mark.parametrize(("data", "declared"), [(fields() / 10, "image"), (noise(20, 3, 4, 4), "float")])
-def test_a_declaration_goes_along_from_form_to_form(data, declared, tmp_path):
+def test_the_declaration_of_values_is_kept_in_every_format(data, declared, tmp_path):
     np.save(tmp_path / "x.npy", data)
     source = Arrays(tmp_path / "x.npy", values=declared)
-    stored = write(tmp_path / "store", source.contents(), source="a test")
+    stored = write_store(tmp_path / "store", source.contents(), source="a test")
     write_npz(tmp_path / "y.npz", stored.contents())
-    again = write(tmp_path / "again", Arrays(tmp_path / "y.npz").contents(), source="a test")
+    again = write_store(tmp_path / "again", Arrays(tmp_path / "y.npz").contents(), source="a test")
     kinds = (source, stored, Arrays(tmp_path / "y.npz"), again)
     assert [kind.load().values for kind in kinds] == 4 * [declared]
     assert len({content_hash(kind.load()) for kind in kinds} | {content_hash(Pool(torch.from_numpy(data)))}) == 1
-    # what is said last counts
+    # the key overrides the declaration in the file
     other = {"image": "float", "float": "image"}[declared]
     assert Store(tmp_path / "store", values=other).load().values == other
 
 
-def test_a_store_that_does_not_say_what_its_values_are_goes_by_their_type(tmp_path):
+def test_the_values_of_a_store_without_a_declaration_follow_from_their_type(tmp_path):
     for name, data, values in (("x", fields(), "float"), ("y", noise(5, 3, 4, 4), "image")):
-        store = keep(tmp_path / name, Pool(torch.from_numpy(data)))
-        about = json.loads((tmp_path / name / "store.json").read_text())
-        assert about.pop("values") == values
-        (tmp_path / name / "store.json").write_text(json.dumps(about))
+        store = store_of(tmp_path / name, Pool(torch.from_numpy(data)))
+        metadata = json.loads((tmp_path / name / "store.json").read_text())
+        assert metadata["values"] == values
+        (tmp_path / name / "store.json").write_text(json.dumps(metadata | {"values": None}))
         assert store.load().values == values
 
 
-def test_an_array_named_values_in_an_archive_is_no_declaration(tmp_path):
+def test_an_array_of_values_in_an_archive_is_not_a_declaration(tmp_path):
     np.savez(tmp_path / "x.npz", data=fields(), values=np.arange(20))
     assert Arrays(tmp_path / "x.npz").load().values == "float"
     np.savez(tmp_path / "y.npz", data=fields(), values=np.array("pictures"))
@@ -376,7 +392,7 @@ def test_an_array_named_values_in_an_archive_is_no_declaration(tmp_path):
         Arrays(tmp_path / "y.npz").load()
 
 
-def test_image_files_are_images_and_idx_files_what_is_in_them(tmp_path):
+def test_image_files_are_images_and_floating_idx_files_are_floats(tmp_path):
     assert Images(make_zip(tmp_path / "x.zip", edm_files(noise(4, 1, 8, 8), [0, 1, 0, 1]))).load().images
     assert Digits().load().images
     x = fields()[:, 0]
@@ -386,6 +402,6 @@ def test_image_files_are_images_and_idx_files_what_is_in_them(tmp_path):
     narrow = tmp_path / "narrow-images-idx3-float"
     assert IDX(path=narrow).load().values == "float"
     assert IDX(path=narrow, values="image").load().values == "image"
-    assert IDX(path=narrow).load().values == "float"  # a declaration does not stay in the cache
+    assert IDX(path=narrow).load().values == "float"  # the declaration does not remain in the cache
     with pytest.raises(ValueError, match=r"wide-images.*floats in \[-1, 1\]"):
         IDX(path=tmp_path / "wide-images-idx3-float", values="image").contents()

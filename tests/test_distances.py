@@ -1,4 +1,4 @@
-"""Laws of the distances that are kept: measured once, of these data only, and none that are damaged or of others."""
+"""Laws of the cached distances: measured once for a data set, and again if a file is damaged or of other data."""
 
 from pathlib import Path
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import stablefield.data.distances
-from stablefield import Pool, PrunedDataset
+from stablefield import ExactTarget, Pool
+from stablefield.build import build
 from stablefield.checkpoint import read, save
 from stablefield.config import resolve
 from stablefield.data import NeighbourDistances
-from stablefield.neighbours import nearest
-from stablefield.run import assemble
+from stablefield.targets import Prefetched
+from stablefield.targets.isolation import nearest_distances
 
 
 @pytest.fixture
@@ -22,15 +23,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The labels that were measured and not found."""
-    seen: list[int] = []
+    """The labels whose distances were measured instead of read from the cache."""
+    labels: list[int] = []
 
-    def watched(pool: Pool, label: int, **how: object) -> torch.Tensor:
-        seen.append(label)
-        return nearest(pool, label, **how)
+    def recorded(pool: Pool, label: int, **options: object) -> torch.Tensor:
+        labels.append(label)
+        return nearest_distances(pool, label, **options)
 
-    monkeypatch.setattr(stablefield.data.distances, "nearest", watched)
-    return seen
+    monkeypatch.setattr(stablefield.data.distances, "nearest_distances", recorded)
+    return labels
 
 
 def pool(seed: int = 0) -> Pool:
@@ -46,41 +47,50 @@ def test_distances_are_measured_once_for_each_class(cache: Path, measured: list[
     for _ in range(2):
         distances = NeighbourDistances(pool()).prepare()
         for label in (0, 1):
-            torch.testing.assert_close(distances(label), nearest(pool(), label))
+            torch.testing.assert_close(distances(label), nearest_distances(pool(), label))
     assert measured == [0, 1]
     assert len(files(cache)) == 2
 
 
-def test_other_data_have_other_distances(cache: Path, measured: list[int]) -> None:
+def test_distances_of_other_data_or_another_k_are_measured(cache: Path, measured: list[int]) -> None:
     for seed in (0, 1):
-        torch.testing.assert_close(NeighbourDistances(pool(seed))(0), nearest(pool(seed), 0))
-    torch.testing.assert_close(NeighbourDistances(pool(), k=4)(0), nearest(pool(), 0, k=4))
+        torch.testing.assert_close(NeighbourDistances(pool(seed))(0), nearest_distances(pool(seed), 0))
+    torch.testing.assert_close(NeighbourDistances(pool(), k=4)(0), nearest_distances(pool(), 0, k=4))
     assert measured == [0, 0, 0]
 
 
-@pytest.mark.parametrize("how", ["cut short", "of other data", "no file of ours"])
-def test_a_file_that_is_not_of_these_data_is_measured_again(how: str, cache: Path, measured: list[int]) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "of other data", "not a checkpoint"])
+def test_distances_are_measured_again_if_their_file_is_damaged_or_of_other_data(
+    damage: str, cache: Path, measured: list[int]
+) -> None:
     NeighbourDistances(pool())(0)
     (file,) = files(cache)
-    match how:
-        case "cut short":
+    match damage:
+        case "truncated":
             file.write_bytes(file.read_bytes()[:-8])
         case "of other data":
-            kept = read(file)
-            save(file, {"distances": kept.tensors["distances"] + 1}, config=kept.config | {"data": "0" * 64}, images=0)
+            found = read(file)
+            other = found.config | {"data": "0" * 64}
+            save(file, {"distances": found.tensors["distances"] + 1}, config=other, images=0)
         case _:
             file.write_text("something else")
-    torch.testing.assert_close(NeighbourDistances(pool())(0), nearest(pool(), 0))
+    torch.testing.assert_close(NeighbourDistances(pool())(0), nearest_distances(pool(), 0))
     assert measured == [0, 0]
     NeighbourDistances(pool())(0)
     assert measured == [0, 0]
 
 
-def test_a_run_with_the_pruned_target_has_them_before_it_begins(cache: Path, measured: list[int]) -> None:
-    config = resolve({"target": {"kind": "pruned", "dims": 8}, "network": {"kind": "mlp"}})
-    parts = assemble(config)
-    assert isinstance(parts.objective.target, PrunedDataset)
-    assert parts.objective.target.dims == 8
-    assert repr(parts.objective.target).endswith("uint8), lost=1e-08, dims=8, sharded=False, at_once=1024)")
+def test_a_run_with_the_exact_target_measures_distances_before_it_starts(cache: Path, measured: list[int]) -> None:
+    config = resolve({"target": {"kind": "exact", "projection_dims": 8}, "network": {"kind": "mlp"}})
+    target = build(config).objective.target
+    assert isinstance(target, Prefetched)
+    assert isinstance(target.target, ExactTarget)
+    assert target.target.projection_dims == 8
+    assert repr(target).endswith("uint8), missing_mass=1e-08, projection_dims=8), examples=1024)")
     assert measured == [-1]
-    assert config["target"] == {"kind": "pruned", "lost": 1e-8, "dims": 8, "sharded": False, "at_once": 1024}
+    assert config["target"] == {"kind": "exact", "missing_mass": 1e-8, "projection_dims": 8}
+
+
+def test_a_run_that_streams_all_data_measures_no_distances(cache: Path, measured: list[int]) -> None:
+    build(resolve({"target": {"kind": "exact", "missing_mass": 0.0}, "network": {"kind": "mlp"}}))
+    assert measured == []

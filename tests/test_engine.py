@@ -1,50 +1,45 @@
-"""Training is a function of the seed and the images seen: it can stop anywhere and go on as if it had not."""
-
-from math import inf
+"""Training is a function of the seed and the images seen: it can stop anywhere and resumes bit for bit."""
 
 import pytest
 import torch
 
 from stablefield import (
-    EDM,
-    MLP,
     VE,
-    Banded,
-    EDMWeight,
-    FullDataset,
-    LogNormal,
-    NearestNeighbours,
+    DSMTarget,
+    ExactTarget,
+    KNNTarget,
     Objective,
     Pool,
     Preconditioned,
-    PrunedDataset,
-    ReferenceBatch,
-    SingleSample,
+    STFTarget,
     TrainState,
-    UNet,
     train,
 )
 from stablefield.checkpoint import read, save
-from stablefield.data import Shuffled
-from stablefield.engine import Descent
+from stablefield.data import ShuffledBatches
+from stablefield.engine import Optimization
+from stablefield.networks import MLP, UNet
+from stablefield.objective import EDMWeight
+from stablefield.preconditioning import EDMPreconditioning
 from stablefield.schedule import EMA, LearningRate
+from stablefield.targets import Prefetched
+from stablefield.times import LogNormal
 
 POOL = Pool(torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3)
-MIXED = ((0.3, "reference:8"), (0.6, "full"), (inf, "pruned"))
 TARGETS = [
-    SingleSample(),
-    ReferenceBatch(POOL, 8),
-    FullDataset(POOL),
-    NearestNeighbours(POOL, 5),
-    PrunedDataset(POOL, at_once=50),  # three steps of 16 rows
-    Banded(POOL, bands=MIXED, at_once=48),
+    DSMTarget(),
+    STFTarget(POOL, 8),
+    ExactTarget(POOL, missing_mass=0.0),
+    KNNTarget(POOL, 5),
+    Prefetched(ExactTarget(POOL), 50),  # three steps of 16 examples
+    STFTarget(POOL, 8, references="recent", order=ShuffledBatches(POOL, 16, seed=5)),
 ]
 
 
-def start(target, label_dim=3):
+def start(target, num_classes=3):
     torch.manual_seed(1)
-    network = MLP((6,), label_dim=label_dim, width=16, layers=2, dropout=0.2)
-    state = TrainState(Preconditioned(network, VE(), EDM(), label_dim), emas=[EMA(100), EMA(1000)])
+    network = MLP((6,), num_classes=num_classes, width=16, layers=2, dropout=0.2)
+    state = TrainState(Preconditioned(network, VE(), EDMPreconditioning(), num_classes), emas=[EMA(100), EMA(1000)])
     return state, Objective(LogNormal(), target, EDMWeight())
 
 
@@ -54,16 +49,16 @@ def same(one: TrainState, other: TrainState) -> bool:
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: type(t).__name__)
-def test_a_run_that_was_stopped_and_saved_goes_on_bit_for_bit(target, tmp_path):
-    options = {"seed": 5, "descent": Descent(LearningRate(1e-2, 100), clip=1.0, micro_batch=5)}
-    batches = Shuffled(POOL, 16, seed=5)
+def test_a_saved_run_resumes_bit_for_bit_with_every_target(target, tmp_path):
+    options = {"seed": 5, "optimization": Optimization(LearningRate(1e-2, 100), gradient_clip=1.0, micro_batch_size=5)}
+    batches = ShuffledBatches(POOL, 16, seed=5)
     whole, objective = start(target)
     losses = [step.report.loss.item() for step in train(whole, objective, batches, images=16 * 9, **options)]
 
     first, _ = start(target)
     before = [step.report.loss.item() for step in train(first, objective, batches, images=16 * 4, **options)]
     save(tmp_path / "c.safetensors", first.tensors(), config={}, images=first.images)
-    torch.manual_seed(99)  # nothing may depend on what else was drawn
+    torch.manual_seed(99)  # training must not depend on the global generator
     second, _ = start(target)
     saved = read(tmp_path / "c.safetensors")
     second.restore(saved.tensors, saved.images)
@@ -73,70 +68,62 @@ def test_a_run_that_was_stopped_and_saved_goes_on_bit_for_bit(target, tmp_path):
     assert same(second, whole)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda n: FullDataset(POOL, at_once=n),
-        lambda n: PrunedDataset(POOL, at_once=n),
-        lambda n: Banded(POOL, bands=MIXED, at_once=n),
-    ],
-    ids=["full", "pruned", "auto"],
-)
-def test_how_many_rows_are_answered_at_once_changes_nothing_but_rounding(make):
+@pytest.mark.parametrize("missing_mass", [0.0, 1e-8])
+def test_prefetching_targets_changes_nothing_but_rounding(missing_mass):
     losses = []
-    for at_once in (1, 16, 40, 10**4):
-        state, objective = start(make(at_once))
-        steps = train(state, objective, Shuffled(POOL, 16), images=16 * 7, seed=2)
+    for examples in (1, 16, 40, 10**4):
+        state, objective = start(Prefetched(ExactTarget(POOL, missing_mass=missing_mass), examples))
+        steps = train(state, objective, ShuffledBatches(POOL, 16), images=16 * 7, seed=2)
         losses.append(torch.stack([step.report.loss for step in steps]))
     for other in losses[1:]:
         torch.testing.assert_close(other, losses[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("at_once", "rows"), [(50, [48] * 3), (31, [16] * 7), (16 * 7, [112]), (10**3, [62 * 16])])
-def test_members_pass_once_for_so_many_steps(at_once, rows):
-    asked = []
+@pytest.mark.parametrize(("examples", "counts"), [(50, [48] * 3), (31, [16] * 7), (16 * 7, [112]), (10**3, [62 * 16])])
+def test_prefetched_targets_of_several_steps_are_computed_in_one_call(examples, counts):
+    seen = []
 
-    class Counted(FullDataset):
+    class Counted(ExactTarget):
         def estimate(self, noisy, label, generator):
-            asked.append(len(noisy))
+            seen.append(len(noisy))
             return super().estimate(noisy, label, generator)
 
-    state, objective = start(Counted(POOL, at_once=at_once), label_dim=0)
-    list(train(state, objective, Shuffled(Pool(POOL.data), 16), images=16 * 7))
-    assert asked == rows
+    state, objective = start(Prefetched(Counted(POOL, missing_mass=0.0), examples), num_classes=0)
+    list(train(state, objective, ShuffledBatches(Pool(POOL.data), 16), images=16 * 7))
+    assert seen == counts
 
 
-def test_the_order_of_weights_in_memory_survives_a_stop():
+def test_a_run_with_channels_last_weights_resumes_bit_for_bit():
     pool = Pool(torch.randn(20, 2, 4, 4, generator=torch.Generator().manual_seed(0)))
-    objective = Objective(LogNormal(), SingleSample(), EDMWeight())
+    objective = Objective(LogNormal(), DSMTarget(), EDMWeight())
 
     def fresh() -> TrainState:
         torch.manual_seed(0)
         network = UNet(pool.shape, channels=8).to(memory_format=torch.channels_last)
-        return TrainState(Preconditioned(network, VE(), EDM()))
+        return TrainState(Preconditioned(network, VE(), EDMPreconditioning()))
 
     whole, first, second = fresh(), fresh(), fresh()
-    list(train(whole, objective, Shuffled(pool, 8), images=64))
-    list(train(first, objective, Shuffled(pool, 8), images=32))
+    list(train(whole, objective, ShuffledBatches(pool, 8), images=64))
+    list(train(first, objective, ShuffledBatches(pool, 8), images=32))
     second.restore({name: t.clone().contiguous() for name, t in first.tensors().items()}, first.images)
-    list(train(second, objective, Shuffled(pool, 8), images=64))
+    list(train(second, objective, ShuffledBatches(pool, 8), images=64))
     assert same(second, whole)
 
 
-def test_a_loop_that_is_left_early_has_counted_what_it_did():
-    state, objective = start(SingleSample())
-    for step in train(state, objective, Shuffled(POOL, 16), images=10_000):
+def test_a_loop_that_is_left_early_has_counted_its_images():
+    state, objective = start(DSMTarget())
+    for step in train(state, objective, ShuffledBatches(POOL, 16), images=10_000):
         if step.images >= 48:
             break
     assert state.images == 48
 
 
-def test_training_draws_nothing_from_the_global_generator():
-    state, objective = start(ReferenceBatch(POOL, 8))
+def test_training_does_not_change_the_global_generator():
+    state, objective = start(STFTarget(POOL, 8))
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    list(train(state, objective, Shuffled(POOL, 16), images=64))
+    list(train(state, objective, ShuffledBatches(POOL, 16), images=64))
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -144,137 +131,143 @@ def test_every_target_sees_the_same_times_and_noise():
     seen = []
     for target in TARGETS:
         state, objective = start(target)
-        seen.append([step.report.t for step in train(state, objective, Shuffled(POOL, 16), images=48)])
+        seen.append([step.report.t for step in train(state, objective, ShuffledBatches(POOL, 16), images=48)])
     for other in seen[1:]:
         assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
 
 
 @pytest.mark.parametrize("size", [7, 40, 100])
-def test_each_epoch_shows_everything_once(size):
-    batches = Shuffled(POOL, size, seed=3)
+def test_each_epoch_contains_every_data_point_once(size):
+    batches = ShuffledBatches(POOL, size, seed=3)
     index = torch.cat([batches(images).index for images in range(0, 40 * size, size)])
     for epoch in index.split(40):
         assert epoch.sort().values.tolist() == list(range(40))
     assert not torch.equal(index[:40], index[40:80])
 
 
-def test_a_batch_is_what_its_index_says():
-    batch = Shuffled(POOL, 16)(160)
+def test_a_batch_contains_the_data_points_of_its_index():
+    batch = ShuffledBatches(POOL, 16)(160)
     assert torch.equal(batch.x, POOL.data[batch.index])
     assert torch.equal(batch.label, POOL.labels[batch.index])
 
 
-def test_the_average_forgets_half_in_a_half_life():
+def test_the_influence_of_a_step_on_the_average_halves_in_a_half_life():
     model, average = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     torch.nn.init.ones_(model.weight)
     torch.nn.init.zeros_(average.weight)
     for step in range(10):
-        EMA(half_life=100, ramp_up=1e9).update(average, model, images=1000 + 10 * step, batch=10)
+        EMA(half_life=100, rampup_ratio=1e9).update(average, model, images=1000 + 10 * step, batch_size=10)
     assert average.weight.item() == pytest.approx(0.5, rel=1e-6)
 
 
-def test_the_average_starts_as_the_weights_and_slows_down():
-    ema = EMA(half_life=1000, ramp_up=0.1)
+def test_the_half_life_is_a_share_of_the_images_seen_during_rampup():
+    ema = EMA(half_life=1000, rampup_ratio=0.1)
     assert ema.decay(0, 32) == 0
     assert ema.decay(100, 10) == 0.5  # a tenth of the images seen
     assert ema.decay(10**9, 1000) == 0.5
 
 
-def test_the_learning_rate_rises_in_a_line_and_stays():
+def test_the_learning_rate_rises_linearly_and_stays_at_its_peak():
     rate = LearningRate(2.0, 100)
     assert [rate(images) for images in (0, 25, 50, 100, 500)] == [0, 0.5, 1, 2, 2]
     assert LearningRate(2.0)(1) == 2
 
 
-class Sometimes(MLP):
-    """A network whose answers are not numbers now and then."""
+class SometimesNaN(MLP):
+    """A network whose output is NaN in some of its calls."""
 
-    broken: set[int]
-    asked: int
+    nan_calls: set[int]
+    calls: int
 
-    def forward(self, *question):
-        self.asked += 1
-        return super().forward(*question) * (torch.nan if self.asked in self.broken else 1)
+    def forward(self, *arguments):
+        self.calls += 1
+        return super().forward(*arguments) * (torch.nan if self.calls in self.nan_calls else 1)
 
 
-def sometimes(*broken):
+def start_with_nan(*nan_calls):
     torch.manual_seed(1)
-    network = Sometimes((6,), width=16, layers=2)
-    network.broken, network.asked = set(broken), 0
-    return TrainState(Preconditioned(network, VE(), EDM())), Objective(LogNormal(), SingleSample(), EDMWeight())
+    network = SometimesNaN((6,), width=16, layers=2)
+    network.nan_calls, network.calls = set(nan_calls), 0
+    return TrainState(Preconditioned(network, VE(), EDMPreconditioning())), Objective(
+        LogNormal(), DSMTarget(), EDMWeight()
+    )
 
 
 def weights(state):
     return {name: value.clone() for name, value in state.tensors().items() if not name.startswith("steps")}
 
 
-def test_a_step_whose_gradient_is_not_finite_changes_nothing_but_the_count():
-    state, objective = sometimes(3, 4)
-    batches, seen, before = Shuffled(Pool(POOL.data), 16), [], weights(state)
+def test_a_step_whose_gradient_is_not_finite_changes_only_the_counts():
+    state, objective = start_with_nan(3, 4)
+    batches, found, before = ShuffledBatches(Pool(POOL.data), 16), [], weights(state)
     for step in train(state, objective, batches, images=96):
-        seen.append((step.taken, state.in_a_row, bool(torch.isfinite(step.gradient_norm))))
-        if not step.taken:
+        found.append((step.step_taken, state.skipped_in_a_row, bool(torch.isfinite(step.gradient_norm))))
+        if not step.step_taken:
             assert all(torch.equal(value, before[name]) for name, value in weights(state).items())
         before = weights(state)
-    assert seen == [(True, 0, True)] * 2 + [(False, 1, False), (False, 2, False)] + [(True, 0, True)] * 2
+    assert found == [(True, 0, True)] * 2 + [(False, 1, False), (False, 2, False)] + [(True, 0, True)] * 2
     assert (state.skipped, state.images) == (2, 96)
 
 
-def test_too_many_skipped_steps_in_a_row_end_the_run_and_no_others_do():
-    batches = Shuffled(Pool(POOL.data), 16)
-    state, objective = sometimes(*range(1, 100, 2))
-    list(train(state, objective, batches, images=16 * 50, descent=Descent(patience=1)))
+def test_only_too_many_consecutive_skipped_steps_end_the_run():
+    batches = ShuffledBatches(Pool(POOL.data), 16)
+    state, objective = start_with_nan(*range(1, 100, 2))
+    list(train(state, objective, batches, images=16 * 50, optimization=Optimization(patience=1)))
     assert state.skipped == 25
-    state, objective = sometimes(4, 5, 6)
+    state, objective = start_with_nan(4, 5, 6)
     with pytest.raises(FloatingPointError, match="3 steps in a row, up to 96 images"):
-        list(train(state, objective, batches, images=16 * 50, descent=Descent(patience=2)))
+        list(train(state, objective, batches, images=16 * 50, optimization=Optimization(patience=2)))
 
 
-def test_rows_through_the_network_at_once_change_nothing_but_rounding():
-    def end(micro_batch):
+def test_micro_batches_change_only_rounding():
+    def losses(micro_batch_size):
         torch.manual_seed(1)
-        state = TrainState(Preconditioned(MLP((6,), label_dim=3, width=16, dropout=0.0), VE(), EDM(), 3))
-        objective = Objective(LogNormal(), ReferenceBatch(POOL, 8), EDMWeight())
-        descent = Descent(LearningRate(1e-3), micro_batch=micro_batch)
-        steps = list(train(state, objective, Shuffled(POOL, 16), images=64, descent=descent))
-        return torch.stack([step.report.each for step in steps])
+        state = TrainState(
+            Preconditioned(MLP((6,), num_classes=3, width=16, dropout=0.0), VE(), EDMPreconditioning(), 3)
+        )
+        objective = Objective(LogNormal(), STFTarget(POOL, 8), EDMWeight())
+        optimization = Optimization(LearningRate(1e-3), micro_batch_size=micro_batch_size)
+        steps = list(train(state, objective, ShuffledBatches(POOL, 16), images=64, optimization=optimization))
+        return torch.stack([step.report.losses for step in steps])
 
-    whole = end(None)
-    for micro_batch in (1, 3, 16, 100):
-        torch.testing.assert_close(end(micro_batch), whole, rtol=1e-5, atol=1e-6)
+    whole = losses(None)
+    for micro_batch_size in (1, 3, 16, 100):
+        torch.testing.assert_close(losses(micro_batch_size), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_a_clipped_gradient_has_the_norm_it_was_given():
-    state, objective = start(SingleSample())
-    for step in train(state, objective, Shuffled(POOL, 16), images=64, descent=Descent(clip=1e-3)):
+def test_a_clipped_gradient_has_the_norm_that_was_set():
+    state, objective = start(DSMTarget())
+    for step in train(
+        state, objective, ShuffledBatches(POOL, 16), images=64, optimization=Optimization(gradient_clip=1e-3)
+    ):
         assert step.gradient_norm > 1e-3
         found = torch.nn.utils.get_total_norm([p.grad for p in state.denoiser.parameters()])
         assert found.item() == pytest.approx(1e-3, rel=1e-4)
 
 
-def test_several_averages_are_each_what_one_alone_would_be():
-    alone = {}
+def test_each_of_several_averages_equals_the_only_average_of_a_run():
+    single = {}
     for half_life in (50, 500):
-        state, objective = start(SingleSample())
+        state, objective = start(DSMTarget())
         state = TrainState(state.denoiser, emas=[EMA(half_life)])
-        list(train(state, objective, Shuffled(POOL, 16), images=160))
-        alone[half_life] = state.average.state_dict()
-    state, objective = start(SingleSample())
+        list(train(state, objective, ShuffledBatches(POOL, 16), images=160))
+        single[half_life] = state.average.state_dict()
+    state, objective = start(DSMTarget())
     state = TrainState(state.denoiser, emas=[EMA(50), EMA(500)])
-    list(train(state, objective, Shuffled(POOL, 16), images=160))
+    list(train(state, objective, ShuffledBatches(POOL, 16), images=160))
     for name, half_life in (("average", 50), ("average-500", 500)):
         found = state.averages[name].state_dict()
-        assert all(torch.equal(found[key], value) for key, value in alone[half_life].items())
+        assert all(torch.equal(found[key], value) for key, value in single[half_life].items())
 
 
-def test_half_precision_trains_on_float32_weights_and_goes_on_bit_for_bit():
+def test_half_precision_keeps_float32_weights_and_resumes_bit_for_bit():
     def fresh():
         torch.manual_seed(1)
         network = UNet((1, 8, 8), channels=8)
-        return TrainState(Preconditioned(network, VE(), EDM()), precision=torch.bfloat16)
+        return TrainState(Preconditioned(network, VE(), EDMPreconditioning()), precision=torch.bfloat16)
 
     pool = Pool(torch.randn(20, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
-    objective, batches = Objective(LogNormal(), ReferenceBatch(pool, 8), EDMWeight()), Shuffled(pool, 8)
+    objective, batches = Objective(LogNormal(), STFTarget(pool, 8), EDMWeight()), ShuffledBatches(pool, 8)
     whole, first, second = fresh(), fresh(), fresh()
     losses = [step.report.loss for step in train(whole, objective, batches, images=64)]
     exact = [step.report.loss for step in train(TrainState(fresh().denoiser), objective, batches, images=64)]
@@ -287,19 +280,23 @@ def test_half_precision_trains_on_float32_weights_and_goes_on_bit_for_bit():
     assert same(second, whole)
 
 
-def test_the_learning_rate_falls_as_it_is_told():
-    rate = LearningRate(2.0, ramp=100, decay="inverse-sqrt", decay_from=1000)
+def test_the_learning_rate_decays_as_configured():
+    rate = LearningRate(2.0, warmup=100, decay="inverse-sqrt", decay_start=1000)
     assert [rate(images) for images in (50, 1000, 4000)] == [1.0, 2.0, 1.0]
-    rate = LearningRate(2.0, decay="cosine", decay_from=1000, until=3000)
+    rate = LearningRate(2.0, decay="cosine", decay_start=1000, total_images=3000)
     assert [rate(images) for images in (1000, 2000, 3000, 9000)] == pytest.approx([2.0, 1.0, 0.0, 0.0])
-    for wrong in ({"decay": "inverse-sqrt"}, {"decay": "cosine"}, {"decay": "cosine", "decay_from": 9, "until": 9}):
-        with pytest.raises(ValueError, match=r"decay_from|cosine"):
+    for wrong in (
+        {"decay": "inverse-sqrt"},
+        {"decay": "cosine"},
+        {"decay": "cosine", "decay_start": 9, "total_images": 9},
+    ):
+        with pytest.raises(ValueError, match=r"decay_start|cosine"):
             LearningRate(1.0, **wrong)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_weights_of_another_network_are_refused():
-    state, _ = start(SingleSample())
-    other = TrainState(Preconditioned(MLP((6,), width=8), VE(), EDM()))
+    state, _ = start(DSMTarget())
+    other = TrainState(Preconditioned(MLP((6,), width=8), VE(), EDMPreconditioning()))
     with pytest.raises(ValueError, match="another network"):
         state.restore(other.tensors(), 0)

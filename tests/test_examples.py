@@ -1,4 +1,4 @@
-"""The examples run as they are written, with less to do."""
+"""The examples run as they are written, with fewer images."""
 
 import gzip
 import os
@@ -14,7 +14,7 @@ import torch
 from stablefield import Pool
 from stablefield.data import write_zip
 from stablefield.data.contents import Contents
-from stablefield.run import Folder
+from stablefield.run import RunFolder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -27,7 +27,7 @@ def run(folder: Path, *arguments: object, **environment: str) -> str:
 
 
 def launcher(folder: Path) -> str:
-    """A PATH on which `stablefield` is this one."""
+    """PATH that begins with a folder in which `stablefield` starts this checkout."""
     script = folder / "bin" / "stablefield"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nexec {sys.executable} -m stablefield "$@"\n')
@@ -37,19 +37,19 @@ def launcher(folder: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
-def test_cifar10_is_decoded_trained_stopped_gone_on_with_and_sampled(tmp_path):
+def test_cifar10_is_decoded_trained_stopped_resumed_and_sampled(tmp_path):
     script = shutil.copy(EXAMPLES / "cifar10.sh", tmp_path)  # away from any .venv
     images = torch.randint(0, 256, (1100, 3, 32, 32), dtype=torch.uint8)
-    write_zip(tmp_path / "images.zip", Contents.of(Pool(images)))
+    write_zip(tmp_path / "images.zip", Contents.from_pool(Pool(images)))
     smaller = ["network.model_channels=8", "network.num_blocks=1", "training.images=256", "training.log_every=64"]
     flags = [part for setting in smaller for part in ("--set", setting)]
-    said = run(tmp_path, "sh", script, "images.zip", "out", *flags, PATH=launcher(tmp_path))
-    assert "Stopped and saved" in said
-    assert "Done" in said
-    progress = [line["Progress/kimg"] for line in Folder(tmp_path / "out" / "run").history()]
+    output = run(tmp_path, "sh", script, "images.zip", "out", *flags, PATH=launcher(tmp_path))
+    assert "Stopped and saved" in output
+    assert "Done" in output
+    progress = [line["progress/kimg"] for line in RunFolder(tmp_path / "out" / "run").history()]
     assert progress[-1] == 0.256
     assert progress == sorted(set(progress))
-    assert (tmp_path / "out" / "run" / "samples" / "grid.png").exists()
+    assert (tmp_path / "out" / "run" / "samples" / "samples.png").exists()
 
 
 def idx(path: Path, array: np.ndarray) -> None:
@@ -59,11 +59,11 @@ def idx(path: Path, array: np.ndarray) -> None:
 
 
 @pytest.mark.slow
-def test_fashion_mnist_is_trained_by_class_and_shown_with_guidance_and_without(tmp_path):
+def test_fashion_mnist_is_trained_by_class_and_sampled_with_and_without_guidance(tmp_path):
     draw = np.random.default_rng(0)
     idx(tmp_path / "train-images-idx3-ubyte.gz", draw.integers(256, size=(200, 28, 28), dtype=np.uint8))
     idx(tmp_path / "train-labels-idx1-ubyte.gz", (np.arange(200) % 10).astype(np.uint8))
     settings = [f"--set={s}" for s in ("training.images=64", "target.size=16", "network.channels=8")]
-    said = run(tmp_path, sys.executable, EXAMPLES / "fashion_mnist.py", "--data", tmp_path, *settings)
+    output = run(tmp_path, sys.executable, EXAMPLES / "fashion_mnist.py", "--data", tmp_path, *settings)
     assert all((tmp_path / "runs" / "fashion-mnist" / name).exists() for name in ("classes.png", "guided.png"))
-    assert "guided.png" in said
+    assert "guided.png" in output

@@ -1,4 +1,4 @@
-"""EDM's and STF's files are read as data: all that belongs in them, and nothing else, and none of it runs."""
+"""EDM's and STF's checkpoints are read as plain data, anything else is refused, and no code of the file is run."""
 
 import copy
 import copyreg
@@ -19,17 +19,17 @@ import torch
 from safetensors.torch import load_file
 
 from stablefield.interop import edm
-from stablefield.interop.edm import forms
+from stablefield.interop.edm import containers
 
 FIXTURES = Path(os.environ.get("STABLEFIELD_FIXTURES", "nowhere")) / "edm"
 PUBLISHED = sorted(FIXTURES.glob("*/*.p[kt]*"))
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # what a hostile file tries must meet our own checks
+pytestmark = pytest.mark.usefixtures("unchecked")  # hostile files must be caught by the reader's own checks
 
 
 @pytest.fixture
 def read(tmp_path):
-    """Reads bytes as a checkpoint."""
+    """Function that reads bytes as a checkpoint."""
 
     def read(octets):
         path = tmp_path / "file.pkl"
@@ -41,16 +41,16 @@ def read(tmp_path):
 
 @pytest.fixture
 def refused(read, tmp_path, monkeypatch):
-    """Asserts that bytes are refused by name, and that nothing of them was imported or run (`touch ran`)."""
+    """Function that asserts that bytes are refused with a name, and that nothing is imported or run (`touch ran`)."""
     monkeypatch.chdir(tmp_path)
 
     def refused(octets, *names):
         modules = set(sys.modules)
-        with pytest.raises(edm.RefusedCheckpoint) as error:
+        with pytest.raises(edm.EDMCheckpointError) as error:
             read(octets)
         assert "file.pkl" in str(error.value)
         assert all(name in str(error.value) for name in names), error.value
-        # zipfile brings the encoding of old archives
+        # zipfile imports the encoding of old archives
         assert set(sys.modules) - modules <= {"encodings.cp437"}
         assert not (tmp_path / "ran").exists()
 
@@ -66,11 +66,11 @@ def assert_same(state, expected):
         assert torch.equal(state[key], tensor), key
 
 
-# --- What belongs in the files is read ---
+# ---- contents of the published files
 
 
 @pytest.mark.parametrize("configuration", edm_files.CONFIGURATIONS)
-def test_a_published_snapshot_gives_the_very_weights_and_arguments(read, configuration):
+def test_a_published_snapshot_gives_its_exact_weights_and_arguments(read, configuration):
     checkpoint = read(edm_files.snapshot(configuration))
     config = json.loads((edm_files.DATA / configuration / "config.json").read_text())
     assert checkpoint.kind == "network-snapshot"
@@ -91,7 +91,7 @@ def test_a_published_training_state_gives_the_weights_of_the_moving_average(read
     assert checkpoint.optimizer_state["param_groups"][0]["betas"] == (0.9, 0.999)
 
 
-@pytest.mark.skipif(not PUBLISHED, reason="STABLEFIELD_FIXTURES names no folder of published files")
+@pytest.mark.skipif(not PUBLISHED, reason="STABLEFIELD_FIXTURES does not name a folder of published files")
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_the_published_files_themselves_are_read(path):
     checkpoint = edm.read(path)
@@ -103,11 +103,11 @@ def test_the_published_files_themselves_are_read(path):
         assert path.read_bytes() == edm_files.snapshot(path.parent.name)
 
 
-@pytest.mark.parametrize("form", edm_files.FORMS)
+@pytest.mark.parametrize("file_format", edm_files.FORMATS)
 @pytest.mark.parametrize("kind", ["network-snapshot", "training-state"])
-def test_either_file_is_read_in_every_form(read, kind, form):
+def test_both_kinds_of_file_are_read_in_every_format(read, kind, file_format):
     data = edm_files.contents(kind)
-    checkpoint = read(edm_files.save(data, form))
+    checkpoint = read(edm_files.save(data, file_format))
     assert (checkpoint.kind, checkpoint.precond) == (kind, "EDMPrecond")
     assert checkpoint.arguments == data["ema"]._init_kwargs
     assert_same(checkpoint.state, data["ema"].state_dict())
@@ -121,30 +121,30 @@ def test_either_file_is_read_in_every_form(read, kind, form):
         assert torch.allclose(checkpoint.optimizer_state["state"][0]["exp_avg"], torch.full((3,), 0.1))
 
 
-@pytest.mark.parametrize("form", ["pickle3", "older"])
+@pytest.mark.parametrize("file_format", ["pickle3", "legacy"])
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
-def test_numpy_scalars_are_read_under_either_of_their_names(read, form, module):
-    octets = edm_files.save(edm_files.contents(), form)
+def test_numpy_scalars_are_read_under_both_of_their_names(read, file_format, module):
+    octets = edm_files.save(edm_files.contents(), file_format)
     for name in (b"numpy.core.multiarray", b"numpy._core.multiarray"):
         octets = octets.replace(b"c" + name + b"\nscalar\n", b"c" + module.encode() + b"\nscalar\n")
     assert f"c{module}\nscalar".encode() in octets
     assert read(octets).loss == {"class_name": "EDMLoss", "sigma_data": 0.5}
 
 
-def test_a_file_of_nothing_but_the_moving_average_is_a_snapshot(read):
+def test_a_file_with_only_the_moving_average_is_a_snapshot(read):
     checkpoint = read(edm_files.save({"ema": edm_files.network()}, "pickle4"))
     assert checkpoint.kind == "network-snapshot"
     assert checkpoint.loss is checkpoint.augment is checkpoint.dataset_kwargs is None
 
 
-def test_arguments_given_by_position_get_their_names(read):
+def test_positional_arguments_get_their_names(read):
     net = edm_files.network()
     net._init_args, net._init_kwargs = (16, 3), {"label_dim": 4}
     checkpoint = read(edm_files.save({"ema": net}, "pickle4"))
     assert checkpoint.arguments == {"img_resolution": 16, "img_channels": 3, "label_dim": 4}
 
 
-def test_the_weights_outlive_the_file_and_can_be_written_to(tmp_path):
+def test_the_weights_are_independent_of_the_file_and_writable(tmp_path):
     path = tmp_path / "network-snapshot-000000.pkl"
     path.write_bytes(edm_files.save(edm_files.contents(), "pickle4"))
     state = edm.read(path).state
@@ -156,18 +156,18 @@ def test_the_weights_outlive_the_file_and_can_be_written_to(tmp_path):
     assert_same(edm.read(path).state, edm_files.network().state_dict())
 
 
-# --- Nothing is run ---
+# ---- no code runs
 
 
-@pytest.mark.parametrize("form", edm_files.FORMS)
-def test_the_source_in_a_file_is_never_run(read, tmp_path, form):
+@pytest.mark.parametrize("file_format", edm_files.FORMATS)
+def test_the_source_code_in_a_file_is_never_run(read, tmp_path, file_format):
     source = f"open({str(tmp_path / 'ran')!r}, 'w').close()"
     net = edm_files.network(source=source)
-    assert_same(read(edm_files.save({"ema": net}, form)).state, net.state_dict())
+    assert_same(read(edm_files.save({"ema": net}, file_format)).state, net.state_dict())
     assert not (tmp_path / "ran").exists()
 
 
-def test_names_that_python_treats_specially_are_mere_keys(read):
+def test_names_that_python_treats_specially_are_only_keys(read):
     net = edm_files.network()
     for name in ("__setstate__", "__class__", "__dict__", "__del__", "state_dict", "kind"):
         net.__dict__[name] = "os.system"
@@ -175,7 +175,7 @@ def test_names_that_python_treats_specially_are_mere_keys(read):
 
 
 def call(path, protocol):
-    """The instructions that call anything by its name: GLOBAL in protocol 2, STACK_GLOBAL in 4."""
+    """Instructions that call a function by its name: GLOBAL in protocol 2, STACK_GLOBAL in 4."""
     parts = [part.encode() for part in path.split(" ")]
     if protocol == 2:
         named = b"c" + b"".join(part + b"\n" for part in parts)
@@ -189,7 +189,7 @@ def text(value):
 
 
 def mapping(**items):
-    """The instructions that build a dict of instructions."""
+    """Instructions that build a dict whose values are given as instructions."""
     return b"}(" + b"".join(text(key) + value for key, value in items.items()) + b"u"
 
 
@@ -197,7 +197,7 @@ def whole(instructions, protocol=4):
     return b"\x80" + bytes([protocol]) + instructions + b"."
 
 
-REACHING = [
+DANGEROUS_NAMES = [
     "os system",
     "posix system",
     "nt system",
@@ -232,8 +232,8 @@ REACHING = [
     "dnnlib.util open_url",
     "dnnlib.util call_func_by_name",
     "stablefield.interop.edm read",
-    "stablefield.interop.edm.names Object",
-    # a dot within the name is how protocol 4 reaches into what it has found
+    "stablefield.interop.edm.allowlist Object",
+    # protocol 4 reaches attributes through dots within the name
     "collections OrderedDict.__init__.__globals__",
     "torch.nn.modules.container ModuleDict.__reduce_ex__",
     "torch FloatStorage.from_file",
@@ -243,35 +243,35 @@ REACHING = [
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("path", REACHING)
-def test_a_name_that_no_checkpoint_contains_is_refused_by_name_wherever_it_stands(refused, path, protocol):
+@pytest.mark.parametrize("path", DANGEROUS_NAMES)
+def test_a_name_that_is_not_allowed_is_refused_anywhere_in_a_file(refused, path, protocol):
     calls, named = call(path, protocol), path.replace(" ", ".")
     refused(whole(calls, protocol), named)
     refused(whole(mapping(dataset_kwargs=calls), protocol), named)
-    refused(whole(envelope("EDMPrecond", mapping(_modules=calls)), protocol), named)
+    refused(whole(persistent("EDMPrecond", mapping(_modules=calls)), protocol), named)
     refused(edm_files.zipped({"data.pkl": whole(calls, protocol), "version": b"3\n"}), named)
-    refused(older(whole(calls, protocol)), named)
-    refused(whole(archived(older(whole(calls, protocol)))), named)
+    refused(legacy(whole(calls, protocol)), named)
+    refused(whole(archived(legacy(whole(calls, protocol)))), named)
 
 
-def envelope(class_name, state, kind="class"):
+def persistent(class_name, state, kind="class"):
     meta = mapping(type=text(kind), module_src=text("raise"), class_name=text(class_name), state=state)
     return b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n" + meta + b"\x85R"
 
 
-def older(data, keys=(), storages=b"", little_endian=True, version=1001):
-    """torch's older format around one pickle."""
+def legacy(data, keys=(), storages=b"", little_endian=True, version=1001):
+    """One pickle in torch's legacy format."""
     head = (0x1950A86A20F9469CFC6C, version, {"protocol_version": version, "little_endian": little_endian})
     return b"".join(pickle.dumps(part, 2) for part in head) + data + pickle.dumps(list(keys), 2) + storages
 
 
 def archived(octets):
-    """The instructions that load an archive within a pickle."""
+    """Instructions that load an archive within a pickle."""
     return b"ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(octets)) + octets + b"\x85R"
 
 
-def mention(key="0", count=4, storage="FloatStorage", view=b"N"):
-    """The instructions that mention a storage."""
+def reference(key="0", count=4, storage="FloatStorage", view=b"N"):
+    """Instructions that refer to a storage."""
     return (
         b"("
         + text("storage")
@@ -286,11 +286,11 @@ def numbers(count=4):
     return struct.pack("<q", count) + bytes(4 * count)
 
 
-BARE = older(whole(mention(), 2), ["0"], numbers())
+BARE = legacy(whole(reference(), 2), ["0"], numbers())
 
 
 def tensor(offset=0, size=(4,), stride=(1,), storage=None):
-    """The instructions that rebuild a tensor over a storage of four numbers."""
+    """Instructions that rebuild a tensor from a storage of four numbers."""
     arguments = b"".join(pickle.dumps(part, 2)[2:-1] for part in (offset, size, stride))
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n("
@@ -302,10 +302,10 @@ def tensor(offset=0, size=(4,), stride=(1,), storage=None):
 
 def module(class_name="EDMPrecond", parameters=b"}", modules=b"}", buffers=b"}", kwargs=b"}"):
     state = mapping(_parameters=parameters, _buffers=buffers, _modules=modules, _init_args=b")", _init_kwargs=kwargs)
-    return envelope(class_name, state)
+    return persistent(class_name, state)
 
 
-def test_the_pieces_of_these_tests_make_a_checkpoint_that_is_read(read):
+def test_the_building_blocks_of_these_tests_make_a_readable_checkpoint(read):
     octets = whole(mapping(ema=module(parameters=mapping(weight=tensor(1, (3,)))), extra=b"N"))
     assert_same(read(octets).state, {"weight": torch.zeros(3)})
 
@@ -329,11 +329,11 @@ def test_the_pieces_of_these_tests_make_a_checkpoint_that_is_read(read):
         ("DUP", b"N2"),
     ],
 )
-def test_an_instruction_that_no_checkpoint_needs_is_refused_by_name(refused, instruction, octets):
+def test_an_instruction_that_no_checkpoint_needs_is_refused_with_its_name(refused, instruction, octets):
     refused(whole(octets), instruction)
 
 
-def test_the_extension_registry_is_not_consulted(refused):
+def test_the_extension_registry_is_not_used(refused):
     copyreg.add_extension("posix", "system", 240)
     try:
         refused(whole(b"\x82\xf0" + text("touch ran") + b"\x85R"), "EXT1")
@@ -344,24 +344,24 @@ def test_the_extension_registry_is_not_consulted(refused):
 @pytest.mark.parametrize(
     "octets",
     [
-        b"ctorch\nFloatStorage\n)R",  # a storage type is not called
-        b"cdnnlib.util\nEasyDict\n)R",  # nor a class, except by NEWOBJ
+        b"ctorch\nFloatStorage\n)R",  # a storage type cannot be called
+        b"cdnnlib.util\nEasyDict\n)R",  # a class only by NEWOBJ
         b"ctorch.nn.modules.container\nModuleDict\n)R",
-        b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n)\x81",  # nor a function by it
+        b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n)\x81",  # and a function not by NEWOBJ
         b"cdnnlib.util\nEasyDict\nN\x85\x81",
-        b"cdnnlib.util\nEasyDict\n)\x81}b",  # state is for objects,
-        b"ctorch\nFloatStorage\n}b",  # not for names,
-        b"ctorch.nn.modules.container\nModuleDict\n)\x81}b}b",  # and set once,
-        b"ctorch.nn.modules.container\nModuleDict\n)\x81N}\x86b",  # and no slots
+        b"cdnnlib.util\nEasyDict\n)\x81}b",  # only objects have a state,
+        b"ctorch\nFloatStorage\n}b",  # not names,
+        b"ctorch.nn.modules.container\nModuleDict\n)\x81}b}b",  # which is set once,
+        b"ctorch.nn.modules.container\nModuleDict\n)\x81N}\x86b",  # and without slots
         b"cnumpy\ndtype\nX\x02\x00\x00\x00f8\x85RN\x85b",
-        b"NN\x85R",  # only names are called
+        b"NN\x85R",  # only names can be called
         b"X\x02\x00\x00\x00os)R",
         b"}N)R",
         b"]N\x85R",
         b"K\x01K\x02\x93",  # only strings are names
-        b"(" + text("storage") + b"tQ",  # a plain pickle mentions no storages
-        mention(),
-        b"}))s",  # keys are strings and small numbers
+        b"(" + text("storage") + b"tQ",  # a plain pickle has no references to storages
+        reference(),
+        b"}))s",  # keys must be strings or small integers
         b"}J\xff\xff\xff\xffNs",
         b"}G?\xf0\x00\x00\x00\x00\x00\x00Ns",
         b"cnumpy\ndtype\nX\x02\x00\x00\x00O8\x85R",
@@ -371,22 +371,22 @@ def test_the_extension_registry_is_not_consulted(refused):
         b"ccollections\nOrderedDict\n]\x85R",
     ],
 )
-def test_a_listed_name_does_only_what_checkpoints_do_with_it(refused, octets):
+def test_an_allowed_name_can_only_be_used_as_checkpoints_use_it(refused, octets):
     refused(whole(mapping(ema=module(), extra=octets)))
 
 
 @pytest.mark.parametrize("class_name", ["Discriminator", "SongUNet.__init__", "os.system", "EDMPrecond\n"])
-def test_another_class_in_an_envelope_is_refused_by_name(refused, class_name):
-    refused(whole(mapping(ema=module(), extra=envelope(class_name, b"}"))), class_name.strip())
+def test_an_unknown_persistent_class_is_refused_with_its_name(refused, class_name):
+    refused(whole(mapping(ema=module(), extra=persistent(class_name, b"}"))), class_name.strip())
 
 
-def test_an_envelope_of_another_kind_than_a_class_is_refused(refused):
-    refused(whole(mapping(ema=module(), extra=envelope("EDMPrecond", b"}", kind="function"))))
+def test_a_persistent_object_that_is_not_a_class_is_refused(refused):
+    refused(whole(mapping(ema=module(), extra=persistent("EDMPrecond", b"}", kind="function"))))
 
 
-def test_a_message_repeats_no_control_characters_of_the_file(read):
-    with pytest.raises(edm.RefusedCheckpoint) as error:
-        read(whole(envelope("\x1b[2J\nall is well", b"}")))
+def test_error_messages_contain_no_control_characters_of_the_file(read):
+    with pytest.raises(edm.EDMCheckpointError) as error:
+        read(whole(persistent("\x1b[2J\nall is well", b"}")))
     assert str(error.value).isprintable()
 
 
@@ -407,38 +407,38 @@ def test_a_message_repeats_no_control_characters_of_the_file(read):
         (mapping(ema=module(), step=text("1")), "str"),
     ],
 )
-def test_what_is_not_arranged_as_a_checkpoint_is_refused(refused, data, name):
+def test_data_without_the_structure_of_a_checkpoint_is_refused(refused, data, name):
     refused(whole(data), name)
 
 
-# --- Archives and tensors are what they claim to be ---
+# ---- archives and tensors
 
 
 @pytest.mark.parametrize(
     ("archive", "name"),
     [
-        (older(whole(b"cposix\nsystem\n" + text("touch ran") + b"\x85R", 2)), "posix.system"),
-        (older(whole(b"(" + mention("0") + mention("1") + b"t", 2), "01", numbers() * 2), "tuple"),
-        (older(whole(mapping(x=mention()), 2), "0", numbers()), "dict"),
-        (older(whole(mention(), 2), "01", numbers() * 2), "mentions 1 storages, and 2"),
-        (older(whole(mention(), 2), "", b""), "mentions 1 storages, and 0"),
-        (older(whole(mention(), 2), "0", numbers() + b"x"), "more than one storage"),
-        (older(whole(mention(), 2), "0", numbers()[:-1]), "ends early"),
-        (older(whole(mention(), 2), "0", numbers(3)), "12 bytes for 4"),
-        (older(whole(mention(), 2), "0", struct.pack("<q", -1)), "ends early"),
-        (older(whole(mention(count=-4), 2), "0", numbers()), "cannot be here"),
-        (older(whole(mention(view=b")"), 2), "0", numbers()), "persistent id"),
-        (older(whole(mention(storage="UntypedStorage"), 2), "0", numbers()), "torch.UntypedStorage"),
-        (older(whole(tensor(), 2)), "torch._utils._rebuild_tensor_v2"),
-        (older(whole(archived(BARE), 2)), "torch.storage._load_from_bytes"),
-        (older(whole(b"N", 2)), "NoneType"),
-        (older(whole(mention(), 2), "0", numbers(), little_endian=False), "big-endian"),
-        (older(whole(mention(), 2), "0", numbers(), version=1), "version"),
-        (edm_files.zipped({"data.pkl": whole(mention())}), "instruction"),
+        (legacy(whole(b"cposix\nsystem\n" + text("touch ran") + b"\x85R", 2)), "posix.system"),
+        (legacy(whole(b"(" + reference("0") + reference("1") + b"t", 2), "01", numbers() * 2), "tuple"),
+        (legacy(whole(mapping(x=reference()), 2), "0", numbers()), "dict"),
+        (legacy(whole(reference(), 2), "01", numbers() * 2), "refers to 1 storages, but 2"),
+        (legacy(whole(reference(), 2), "", b""), "refers to 1 storages, but 0"),
+        (legacy(whole(reference(), 2), "0", numbers() + b"x"), "more than one storage"),
+        (legacy(whole(reference(), 2), "0", numbers()[:-1]), "ends early"),
+        (legacy(whole(reference(), 2), "0", numbers(3)), "12 bytes for 4"),
+        (legacy(whole(reference(), 2), "0", struct.pack("<q", -1)), "ends early"),
+        (legacy(whole(reference(count=-4), 2), "0", numbers()), "not allowed here"),
+        (legacy(whole(reference(view=b")"), 2), "0", numbers()), "persistent id"),
+        (legacy(whole(reference(storage="UntypedStorage"), 2), "0", numbers()), "torch.UntypedStorage"),
+        (legacy(whole(tensor(), 2)), "torch._utils._rebuild_tensor_v2"),
+        (legacy(whole(archived(BARE), 2)), "torch.storage._load_from_bytes"),
+        (legacy(whole(b"N", 2)), "NoneType"),
+        (legacy(whole(reference(), 2), "0", numbers(), little_endian=False), "big-endian"),
+        (legacy(whole(reference(), 2), "0", numbers(), version=1), "version"),
+        (edm_files.zipped({"data.pkl": whole(reference())}), "instruction"),
         (b"", "ends early"),
     ],
 )
-def test_an_archive_within_a_pickle_holds_one_storage_and_nothing_else(refused, archive, name):
+def test_an_embedded_archive_must_hold_exactly_one_storage(refused, archive, name):
     refused(whole(mapping(ema=module(parameters=mapping(weight=tensor(storage=archived(archive)))))), name)
 
 
@@ -462,12 +462,12 @@ def test_an_archive_within_a_pickle_holds_one_storage_and_nothing_else(refused, 
         (0, (2**300,), (1,)),
     ],
 )
-def test_a_tensor_stays_within_its_storage(refused, offset, size, stride):
-    refused(whole(mapping(ema=module(), extra=tensor(offset, size, stride))), "has a tensor")
+def test_a_tensor_beyond_its_storage_is_refused(refused, offset, size, stride):
+    refused(whole(mapping(ema=module(), extra=tensor(offset, size, stride))), "a tensor ")
 
 
 @pytest.mark.parametrize(("size", "stride"), [((4,), (1, 1)), ((4,), ()), ([4], (1,)), (4, (1,)), ("4", (1,))])
-def test_a_tensor_has_as_many_sizes_as_strides(refused, size, stride):
+def test_a_tensor_must_have_as_many_sizes_as_strides(refused, size, stride):
     refused(whole(mapping(ema=module(), extra=tensor(0, size, stride))))
 
 
@@ -482,12 +482,12 @@ def test_a_tensor_has_as_many_sizes_as_strides(refused, size, stride):
         ({"data.pkl": b""}, "ends early"),
     ],
 )
-def test_a_zip_holds_torchs_records_and_nothing_else(refused, change, name):
+def test_a_zip_file_must_hold_only_the_records_of_torch(refused, change, name):
     records = edm_files.unzipped(edm_files.save(edm_files.contents(), "zip"))
     refused(edm_files.zipped(records | change), name)
 
 
-def test_a_zip_lacking_records_or_having_some_twice_is_refused(refused):
+def test_a_zip_file_with_missing_or_duplicate_records_is_refused(refused):
     records = edm_files.unzipped(edm_files.save(edm_files.contents(), "zip"))
     for name in ("data.pkl", "data/0"):
         refused(edm_files.zipped({key: value for key, value in records.items() if key != name}), name)
@@ -497,38 +497,38 @@ def test_a_zip_lacking_records_or_having_some_twice_is_refused(refused):
     refused(file.getvalue().replace(b"data.pkx", b"data.pkl"), "two records")
 
 
-@pytest.mark.parametrize("form", edm_files.FORMS)
-def test_a_file_with_something_behind_its_end_is_refused(refused, form):
-    octets = edm_files.save(edm_files.contents(), form)
-    if form != "zip":  # whose end is looked for, and may carry a comment
-        refused(octets + b"\x00", "1 bytes behind its end")
+@pytest.mark.parametrize("file_format", edm_files.FORMATS)
+def test_a_file_with_bytes_after_its_end_is_refused(refused, file_format):
+    octets = edm_files.save(edm_files.contents(), file_format)
+    if file_format != "zip":  # a ZIP file may end with a comment
+        refused(octets + b"\x00", "1 bytes follow the end")
 
 
-@pytest.mark.parametrize("form", edm_files.FORMS)
-def test_a_truncated_file_is_refused_wherever_it_ends(refused, form):
-    octets = edm_files.save(edm_files.contents(), form)
+@pytest.mark.parametrize("file_format", edm_files.FORMATS)
+def test_a_truncated_file_is_refused_at_every_length(refused, file_format):
+    octets = edm_files.save(edm_files.contents(), file_format)
     for end in [*range(0, len(octets), max(1, len(octets) // 60)), len(octets) - 1]:
         refused(octets[:end])
 
 
 @pytest.mark.parametrize(("size", "start"), [(0, 100), (0, -1), (2**16, 0), (2**16, 2**16), (2**31, 2**31)])
-def test_a_zip_whose_directory_is_elsewhere_than_it_says_is_refused(refused, size, start):
+def test_a_zip_file_with_a_wrong_directory_offset_is_refused(refused, size, start):
     octets = bytearray(edm_files.zipped(edm_files.unzipped(edm_files.save(edm_files.contents(), "zip"))))
-    said = struct.unpack("<II", octets[-10:-2])
-    octets[-10:-2] = struct.pack("<II", said[0] + size, said[1] + start)
+    written = struct.unpack("<II", octets[-10:-2])
+    octets[-10:-2] = struct.pack("<II", written[0] + size, written[1] + start)
     refused(bytes(octets))
 
 
-def test_a_file_that_is_not_there_is_no_refused_checkpoint(tmp_path):
+def test_a_missing_file_raises_file_not_found(tmp_path):
     with pytest.raises(FileNotFoundError):
         edm.read(tmp_path / "network-snapshot-000000.pkl")
 
 
-# --- A small file stays small ---
+# ---- small files need little memory
 
 
 def doubled(start, times):
-    """The instructions for a pair of a pair of ..., each level mentioned twice."""
+    """Instructions for a pair of a pair of ..., each level referring twice to the next."""
     return start + b"q\x01" + b"h\x01\x86q\x01" * times
 
 
@@ -553,18 +553,18 @@ def overlapping(times):
 
 
 PAIR = mapping(a=b"h\x01", b=b"h\x01")
-MILLION = older(whole(mention(count=250_000), 2), "0", numbers(250_000))
+MILLION = legacy(whole(reference(count=250_000), 2), "0", numbers(250_000))
 BOMBS = {
     "memo index": (whole(b"Nr\xff\xff\xff\xff"), "NoneType"),
     "byte string": (whole(b"\x8e" + b"\xff" * 7 + b"\x7f"), "damaged"),
     "text": (whole(b"X\xff\xff\xff\xff"), "damaged"),
     "frame": (whole(b"\x95" + b"\xff" * 8 + b"N"), "NoneType"),
     "integer": (whole(b"\x8b\xff\xff\xff\x7f"), "LONG4"),
-    "billion laughs": (whole(mapping(ema=module(kwargs=mapping(x=doubled(b"]", 60))))), "unfolds"),
-    "long words": (whole(mapping(ema=module(kwargs=mapping(x=doubled(text("a" * 500_000), 10))))), "unfolds"),
+    "billion laughs": (whole(mapping(ema=module(kwargs=mapping(x=doubled(b"]", 60))))), "expand"),
+    "long words": (whole(mapping(ema=module(kwargs=mapping(x=doubled(text("a" * 500_000), 10))))), "expand"),
     "long keys": (
         whole(mapping(ema=module(kwargs=mapping(x=doubled(b"}" + text("a" * 500_000) + b"Ns", 10))))),
-        "unfolds",
+        "expand",
     ),
     "deep nest": (whole(mapping(ema=module(kwargs=mapping(x=nested(20_000))))), "RecursionError"),
     "deep key": (whole(b"})" + b"\x85" * 100_000 + b"Ns"), "dictionary key"),
@@ -574,7 +574,7 @@ BOMBS = {
     ),
     "module in itself": (
         whole(mapping(ema=module(modules=b"}q\x01" + text("a") + holder(b"h\x01") + b"s"))),
-        "unfolds",
+        "expand",
     ),
     "modules in pairs": (
         whole(
@@ -583,7 +583,7 @@ BOMBS = {
                 ema=module(modules=mapping(a=b"h\x01")),
             )
         ),
-        "unfolds",
+        "expand",
     ),
     "one storage many times": (
         whole(
@@ -596,7 +596,7 @@ BOMBS = {
                 )
             )
         ),
-        "unfolds",
+        "expand",
     ),
     "compressed": (edm_files.zipped({"data.pkl": bytes(50_000_000)}, zipfile.ZIP_DEFLATED), "compressed"),
     "compressed a little": (
@@ -608,7 +608,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize(("octets", "name"), BOMBS.values(), ids=BOMBS)
-def test_a_small_file_that_would_unfold_is_refused_in_little_memory(refused, octets, name):
+def test_a_small_file_that_would_expand_is_refused_with_little_memory(refused, octets, name):
     tracemalloc.start()
     try:
         refused(octets, name)
@@ -617,20 +617,22 @@ def test_a_small_file_that_would_unfold_is_refused_in_little_memory(refused, oct
         tracemalloc.stop()
 
 
-def test_an_archive_mentioned_many_times_is_read_once(read, monkeypatch):
-    reads, read_bare_storage = [], forms.read_bare_storage
-    monkeypatch.setattr(forms, "read_bare_storage", lambda data: reads.append(1) or read_bare_storage(data))
+def test_an_archive_that_is_referred_to_many_times_is_read_once(read, monkeypatch):
+    reads, read_embedded_storage = [], containers.read_embedded_storage
+    monkeypatch.setattr(
+        containers, "read_embedded_storage", lambda data: reads.append(1) or read_embedded_storage(data)
+    )
     calls = b"ctorch.storage\n_load_from_bytes\nq\x01B" + struct.pack("<I", len(BARE)) + BARE + b"\x85q\x02R"
     octets = whole(mapping(ema=module(), extra=b"](" + calls + b"h\x01h\x02R" * 1000 + b"e"))
     assert read(octets).state == {}
     assert len(reads) == 1
 
 
-# --- Whatever the bytes ---
+# ---- random changes
 
 
 def fuzz(tmp_path, seed, rounds, *files):
-    pytest.importorskip("resource")  # limits on memory, and alarms, are for Unix
+    pytest.importorskip("resource")  # limits on memory and alarms exist on Unix only
     script = Path(__file__).with_name("edm_fuzz.py")
     command = [sys.executable, str(script), str(seed), str(rounds), str(tmp_path), *map(str, files)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
@@ -638,18 +640,18 @@ def fuzz(tmp_path, seed, rounds, *files):
     return json.loads(result.stdout)
 
 
-def test_a_changed_file_is_read_or_refused_and_does_nothing_else(tmp_path):
+def test_a_mutated_file_is_read_or_refused_without_side_effects(tmp_path):
     files = []
-    for form in ("pickle4", "zip", "older"):
-        files.append(tmp_path / form)
-        files[-1].write_bytes(edm_files.save(edm_files.contents(), form))
+    for file_format in ("pickle4", "zip", "legacy"):
+        files.append(tmp_path / file_format)
+        files[-1].write_bytes(edm_files.save(edm_files.contents(), file_format))
     outcome = fuzz(tmp_path, 0, 300, *files)
     assert outcome["read"] > 50
     assert outcome["refused"] > 300
 
 
 @pytest.mark.slow
-def test_a_changed_published_file_is_read_or_refused_and_does_nothing_else(tmp_path):
+def test_a_mutated_published_file_is_read_or_refused_without_side_effects(tmp_path):
     files = []
     for configuration in edm_files.CONFIGURATIONS:
         files.append(tmp_path / configuration)

@@ -1,27 +1,29 @@
-"""What is written about training is what an independent computation says."""
+"""Metrics of training agree with independent computations."""
 
 import math
 
 import pytest
 import torch
 
-from stablefield import VE, VP, EDMWeight, Flow, LogNormal, Objective, Pool, SingleSample, Uniform
+from stablefield import VE, VP, DSMTarget, Flow, Objective, Pool
+from stablefield.build import build, build_sampler
 from stablefield.config import override, resolve
-from stablefield.data import Shuffled
+from stablefield.data import ShuffledBatches
 from stablefield.denoise import Denoiser
+from stablefield.distributed import Ranks
 from stablefield.engine import TrainState, train
-from stablefield.engine.metrics import Bins, HeldOut, Meter
-from stablefield.engine.pictures import samples
-from stablefield.ranks import Ranks
-from stablefield.run import assemble, make_sampler
+from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
+from stablefield.engine.tensorboard import samples
+from stablefield.objective import EDMWeight
 from stablefield.seeding import generator
+from stablefield.times import LogNormal, Uniform
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("times", "process"), [(LogNormal(), VE()), (Uniform(), VP()), (Uniform(0, 1), Flow())])
-def test_ranges_of_the_noise_level_are_visited_equally_often_and_leave_nothing_out(times, process):
-    bins = Bins.of(times, process)
+def test_noise_bins_are_visited_equally_often_and_cover_all_times(times, process):
+    bins = NoiseBins.equally_likely(times, process)
     t = times.draw(80_000, torch.Generator().manual_seed(0))
     sums = bins.sums(t, torch.ones_like(t))
     assert sums[:, 1].sum() == 80_000
@@ -35,86 +37,90 @@ def test_ranges_of_the_noise_level_are_visited_equally_often_and_leave_nothing_o
         assert chosen.max() <= high * 1.01
 
 
-def test_the_loss_of_all_is_the_mean_of_the_losses_of_the_ranges():
-    bins = Bins.of(LogNormal(), VE())
+def test_the_loss_is_the_weighted_mean_of_the_losses_by_noise_level():
+    bins = NoiseBins.equally_likely(LogNormal(), VE())
     t, loss = LogNormal().draw(1000), torch.rand(1000)
     sums = bins.sums(t, loss)
-    means = bins.means("Loss", sums)
-    assert means["Loss/loss"] == pytest.approx(loss.double().mean().item(), rel=1e-12)
-    each = torch.tensor([means[f"Loss_by_noise/{name}"] for name in bins.names], dtype=torch.float64)
-    assert float((each * sums[:, 1]).sum() / 1000) == pytest.approx(means["Loss/loss"], rel=1e-12)
-    few = bins.means("Loss", bins.sums(t[:1], loss[:1]))
-    assert len(few) == 2  # ranges that no row was in have no loss
+    means = bins.means("loss", sums)
+    assert means["loss/loss"] == pytest.approx(loss.double().mean().item(), rel=1e-12)
+    each = torch.tensor([means[f"loss_by_noise/{name}"] for name in bins.names], dtype=torch.float64)
+    assert float((each * sums[:, 1]).sum() / 1000) == pytest.approx(means["loss/loss"], rel=1e-12)
+    few = bins.means("loss", bins.sums(t[:1], loss[:1]))
+    assert len(few) == 2  # empty ranges have no loss
 
 
-def test_the_share_of_rows_that_keep_their_source_is_that_of_maps_that_are_no_flips():
+def test_fraction_dsm_is_the_share_of_augmentations_that_are_not_flips():
     settings = ["augmentation.kind=edm", "training.batch_size=512", "network.channels=4", "target.size=4"]
-    parts = assemble(resolve(override({}, settings)))
-    meter = Meter(Bins.of(parts.objective.times, parts.denoiser.process), Ranks(CPU))
-    state = TrainState(parts.denoiser)
-    for step in train(state, parts.objective, parts.batches, images=4096):
-        meter.add(step, 512)
-    assert meter.line(state)["Target/alone"] == pytest.approx(1 - 0.88**4, abs=4 * 0.5 / 64)
-    plain = Objective(parts.objective.times, SingleSample(), parts.objective.weight)
-    for step in train(state, plain, Shuffled(parts.pool, 8), images=4104):
-        meter.add(step, 8)
-    assert "Target/alone" not in meter.line(state)
+    components = build(resolve(override({}, settings)))
+    logger = MetricsLogger(
+        NoiseBins.equally_likely(components.objective.times, components.denoiser.process), Ranks(CPU)
+    )
+    state = TrainState(components.denoiser)
+    for step in train(state, components.objective, components.batches, images=4096):
+        logger.add(step, 512)
+    assert logger.flush(state)["target/fraction_dsm"] == pytest.approx(1 - 0.88**4, abs=4 * 0.5 / 64)
+    plain = Objective(components.objective.times, DSMTarget(), components.objective.weight)
+    for step in train(state, plain, ShuffledBatches(components.pool, 8), images=4104):
+        logger.add(step, 8)
+    assert "target/fraction_dsm" not in logger.flush(state)
 
 
-class Nothing(Denoiser):
-    """Always answers 0."""
+class Zero(Denoiser):
+    """A denoiser whose output is 0."""
 
     def __init__(self):
         super().__init__()
         self.process = VE()
-        self.label_dim = 0
+        self.num_classes = 0
 
     def forward(self, x_t, t, label=None, augment_label=None):
         return torch.zeros_like(x_t)
 
 
 POOL = Pool(torch.randn(30, 4, generator=torch.Generator().manual_seed(1)))
-OBJECTIVE = Objective(LogNormal(), SingleSample(), EDMWeight(0.5))
-BINS = Bins.of(LogNormal(), VE())
+OBJECTIVE = Objective(LogNormal(), DSMTarget(), EDMWeight(0.5))
+BINS = NoiseBins.equally_likely(LogNormal(), VE())
 
 
-def test_the_loss_on_held_out_images_is_that_of_their_own_targets():
-    found = HeldOut(POOL, OBJECTIVE, BINS, Ranks(CPU), batch=7, fewest=64)(Nothing())
+def test_held_out_loss_equals_its_closed_form_for_a_denoiser_that_returns_zero():
+    found = HeldOutLoss(POOL, OBJECTIVE, BINS, Ranks(CPU), batch_size=7, min_examples=64)(Zero())
     level = (torch.randperm(64, generator=generator(0, "held out")).double() + 0.5) / 64
     t = torch.exp(-1.2 + 1.2 * math.sqrt(2) * torch.erfinv(2 * level - 1))
     x = POOL.data[torch.arange(64) * 30 // 64].double()
     loss = (4 + t**-2) * x.square().mean(1)
-    assert found["Held_out/loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
+    assert found["held_out/loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("total", [2, 3])
-def test_held_out_rows_are_shared_by_the_ranks(monkeypatch, total):
-    whole, sums = HeldOut(POOL, OBJECTIVE, BINS, Ranks(CPU), batch=7, fewest=64)(Nothing()), []
-    monkeypatch.setattr(Ranks, "gather", lambda self, rows: sums.append(rows) or rows)
+def test_held_out_examples_are_divided_among_the_ranks(monkeypatch, total):
+    whole, sums = HeldOutLoss(POOL, OBJECTIVE, BINS, Ranks(CPU), batch_size=7, min_examples=64)(Zero()), []
+    monkeypatch.setattr(Ranks, "all_gather", lambda self, values: sums.append(values) or values)
     for rank in range(total):
-        HeldOut(POOL, OBJECTIVE, BINS, Ranks(CPU, rank, total), batch=5, fewest=64)(Nothing())
-    together = BINS.means("Held_out", torch.cat(sums).sum(0))
+        HeldOutLoss(POOL, OBJECTIVE, BINS, Ranks(CPU, rank, total), batch_size=5, min_examples=64)(Zero())
+    together = BINS.means("held_out", torch.cat(sums).sum(0))
     assert together == pytest.approx(whole, rel=1e-12)
 
 
-def test_it_is_the_same_loss_every_time_and_the_lowest_for_who_knows_best():
-    from stablefield import Ideal
+def test_held_out_loss_is_reproducible_and_lowest_for_the_ideal_denoiser():
+    from stablefield import IdealDenoiser
 
-    ask = HeldOut(POOL, OBJECTIVE, BINS, Ranks(CPU), batch=16, fewest=256)
-    knows, guesses = Ideal(POOL, VE()), Nothing()
-    assert ask(knows) == ask(knows)
-    assert ask(knows)["Held_out/loss"] < 0.2 * ask(guesses)["Held_out/loss"]
+    held_out_loss = HeldOutLoss(POOL, OBJECTIVE, BINS, Ranks(CPU), batch_size=16, min_examples=256)
+    ideal, zero = IdealDenoiser(POOL, VE()), Zero()
+    assert held_out_loss(ideal) == held_out_loss(ideal)
+    assert held_out_loss(ideal)["held_out/loss"] < 0.2 * held_out_loss(zero)["held_out/loss"]
 
 
 @pytest.mark.parametrize("total", [2, 3, 5])
-def test_each_rank_makes_its_share_of_the_grid(monkeypatch, total):
+def test_each_rank_draws_its_share_of_the_samples(monkeypatch, total):
     settings = ["network.kind=mlp", "network.width=8", "network.layers=1", "sampler.steps=2"]
     config = resolve(override({}, [*settings, "training.conditional=true"]))
-    parts = assemble(config)
-    ask = (parts.denoiser, make_sampler(config), parts.pool.shape)
-    whole = samples(*ask, Ranks(CPU), count=10)
+    components = build(config)
+    arguments = (components.denoiser, build_sampler(config), components.pool.shape)
+    whole = samples(*arguments, Ranks(CPU), count=10)
     made = []
-    monkeypatch.setattr(Ranks, "gather", lambda self, rows: made.append(rows) or rows.new_zeros(10, *rows.shape[1:]))
+    monkeypatch.setattr(
+        Ranks, "all_gather", lambda self, values: made.append(values) or values.new_zeros(10, *values.shape[1:])
+    )
     for rank in range(total):
-        samples(*ask, Ranks(CPU, rank, total), count=10)
+        samples(*arguments, Ranks(CPU, rank, total), count=10)
     torch.testing.assert_close(torch.cat(made)[:10], whole)

@@ -1,4 +1,4 @@
-"""DDPM++, NCSN++ and ADM: the answers of EDM's files, and the laws that their parts obey."""
+"""DDPM++, NCSN++ and ADM: the outputs of EDM's published weights, and the laws of the layers."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, conv_transpose2d
 
 from stablefield.networks import ADM, SongUNet, adm, ddpmpp, ncsnpp
-from stablefield.networks.adm import ADMBlock
+from stablefield.networks.adm_unet import ADMBlock
 from stablefield.networks.layers import (
     ConvDown,
     DownConv,
@@ -23,31 +23,36 @@ from stablefield.networks.layers import (
     PositionalEmbedding,
     UpConv,
     downsample,
-    filter_of,
+    separable_filter,
     upsample,
 )
 from stablefield.networks.song import SongBlock
 
-EDM = Path(__file__).parent / "data" / "edm"
-OURS = {"embedding_type": "embedding", "encoder_type": "encoder", "decoder_type": "decoder"}
+EDM_FILES = Path(__file__).parent / "data" / "edm"
+RENAMED = {
+    "label_dim": "num_classes",
+    "embedding_type": "embedding",
+    "encoder_type": "encoder",
+    "decoder_type": "decoder",
+}
 SMALL: dict[str, Any] = {"model_channels": 16, "num_blocks": 1, "attn_resolutions": (8,), "dropout": 0.0}
 
 
 def published(name: str) -> tuple[SongUNet, dict[str, Tensor], str]:
-    """A network with published weights, inputs and answers, and the name of its scalings."""
-    config = json.loads((EDM / name / "config.json").read_text())
-    options = {OURS.get(key, key): value for key, value in config["kwargs"].items()}
+    """A network with published weights, published inputs and outputs, and the name of its preconditioning."""
+    config = json.loads((EDM_FILES / name / "config.json").read_text())
+    options = {RENAMED.get(key, key): value for key, value in config["kwargs"].items()}
     channels, side = options.pop("img_channels"), options.pop("img_resolution")
     network = SongUNet(
         (channels, side, side), **{k: v for k, v in options.items() if k not in ("model_type", "sigma_data")}
     )
-    state = load_file(EDM / name / "state.safetensors")
+    state = load_file(EDM_FILES / name / "state.safetensors")
     network.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, strict=True)
-    with np.load(EDM / name / "io.npz") as arrays:
+    with np.load(EDM_FILES / name / "io.npz") as arrays:
         return network.eval(), {key: torch.from_numpy(arrays[key]) for key in arrays}, config["precond"]
 
 
-def scalings(precond: str, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def preconditioning(precond: str, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in, c_noise (Karras et al. 2022, table 1)."""
     if precond == "EDMPrecond":
         return 0.25 / (s**2 + 0.25), 0.5 * s / (s**2 + 0.25).sqrt(), (s**2 + 0.25).rsqrt(), s.log() / 4
@@ -57,8 +62,8 @@ def scalings(precond: str, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.ones_like(s), s, torch.ones_like(s), (s / 2).log()
 
 
-def shaken(network: nn.Module) -> nn.Module:
-    """Away from the initial zeros, so that every parameter matters."""
+def perturbed(network: nn.Module) -> nn.Module:
+    """The network moved away from its initial zeros, so that every parameter matters."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -66,24 +71,24 @@ def shaken(network: nn.Module) -> nn.Module:
     return network
 
 
-def inputs(network: SongUNet | ADM, rows: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """x, c_noise, label, augment."""
+def inputs(network: SongUNet | ADM, batch: int = 2, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """Random x, c_noise, label_one_hot and augment_label."""
     generator = torch.Generator().manual_seed(2)
-    widths = (tuple(network.shape), (), (network.label_dim,), (network.augment_dim,))
-    x, noise, label, augment = (torch.randn((rows, *width), generator=generator, dtype=dtype) for width in widths)
-    return x, noise, label, augment
+    widths = (tuple(network.shape), (), (network.num_classes,), (network.augment_dim,))
+    x, c_noise, label, augment = (torch.randn((batch, *width), generator=generator, dtype=dtype) for width in widths)
+    return x, c_noise, label, augment
 
 
-# -- weights of others ---------------------------------------------------------------------------------------
+# -- published weights ----
 
 
 @pytest.mark.parametrize("name", ["ddpmpp-edm", "ddpmpp-vp", "ncsnpp-edm-cond", "ncsnpp-ve"])
-def test_published_weights_give_the_published_answers(name: str) -> None:
+def test_published_weights_give_the_published_outputs(name: str) -> None:
     network, io, precond = published(name)
-    c_skip, c_out, c_in, c_noise = (c[:, None, None, None] for c in scalings(precond, io["sigma"]))
+    c_skip, c_out, c_in, c_noise = (c[:, None, None, None] for c in preconditioning(precond, io["sigma"]))
     with torch.no_grad():
-        answer = network(c_in * io["x"], c_noise.flatten(), io.get("class_labels"), io.get("augment_labels"))
-    error = (c_skip * io["x"] + c_out * answer - io["denoised"]).abs().amax((1, 2, 3))
+        output = network(c_in * io["x"], c_noise.flatten(), io.get("class_labels"), io.get("augment_labels"))
+    error = (c_skip * io["x"] + c_out * output - io["denoised"]).abs().amax((1, 2, 3))
     assert (error <= 1e-5 * io["denoised"].abs().amax((1, 2, 3))).all()
 
 
@@ -94,7 +99,7 @@ def test_published_weights_give_the_published_answers(name: str) -> None:
         (lambda: ncsnpp(augment_dim=9), 56.40),
         (lambda: ddpmpp((3, 64, 64), augment_dim=9), 61.81),
         (lambda: ncsnpp((3, 64, 64), augment_dim=9), 62.76),
-        (lambda: adm(label_dim=1000), 295.90),
+        (lambda: adm(num_classes=1000), 295.90),
     ],
     ids=["ddpmpp-32", "ncsnpp-32", "ddpmpp-64", "ncsnpp-64", "adm-64"],
 )
@@ -106,7 +111,7 @@ def test_presets_have_the_published_sizes(build: Any, millions: float) -> None:
 
 def test_full_size_layers_have_the_names_and_shapes_of_edms_files() -> None:
     with torch.device("meta"):
-        song, large = ncsnpp(label_dim=10, augment_dim=9).state_dict(), adm(label_dim=1000).state_dict()
+        song, large = ncsnpp(num_classes=10, augment_dim=9).state_dict(), adm(num_classes=1000).state_dict()
     shapes = {key: tuple(value.shape) for key, value in song.items()}
     assert shapes["enc.32x32_conv.weight"] == (128, 3, 3, 3)
     assert shapes["enc.16x16_aux_residual.weight"] == (256, 3, 3, 3)
@@ -141,8 +146,8 @@ def test_attention_is_where_the_papers_have_it() -> None:
 
 def test_parameters_are_in_the_order_of_edms_optimiser_states() -> None:
     with torch.device("meta"):
-        song, large = ncsnpp(label_dim=10, augment_dim=9), adm(label_dim=10, augment_dim=9)
-        block = SongBlock(16, 32, emb_channels=8, change="down", heads=1)
+        song, large = ncsnpp(num_classes=10, augment_dim=9), adm(num_classes=10, augment_dim=9)
+        block = SongBlock(16, 32, emb_channels=8, resampling="down", num_heads=1)
     assert [name for name, _ in song.named_children()] == [
         *("map_noise", "map_label", "map_augment", "map_layer0", "map_layer1", "enc", "dec"),
     ]
@@ -172,11 +177,11 @@ def test_parameters_are_in_the_order_of_edms_optimiser_states() -> None:
     ]
 
 
-# -- whole networks ------------------------------------------------------------------------------------------
+# -- whole networks ----
 
 
-FIVE: dict[str, Any] = {
-    "ncsnpp, not square": lambda **o: ncsnpp((3, 16, 24), **SMALL, label_dim=3, augment_dim=9, **o),
+ARCHITECTURES: dict[str, Any] = {
+    "ncsnpp, not square": lambda **o: ncsnpp((3, 16, 24), **SMALL, num_classes=3, augment_dim=9, **o),
     "skip paths, four levels, one channel": lambda **o: SongUNet(
         (1, 16, 16), **SMALL, channel_mult=(1, 2, 1, 2), encoder="skip", decoder="skip", **o
     ),
@@ -188,7 +193,7 @@ FIVE: dict[str, Any] = {
         **SMALL,
         channel_mult=(1, 2),
         channels_per_head=16,
-        label_dim=3,
+        num_classes=3,
         augment_dim=9,
         out_channels=6,
         **o,
@@ -197,25 +202,25 @@ FIVE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("build", FIVE.values(), ids=FIVE)
+@pytest.mark.parametrize("build", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_every_parameter_and_every_input_matters(build: Any) -> None:
-    network = shaken(build().double())
-    told = [value.requires_grad_() for value in inputs(network)]
-    out = network(*told)
+    network = perturbed(build().double())
+    given = [value.requires_grad_() for value in inputs(network)]
+    out = network(*given)
     assert out.shape == (2, getattr(network, "out_channels", 6), *network.shape[1:])
     out.square().sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.any(), name
-    assert all(value.grad.any() for value in told if value.numel())
+    assert all(value.grad.any() for value in given if value.numel())
 
 
-@pytest.mark.parametrize("build", FIVE.values(), ids=FIVE)
+@pytest.mark.parametrize("build", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_checkpointing_changes_no_gradient(build: Any) -> None:
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(3)
-        network = shaken(build(checkpointing=checkpointing).double())
+        network = perturbed(build(checkpointing=checkpointing).double())
         for module in network.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.1
@@ -225,37 +230,39 @@ def test_checkpointing_changes_no_gradient(build: Any) -> None:
         torch.testing.assert_close(again, plain, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("build", FIVE.values(), ids=FIVE)
-def test_the_layout_in_memory_changes_no_answer(build: Any) -> None:
-    network = shaken(build().double()).eval()
+@pytest.mark.parametrize("build", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_the_memory_format_does_not_change_the_output(build: Any) -> None:
+    network = perturbed(build().double()).eval()
     x, *rest = inputs(network)
-    answer = network(x, *rest)
+    expected = network(x, *rest)
     network.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(network(x.to(memory_format=torch.channels_last), *rest), answer, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        network(x.to(memory_format=torch.channels_last), *rest), expected, rtol=1e-10, atol=1e-10
+    )
 
 
-@pytest.mark.parametrize("build", FIVE.values(), ids=FIVE)
-def test_no_label_is_zeros(build: Any) -> None:
-    network = shaken(build().double()).eval()
-    x, noise, label, augment = inputs(network)
-    torch.testing.assert_close(network(x, noise), network(x, noise, 0 * label, 0 * augment), rtol=0, atol=0)
+@pytest.mark.parametrize("build", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_omitted_labels_equal_labels_of_zeros(build: Any) -> None:
+    network = perturbed(build().double()).eval()
+    x, c_noise, label, augment = inputs(network)
+    torch.testing.assert_close(network(x, c_noise), network(x, c_noise, 0 * label, 0 * augment), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("build", FIVE.values(), ids=FIVE)
+@pytest.mark.parametrize("build", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_bfloat16_autocast_agrees_to_its_precision(build: Any) -> None:
     network = build().eval()
     given = inputs(network, dtype=torch.float32)
-    shaken(network)
+    perturbed(network)
     with torch.no_grad():
-        answer = network(*given)
+        full = network(*given)
         with torch.autocast("cpu", torch.bfloat16):
             half = network(*given).float()
-    assert (half - answer).norm() <= 0.05 * answer.norm()
+    assert (half - full).norm() <= 0.05 * full.norm()
 
 
-def test_rows_do_not_see_each_other() -> None:
-    network = shaken(FIVE["ncsnpp, not square"]().double()).eval()
-    given = inputs(network, rows=3)
+def test_the_output_of_an_example_is_independent_of_the_rest_of_the_batch() -> None:
+    network = perturbed(ARCHITECTURES["ncsnpp, not square"]().double()).eval()
+    given = inputs(network, batch=3)
     torch.testing.assert_close(network(*given)[1:2], network(*(v[1:2] for v in given)), rtol=1e-10, atol=1e-10)
 
 
@@ -264,35 +271,35 @@ import torch
 from stablefield.networks import ADM, SongUNet, ncsnpp
 small = dict(model_channels=16, num_blocks=1, attn_resolutions=(8,), channel_mult=(1, 2))
 networks = [
-    ncsnpp((3, 16, 16), **small, label_dim=3, augment_dim=9),
+    ncsnpp((3, 16, 16), **small, num_classes=3, augment_dim=9),
     SongUNet((3, 16, 16), **small, encoder="skip", decoder="skip", checkpointing=True),
     ADM((3, 16, 16), **small, channels_per_head=16, dropout=0.0),
 ]
 for network in networks:
     network.eval()
-    x, noise = torch.randn(2, 3, 16, 16), torch.randn(2)
+    x, c_noise = torch.randn(2, 3, 16, 16), torch.randn(2)
     for p in network.parameters():
         p.data += 0.1 * torch.randn_like(p)
-    loss = lambda f: torch.autograd.grad(f(x, noise).square().sum(), list(network.parameters()))
+    loss = lambda f: torch.autograd.grad(f(x, c_noise).square().sum(), list(network.parameters()))
     graph = torch.compile(network, fullgraph=True, backend="aot_eager")
     for ours, compiled in zip(loss(network), loss(graph)):
         assert (ours - compiled).norm() <= 1e-4 * ours.norm() + 1e-4, (ours.norm(), (ours - compiled).norm())
     with torch.autocast("cpu", torch.bfloat16):
-        assert graph(x, noise).isfinite().all()
+        assert graph(x, c_noise).isfinite().all()
 """
 
 
 @pytest.mark.slow
 def test_networks_compile_into_one_graph_with_equal_gradients() -> None:
-    # In a process of its own: the shape checks of these tests would stand in the graph.
+    # In a process of its own, because the shape checks of these tests would end up in the graph.
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-# -- their parts ---------------------------------------------------------------------------------------------
+# -- layers ----
 
 
-def test_positional_waves_run_from_1_to_a_ten_thousandth() -> None:
+def test_positional_frequencies_run_from_1_to_a_ten_thousandth() -> None:
     x = torch.tensor([0.3, 7.0], dtype=torch.float64)
     f = 10000 ** -(torch.arange(4, dtype=torch.float64) / 3)
     expected = torch.cat([(x[:, None] * f).cos(), (x[:, None] * f).sin()], 1)
@@ -300,43 +307,43 @@ def test_positional_waves_run_from_1_to_a_ten_thousandth() -> None:
     assert PositionalEmbedding(8, False)(x)[0, 7] == pytest.approx(math.sin(0.3 * 10000**-0.75))
 
 
-def test_fourier_waves_are_drawn_with_standard_deviation_16() -> None:
-    waves = FourierEmbedding(20_000)
-    assert waves.freqs.std().item() == pytest.approx(16, rel=0.03)
-    assert waves(torch.zeros(1)).tolist() == [[1.0] * 10_000 + [0.0] * 10_000]
+def test_fourier_frequencies_have_standard_deviation_16() -> None:
+    embedding = FourierEmbedding(20_000)
+    assert embedding.freqs.std().item() == pytest.approx(16, rel=0.03)
+    assert embedding(torch.zeros(1)).tolist() == [[1.0] * 10_000 + [0.0] * 10_000]
 
 
 @pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 5, 10, 10, 5, 1)])
-def test_what_is_cheap_equals_what_is_written(taps: tuple[int, ...]) -> None:
-    """Filters as depthwise convolutions, in the order of the definitions."""
+def test_fast_resampling_layers_equal_their_definitions(taps: tuple[int, ...]) -> None:
+    """The definitions: filters as depthwise convolutions, before or after the k x k convolution."""
     x = torch.randn(2, 3, 8, 10, dtype=torch.float64)
-    f, p = filter_of(taps).double(), (len(taps) - 1) // 2
-    each = f.expand(3, 1, -1, -1)
-    up = conv_transpose2d(x, 4 * each, stride=2, padding=p, groups=3)
-    down = conv2d(x, each, stride=2, padding=p, groups=3)
+    f, p = separable_filter(taps).double(), (len(taps) - 1) // 2
+    depthwise = f.expand(3, 1, -1, -1)
+    up = conv_transpose2d(x, 4 * depthwise, stride=2, padding=p, groups=3)
+    down = conv2d(x, depthwise, stride=2, padding=p, groups=3)
     torch.testing.assert_close(upsample(x, f), up)
     torch.testing.assert_close(downsample(x, f), down)
     for kernel in (1, 3):
         layers = (UpConv(3, 5, kernel, taps), DownConv(3, 5, kernel, taps), ConvDown(3, 5, kernel, taps))
-        above, below, fused = (layer.double() for layer in layers)
-        wide = conv2d(x, fused.weight, padding=kernel // 2 + p)
-        wide = conv2d(wide, f.expand(5, 1, -1, -1), stride=2, groups=5) + fused.bias[:, None, None]
-        torch.testing.assert_close(fused(x), wide)
-        torch.testing.assert_close(above(x), conv2d(up, above.weight, above.bias, padding=kernel // 2))
-        torch.testing.assert_close(below(x), conv2d(down, below.weight, below.bias, padding=kernel // 2))
+        up_conv, down_conv, conv_down = (layer.double() for layer in layers)
+        wide = conv2d(x, conv_down.weight, padding=kernel // 2 + p)
+        wide = conv2d(wide, f.expand(5, 1, -1, -1), stride=2, groups=5) + conv_down.bias[:, None, None]
+        torch.testing.assert_close(conv_down(x), wide)
+        torch.testing.assert_close(up_conv(x), conv2d(up, up_conv.weight, up_conv.bias, padding=kernel // 2))
+        torch.testing.assert_close(down_conv(x), conv2d(down, down_conv.weight, down_conv.bias, padding=kernel // 2))
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_attention_is_a_softmax_over_pixels_in_every_head(heads: int) -> None:
-    block = shaken(ADMBlock(16, 16, emb_channels=8, heads=heads).double())
+@pytest.mark.parametrize("num_heads", [1, 2, 4])
+def test_attention_is_a_softmax_over_pixels_in_every_head(num_heads: int) -> None:
+    block = perturbed(ADMBlock(16, 16, emb_channels=8, num_heads=num_heads).double())
     x = torch.randn(2, 16, 3, 5, dtype=torch.float64)
-    q, k, v = block.qkv(block.norm2(x)).reshape(2 * heads, 16 // heads, 3, 15).unbind(2)
-    weights = torch.einsum("bcq,bck->bqk", q, k).div(math.sqrt(16 / heads)).softmax(2)
+    q, k, v = block.qkv(block.norm2(x)).reshape(2 * num_heads, 16 // num_heads, 3, 15).unbind(2)
+    weights = torch.einsum("bcq,bck->bqk", q, k).div(math.sqrt(16 / num_heads)).softmax(2)
     expected = block.proj(torch.einsum("bqk,bck->bcq", weights, v).reshape(2, 16, 3, 5))
     torch.testing.assert_close(block.attention(x), expected)
 
 
-def test_song_starts_with_xavier_weights_and_nearly_silent_branches() -> None:
+def test_song_starts_with_xavier_weights_and_branches_near_zero() -> None:
     network = ddpmpp(**{**SMALL, "model_channels": 128, "attn_resolutions": (16,)})
     block = network.enc["16x16_block0"]
     assert block.conv0.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 512)), rel=0.02)
@@ -348,8 +355,8 @@ def test_song_starts_with_xavier_weights_and_nearly_silent_branches() -> None:
     assert all(not p.any() for name, p in network.named_parameters() if name.endswith("bias"))
 
 
-def test_adm_starts_as_nothing_and_with_labels_of_unit_variance() -> None:
-    network = ADM((3, 16, 16), **{**SMALL, "model_channels": 64}, channel_mult=(1, 2), label_dim=10, augment_dim=9)
+def test_adm_starts_at_zero_with_label_embeddings_of_unit_variance() -> None:
+    network = ADM((3, 16, 16), **{**SMALL, "model_channels": 64}, channel_mult=(1, 2), num_classes=10, augment_dim=9)
     x, *rest = inputs(network, dtype=torch.float32)
     assert not network(x, *rest).any()
     assert network.map_label is not None
@@ -360,7 +367,7 @@ def test_adm_starts_as_nothing_and_with_labels_of_unit_variance() -> None:
     assert 0.5 * limit < conv0.bias.abs().max() <= limit
 
 
-# -- refusals ------------------------------------------------------------------------------------------------
+# -- errors ----
 
 
 @pytest.mark.parametrize(
@@ -370,16 +377,16 @@ def test_adm_starts_as_nothing_and_with_labels_of_unit_variance() -> None:
         (lambda: ddpmpp((2, 32), channel_mult=(1, 1)), r"images \(C, H, W\), not \(2, 32\)"),
         (lambda: ddpmpp(model_channels=100), r"200 channels do not divide into 32 groups"),
         (lambda: adm((3, 8, 8), model_channels=224), r"224 channels do not divide into 3 heads"),
-        (lambda: ddpmpp(encoder="residuals"), r"standard, skip, residual, not 'residuals'"),
+        (lambda: ddpmpp(encoder="residuals"), r"encoder must be one of standard, skip, residual, not 'residuals'"),
         (lambda: ncsnpp(resample_filter=(1, 2, 1)), r"even number of taps.*not 3"),
         (lambda: ddpmpp(**SMALL)(torch.zeros(1, 3, 30, 32), torch.zeros(1)), r"divisible by 4, not 30 x 32"),
         (
-            lambda: ddpmpp(**SMALL, label_dim=5)(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 7)),
-            r"label has 7 columns.*label_dim=5",
+            lambda: ddpmpp(**SMALL, num_classes=5)(torch.zeros(1, 3, 8, 8), torch.zeros(1), torch.zeros(1, 7)),
+            r"label_one_hot has 7 columns.*num_classes=5",
         ),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
-def test_what_does_not_fit_is_refused_with_its_numbers(build: Any, message: str) -> None:
+def test_arguments_that_do_not_fit_are_refused_with_their_values(build: Any, message: str) -> None:
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         build()

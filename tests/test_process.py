@@ -1,4 +1,4 @@
-"""Laws of processes, of densities of t, and of the heads a network may have."""
+"""Laws of processes, distributions of t and prediction types."""
 
 import math
 from itertools import product
@@ -9,24 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stablefield import (
-    VE,
-    VP,
-    Cosine,
-    Flow,
-    LogitNormal,
-    LogNormal,
-    LogUniform,
-    Process,
-    Stratified,
-    SubVP,
-    Times,
-    Uniform,
+from stablefield import VE, VP, Cosine, Flow, SubVP, stable_target
+from stablefield.objective import PredictionWeight
+from stablefield.preconditioning import NoPreconditioning
+from stablefield.prediction import (
+    DIFFUSERS_PREDICTION_TYPES,
+    PREDICTION_TYPES,
+    canonical_prediction_type,
+    coefficients,
     convert,
-    stable_target,
 )
-from stablefield.parametrize import HEADS, coefficients
-from stablefield.process import per_row
+from stablefield.process import NoisyBatch, Process, per_example
+from stablefield.times import LogitNormal, LogNormal, LogUniform, Stratified, TimeDistribution, Uniform
 
 PROCESSES = [VE(), VP(), VP(beta_min=0.3, beta_d=5.0), SubVP(), Cosine(), Flow()]
 everywhere = pytest.mark.parametrize("process", PROCESSES, ids=repr)
@@ -34,12 +28,12 @@ INSIDE = torch.cat([torch.logspace(-6, -1, 11, dtype=torch.float64), torch.linsp
 
 
 def closed_form(process: Process, t: float) -> tuple[float, float]:
-    """(alpha, sigma) by the textbook; near t = 0 the variance by its series, where its formula would cancel."""
+    """(alpha, sigma) by their formulas; near t = 0 the variance by its series, where its formula would cancel."""
     match process:
         case SubVP() | VP():
-            spent = process.beta_d * t**2 / 2 + process.beta_min * t  # the integral of beta
-            alpha = math.exp(-spent / 2)
-            variance = 1 - math.exp(-spent) if spent > 1e-3 else spent - spent**2 / 2 + spent**3 / 6 - spent**4 / 24
+            beta = process.beta_d * t**2 / 2 + process.beta_min * t  # integrated from 0 to t
+            alpha = math.exp(-beta / 2)
+            variance = 1 - math.exp(-beta) if beta > 1e-3 else beta - beta**2 / 2 + beta**3 / 6 - beta**4 / 24
             return alpha, variance if isinstance(process, SubVP) else math.sqrt(variance)
         case VE():
             return 1.0, t
@@ -50,20 +44,20 @@ def closed_form(process: Process, t: float) -> tuple[float, float]:
 
 
 @everywhere
-def test_scales_are_the_textbook_s(process: Process) -> None:
+def test_scales_equal_the_published_formulas(process: Process) -> None:
     wanted = torch.tensor([closed_form(process, t) for t in INSIDE.tolist()], dtype=torch.float64)
     torch.testing.assert_close(torch.stack(process.scales(INSIDE), 1), wanted, rtol=1e-11, atol=0)
 
 
 @everywhere
-def test_scales_keep_their_digits_in_float32_at_both_ends(process: Process) -> None:
+def test_scales_are_accurate_in_float32_at_both_ends(process: Process) -> None:
     t = torch.cat([torch.logspace(-6, -1, 30), 1 - torch.logspace(-4, -1, 30)])
     wanted = torch.tensor([closed_form(process, float(v)) for v in t.double()])
     torch.testing.assert_close(torch.stack(process.scales(t), 1), wanted, rtol=5e-6, atol=0)
 
 
 @everywhere
-def test_noise_grows_from_nothing(process: Process) -> None:
+def test_noise_grows_from_zero(process: Process) -> None:
     alpha, sigma = process.scales(torch.linspace(0, 1, 101, dtype=torch.float64))
     assert alpha[0] == 1
     assert sigma[0] == 0
@@ -73,21 +67,21 @@ def test_noise_grows_from_nothing(process: Process) -> None:
 
 
 @pytest.mark.parametrize("process", [VP(), VP(0.3, 5.0), Cosine()], ids=repr)
-def test_variance_preserving_means_what_it_says(process: Process) -> None:
+def test_variance_preserving_processes_preserve_the_variance(process: Process) -> None:
     alpha, sigma = process.scales(INSIDE)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(INSIDE), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_at_the_end_of_a_straight_or_circular_path_is_nothing_but_noise(process: Process, dtype: torch.dtype) -> None:
+def test_flow_and_cosine_end_in_pure_noise(process: Process, dtype: torch.dtype) -> None:
     alpha, sigma = process.scales(torch.ones(1, dtype=dtype))
     assert alpha == 0
     assert sigma == 1
 
 
 @everywhere
-def test_time_inverts_the_ratio_of_noise_to_data(process: Process) -> None:
+def test_time_inverts_the_noise_level(process: Process) -> None:
     alpha, sigma = process.scales(INSIDE)
     torch.testing.assert_close(process.time(sigma / alpha), INSIDE, rtol=1e-9, atol=0)
     ratio = torch.logspace(-8, 3, 45, dtype=torch.float64)
@@ -97,12 +91,12 @@ def test_time_inverts_the_ratio_of_noise_to_data(process: Process) -> None:
 
 
 @pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
-def test_no_data_at_all_is_the_last_time(process: Process) -> None:
+def test_an_infinite_noise_level_is_the_last_time(process: Process) -> None:
     assert process.time(torch.tensor([math.inf])) == 1
 
 
 @everywhere
-def test_rates_are_the_slopes_of_the_scales(process: Process) -> None:
+def test_rates_are_the_derivatives_of_the_scales(process: Process) -> None:
     t = INSIDE[INSIDE > 1e-3]
     step = 1e-4 * t
     earlier, later = process.scales(t - step), process.scales(t + step)
@@ -111,7 +105,7 @@ def test_rates_are_the_slopes_of_the_scales(process: Process) -> None:
 
 
 @everywhere
-def test_rates_are_the_same_where_gradients_are_off(process: Process) -> None:
+def test_rates_are_the_same_without_gradients(process: Process) -> None:
     wanted = process.rates(INSIDE)
     with torch.no_grad():
         off = process.rates(INSIDE)
@@ -123,7 +117,7 @@ def test_rates_are_the_same_where_gradients_are_off(process: Process) -> None:
 
 
 @everywhere
-def test_what_was_perturbed_can_be_put_together_again(process: Process) -> None:
+def test_a_noisy_batch_is_the_weighted_sum_of_data_and_noise(process: Process) -> None:
     g = torch.Generator().manual_seed(0)
     x, noise = torch.randn(2, 5, 3, 2, generator=g, dtype=torch.float64)
     t = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
@@ -133,17 +127,31 @@ def test_what_was_perturbed_can_be_put_together_again(process: Process) -> None:
         torch.testing.assert_close(noisy.x_t[b], alpha * x[b] + sigma * noise[b])
     assert torch.equal(noisy.x_t[0], x[0])
     assert noisy.index is not None
-    assert noisy.augmentation is None
+    assert noisy.augment_label is None
 
 
-# ---- densities of t
+def test_a_record_is_the_concatenation_of_its_parts() -> None:
+    x, noise = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    noisy = Flow().perturb(x, torch.linspace(0.1, 0.9, 6), noise, index=torch.arange(6))
+    parts = [noisy.select(slice(0, 2)), noisy.select(torch.tensor([2, 3, 4])), noisy.select(torch.tensor([5]))]
+    assert [len(part) for part in parts] == [2, 3, 1]
+    joined = NoisyBatch.concatenate(parts)
+    for name, value in vars(noisy).items():
+        assert value is None if getattr(joined, name) is None else torch.equal(getattr(joined, name), value)
+    assert NoisyBatch.concatenate([noisy]) is noisy
+    doubled = noisy.map(lambda value: 2 * value)
+    assert torch.equal(doubled.x_t, 2 * noisy.x_t)
+    assert doubled.label is None
+
+
+# ---- distributions of t
 
 
 def normal_cdf(z: float) -> float:
     return 0.5 * math.erfc(-z / math.sqrt(2))
 
 
-def cdf(times: Times, t: float) -> float:
+def cdf(times: TimeDistribution, t: float) -> float:
     match times:
         case LogNormal():
             return normal_cdf((math.log(t) - times.mean) / times.std)
@@ -158,7 +166,7 @@ def cdf(times: Times, t: float) -> float:
     raise AssertionError(times)
 
 
-DENSITIES = [
+DISTRIBUTIONS = [
     LogNormal(),
     LogNormal(0.5, 3.0),
     LogUniform(),
@@ -169,19 +177,19 @@ DENSITIES = [
     LogitNormal(-1.0, 0.5),
     Stratified(LogNormal()),
 ]
-of_all = pytest.mark.parametrize("times", DENSITIES, ids=repr)
+every_distribution = pytest.mark.parametrize("times", DISTRIBUTIONS, ids=repr)
 
 
-@of_all
+@every_distribution
 @settings(max_examples=30, deadline=None)
 @given(u=st.floats(1e-6, 1 - 1e-6))
-def test_a_quantile_inverts_the_closed_form_distribution(times: Times, u: float) -> None:
+def test_the_quantile_function_inverts_the_distribution_function(times: TimeDistribution, u: float) -> None:
     t = float(times.quantile(torch.tensor([u], dtype=torch.float64)))
     assert cdf(times, t) == pytest.approx(u, rel=1e-8, abs=1e-10)
 
 
-@of_all
-def test_drawn_times_have_the_density(times: Times) -> None:
+@every_distribution
+def test_drawn_times_have_the_distribution(times: TimeDistribution) -> None:
     t = times.draw(4000, torch.Generator().manual_seed(0)).sort().values
     assert t.dtype == torch.float64
     empirical = (torch.arange(4000) + 0.5) / 4000
@@ -189,26 +197,26 @@ def test_drawn_times_have_the_density(times: Times) -> None:
     assert (exact - empirical).abs().max() < 2.0 / math.sqrt(4000)  # Kolmogorov: exceeded once in 1500
 
 
-@of_all
-def test_every_drawn_time_is_a_number_and_follows_from_its_generator(times: Times) -> None:
+@every_distribution
+def test_every_drawn_time_is_finite_and_follows_from_its_generator(times: TimeDistribution) -> None:
     one, again = (times.draw(1000, torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(one, again)
     ends = times.quantile(torch.tensor([2.0**-54, 1 - 2.0**-53], dtype=torch.float64))
     assert torch.isfinite(ends).all()
 
 
-@pytest.mark.parametrize("times", [t for t in DENSITIES if not isinstance(t, Stratified)], ids=repr)
+@pytest.mark.parametrize("times", [t for t in DISTRIBUTIONS if not isinstance(t, Stratified)], ids=repr)
 @pytest.mark.parametrize("n", [1, 7, 64])
-def test_stratified_times_are_evenly_spread_and_each_has_the_density(times: Times, n: int) -> None:
+def test_stratified_times_are_evenly_spread_and_each_has_the_distribution(times: TimeDistribution, n: int) -> None:
     drawn = torch.stack([Stratified(times).draw(n, torch.Generator().manual_seed(s)) for s in range(300)])
     u = torch.tensor([[cdf(times, v) for v in row] for row in drawn.tolist()], dtype=torch.float64)
-    # exactly one in each of n equal shares of the density, wherever they are cut
+    # exactly one in each of n intervals of equal probability, wherever they start
     gaps = u.sort(1).values.diff(dim=1)
     torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / n), rtol=0, atol=1e-7)
-    # and a row taken alone is distributed as if drawn alone
-    for row in u.T[:: max(1, n // 3)]:
+    # and each time by itself has the distribution
+    for single in u.T[:: max(1, n // 3)]:
         empirical = (torch.arange(300) + 0.5) / 300
-        assert (row.sort().values - empirical).abs().max() < 2.0 / math.sqrt(300)
+        assert (single.sort().values - empirical).abs().max() < 2.0 / math.sqrt(300)
 
 
 @pytest.mark.parametrize(
@@ -225,12 +233,12 @@ def test_stratified_times_are_evenly_spread_and_each_has_the_density(times: Time
         (Uniform, (0.0, math.nan)),
     ],
 )
-def test_a_density_without_a_spread_is_refused(times: type, values: tuple[float, float]) -> None:
+def test_a_distribution_without_spread_is_refused(times: type, values: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match=f"{values[0]}.*{values[1]}"):
         times(*values)
 
 
-# ---- heads
+# ---- prediction types
 
 
 def states(n: int = len(INSIDE)) -> tuple[Tensor, Tensor]:
@@ -239,117 +247,167 @@ def states(n: int = len(INSIDE)) -> tuple[Tensor, Tensor]:
     return x0, noise
 
 
-def written_out(head: str, process: Process, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """A head from its definition, with slopes by differences only where the definition has slopes."""
+def written_out(prediction_type: str, process: Process, t: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
+    """A prediction from its definition."""
     scales = torch.tensor([closed_form(process, v) for v in t.tolist()], dtype=torch.float64)
     alpha, sigma = scales[:, :1], scales[:, 1:]
     d_alpha, d_sigma = (rate[:, None] for rate in process.rates(t))
     return {
         "x0": x0,
-        "noise": noise,
+        "epsilon": noise,
         "score": -noise / sigma,
         "velocity": d_alpha * x0 + d_sigma * noise,
         "v": alpha * noise - sigma * x0,
-    }[head]
+    }[prediction_type]
 
 
 @everywhere
-@pytest.mark.parametrize("head", HEADS)
-def test_a_head_says_what_its_definition_says(head: str, process: Process) -> None:
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_coefficients_and_conversions_agree_with_the_definition(prediction_type: str, process: Process) -> None:
     x0, noise = states()
     x_t = process.perturb(x0, INSIDE, noise).x_t
-    wanted = written_out(head, process, INSIDE, x0, noise)
-    a, b, c = (k[:, None] for k in coefficients(head, process, INSIDE))
+    wanted = written_out(prediction_type, process, INSIDE, x0, noise)
+    a, b, c = (k[:, None] for k in coefficients(prediction_type, process, INSIDE))
     torch.testing.assert_close(a * wanted, b * x_t + c * x0, rtol=1e-9, atol=1e-11)
-    # noise from x0 is a small difference over sigma: what it loses is bounded by that
-    found = convert(x0, x_t, INSIDE, process, source="x0", to=head)
+    # epsilon from x0 is a small difference divided by sigma, which bounds its error
+    found = convert(x0, x_t, INSIDE, process, source="x0", to=prediction_type)
     bound = 1e-14 / (a.abs() / (b.abs() + c.abs()))
     assert ((found - wanted).abs() <= 1e-11 * wanted.abs() + 10 * bound).all()
 
 
 @everywhere
-@pytest.mark.parametrize(("head", "other"), [(h, o) for h, o in product(HEADS, HEADS) if h != o])
-def test_heads_convert_there_and_back(head: str, other: str, process: Process) -> None:
+@pytest.mark.parametrize(
+    ("prediction_type", "other"), [(p, o) for p, o in product(PREDICTION_TYPES, repeat=2) if p != o]
+)
+def test_conversions_to_another_type_and_back_return_the_prediction(
+    prediction_type: str, other: str, process: Process
+) -> None:
     t = torch.linspace(0.05, 0.6, 12, dtype=torch.float64)
     x0, noise = states(len(t))
     x_t = process.perturb(x0, t, noise).x_t
-    value = written_out(head, process, t, x0, noise)
-    there = convert(value, x_t, t, process, source=head, to=other)
+    value = written_out(prediction_type, process, t, x0, noise)
+    there = convert(value, x_t, t, process, source=prediction_type, to=other)
     torch.testing.assert_close(there, written_out(other, process, t, x0, noise), rtol=1e-10, atol=1e-10)
-    back = convert(there, x_t, t, process, source=other, to=head)
+    back = convert(there, x_t, t, process, source=other, to=prediction_type)
     scale = value.abs() + x_t.abs() + x0.abs()
     assert ((back - value).abs() <= 1e-12 * scale / process.scales(t)[1][:, None]).all()
 
 
 @everywhere
-@pytest.mark.parametrize("head", [h for h in HEADS if h != "x0"])
-def test_without_noise_no_head_follows_from_x0(head: str, process: Process) -> None:
+@pytest.mark.parametrize("prediction_type", [p for p in PREDICTION_TYPES if p != "x0"])
+def test_without_noise_no_other_type_follows_from_x0(prediction_type: str, process: Process) -> None:
     x0, _ = states(2)
-    with pytest.raises(ValueError, match=f"x0 does not give '{head}' at t = 0 of"):
-        convert(x0, x0, torch.tensor([0.5, 0.0], dtype=torch.float64), process, source="x0", to=head)
+    with pytest.raises(ValueError, match=f"'{prediction_type}' cannot be computed from x0 at t = 0 of"):
+        convert(x0, x0, torch.tensor([0.5, 0.0], dtype=torch.float64), process, source="x0", to=prediction_type)
 
 
 @pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
-@pytest.mark.parametrize("head", ["noise", "score"])
-def test_without_data_neither_noise_nor_score_give_x0(head: str, process: Process) -> None:
+@pytest.mark.parametrize("prediction_type", ["epsilon", "score"])
+def test_in_pure_noise_x0_does_not_follow_from_epsilon_or_score(prediction_type: str, process: Process) -> None:
     x0, _ = states(2)
-    with pytest.raises(ValueError, match=f"x0 cannot be had from '{head}' at t = 1 of"):
-        convert(x0, x0, torch.tensor([0.5, 1.0], dtype=torch.float64), process, source=head, to="x0")
+    with pytest.raises(ValueError, match=f"x0 cannot be computed from '{prediction_type}' at t = 1 of"):
+        convert(x0, x0, torch.tensor([0.5, 1.0], dtype=torch.float64), process, source=prediction_type, to="x0")
 
 
 @pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
-@pytest.mark.parametrize("head", ["velocity", "v"])
-def test_without_data_velocity_and_v_still_give_x0(head: str, process: Process) -> None:
+@pytest.mark.parametrize("prediction_type", ["velocity", "v"])
+def test_in_pure_noise_x0_follows_from_velocity_and_v(prediction_type: str, process: Process) -> None:
     x0, noise = states(1)
     t = torch.ones(1, dtype=torch.float64)
     x_t = process.perturb(x0, t, noise).x_t
-    value = written_out(head, process, t, x0, noise)
-    torch.testing.assert_close(convert(value, x_t, t, process, source=head, to="x0"), x0)
+    value = written_out(prediction_type, process, t, x0, noise)
+    torch.testing.assert_close(convert(value, x_t, t, process, source=prediction_type, to="x0"), x0)
 
 
-def test_a_head_nobody_knows_is_refused_by_name() -> None:
-    x0, _ = states(1)
-    with pytest.raises(ValueError, match="no head is called 'epsilon'; there are x0, noise"):
-        convert(x0, x0, torch.ones(1, dtype=torch.float64), VE(), source="x0", to="epsilon")
+@pytest.mark.parametrize("name", ["noise", "eps", "V_prediction", ""])
+def test_an_unknown_prediction_type_is_refused_by_name(name: str) -> None:
+    x, noise = states(1)
+    t = torch.ones(1, dtype=torch.float64)
+    noisy = VE().perturb(x, t, noise)
+    for use in (
+        lambda: canonical_prediction_type(name),
+        lambda: coefficients(name, VE(), t),
+        lambda: convert(x, x, t, VE(), source="x0", to=name),
+        lambda: convert(x, x, t, VE(), source=name, to="x0"),
+        lambda: convert(x, x, t, VE(), source=name, to=name),
+        lambda: stable_target(noisy, x, VE(), prediction_type=name),
+        lambda: NoPreconditioning(name),
+        lambda: PredictionWeight(name),
+    ):
+        with pytest.raises(ValueError, match=f"unknown prediction type '{name}': choose one of x0, epsilon, .*sample"):
+            use()
 
 
 @everywhere
-@pytest.mark.parametrize("head", HEADS)
-def test_a_stable_target_is_the_mean_seen_through_the_head(head: str, process: Process) -> None:
+@pytest.mark.parametrize(("name", "ours"), DIFFUSERS_PREDICTION_TYPES.items())
+def test_a_prediction_type_may_be_given_by_its_name_in_diffusers(name: str, ours: str, process: Process) -> None:
+    x, noise = states()
+    t = INSIDE
+    noisy = process.perturb(x, t, noise)
+    assert canonical_prediction_type(name) == ours
+    for one, other in zip(coefficients(name, process, t), coefficients(ours, process, t), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(*(convert(x, noisy.x_t, t, process, source=p, to="epsilon") for p in (name, ours)))
+    assert torch.equal(*(convert(x, noisy.x_t, t, process, source="score", to=p) for p in (name, ours)))
+    assert convert(x, noisy.x_t, t, process, source=name, to=ours) is x
+    assert torch.equal(*(stable_target(noisy, 0.9 * x, process, prediction_type=p) for p in (name, ours)))
+    # the components keep our name, so that they compare equal
+    assert NoPreconditioning(name) == NoPreconditioning(ours)
+    assert PredictionWeight(name) == PredictionWeight(ours)
+
+
+def test_diffusers_names_mean_what_they_mean_in_diffusers() -> None:
+    """epsilon is the noise; v_prediction is alpha noise - sigma x, in VP; flow_prediction is noise - x, in a flow."""
+    x, noise = states()
+
+    def target(process: Process, name: str) -> tuple[NoisyBatch, Tensor]:
+        noisy = process.perturb(x, INSIDE, noise)
+        return noisy, stable_target(noisy, x, process, prediction_type=name)
+
+    noisy, v = target(VP(), "v_prediction")
+    assert torch.equal(v, per_example(noisy.alpha, x) * noise - per_example(noisy.sigma, x) * x)
+    torch.testing.assert_close(target(Flow(), "flow_prediction")[1], noise - x)
+    assert torch.equal(target(VP(), "sample")[1], x)
+    assert torch.equal(target(VP(), "epsilon")[1], noise)
+
+
+@everywhere
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_a_stable_target_is_the_mean_converted_to_the_prediction_type(prediction_type: str, process: Process) -> None:
     x, noise = states()
     noisy = process.perturb(x, INSIDE, noise)
-    mean = x + per_row(noisy.sigma, x) * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
-    wanted = convert(mean, noisy.x_t, INSIDE, process, source="x0", to=head)
-    size = wanted.abs() + (noisy.x_t.abs() / per_row(noisy.sigma, x) ** (2 if head == "score" else 1))
-    assert ((stable_target(noisy, mean, process, head=head) - wanted).abs() <= 1e-9 * size).all()
+    mean = x + per_example(noisy.sigma, x) * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()
+    wanted = convert(mean, noisy.x_t, INSIDE, process, source="x0", to=prediction_type)
+    size = wanted.abs() + (noisy.x_t.abs() / per_example(noisy.sigma, x) ** (2 if prediction_type == "score" else 1))
+    assert ((stable_target(noisy, mean, process, prediction_type=prediction_type) - wanted).abs() <= 1e-9 * size).all()
 
 
 @everywhere
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_stable_target_of_the_source_alone_has_the_bits_of_denoising_score_matching(
-    head: str, process: Process, dtype: torch.dtype
+def test_the_stable_target_of_the_source_equals_the_dsm_target_bit_for_bit(
+    prediction_type: str, process: Process, dtype: torch.dtype
 ) -> None:
     x, noise = (v.to(dtype) for v in states())
     noisy = process.perturb(x, INSIDE.to(dtype), noise)
-    alpha, sigma = per_row(noisy.alpha, x), per_row(noisy.sigma, x)
-    d_alpha, d_sigma = (per_row(rate, x) for rate in process.rates(noisy.t))
+    alpha, sigma = per_example(noisy.alpha, x), per_example(noisy.sigma, x)
+    d_alpha, d_sigma = (per_example(rate, x) for rate in process.rates(noisy.t))
     single = {
         "x0": x,
-        "noise": noise,
+        "epsilon": noise,
         "score": -noise / sigma,
         "velocity": d_alpha * x + d_sigma * noise,
         "v": alpha * noise - sigma * x,
-    }[head]
-    assert torch.equal(stable_target(noisy, x.clone(), process, head=head), single)
+    }[prediction_type]
+    assert torch.equal(stable_target(noisy, x.clone(), process, prediction_type=prediction_type), single)
 
 
 @everywhere
-def test_without_noise_the_noise_target_is_the_noise_and_the_score_is_refused(process: Process) -> None:
+def test_without_noise_the_epsilon_target_is_the_noise_and_the_score_is_refused(process: Process) -> None:
     x, noise = states(2)
     noisy = process.perturb(x, torch.zeros(2, dtype=torch.float64), noise)
-    assert torch.equal(stable_target(noisy, x, process, head="noise"), noise)
+    assert torch.equal(stable_target(noisy, x, process, prediction_type="epsilon"), noise)
     with pytest.raises(ValueError, match="'score' has no target at t = 0"):
-        stable_target(noisy, x, process, head="score")
-    with pytest.raises(ValueError, match="'noise' has no target at t = 0"):
-        stable_target(noisy, x + 1, process, head="noise")
+        stable_target(noisy, x, process, prediction_type="score")
+    with pytest.raises(ValueError, match="'epsilon' has no target at t = 0"):
+        stable_target(noisy, x + 1, process, prediction_type="epsilon")

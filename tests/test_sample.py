@@ -1,4 +1,4 @@
-"""Laws of sampling: where it ends, how fast it gets there, and what an image depends on."""
+"""Laws of sampling: where it ends, how fast it converges, and what a sample depends on."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -7,26 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stablefield import (
-    EDM,
-    VE,
-    VP,
-    Cosine,
-    Denoiser,
-    EDMGrid,
-    Euler,
-    Flow,
-    Heun,
-    Ideal,
-    Pool,
-    Preconditioned,
-    Process,
-    Sampler,
-    SubVP,
-    UNet,
-    UniformGrid,
-)
-from stablefield.sample import Grid
+from stablefield import VE, VP, Cosine, Denoiser, Flow, Heun, IdealDenoiser, Pool, Preconditioned, Sampler, SubVP
+from stablefield.networks import UNet
+from stablefield.preconditioning import EDMPreconditioning
+from stablefield.process import Process
+from stablefield.sample import EDMGrid, Euler, TimeGrid, UniformGrid
 
 PROCESSES = [VE(), VP(), SubVP(), Cosine(), Flow()]
 everywhere = pytest.mark.parametrize("process", PROCESSES, ids=repr)
@@ -35,7 +20,7 @@ DEVIATION = torch.tensor([0.5, 1.0, 0.1], dtype=torch.float64)
 
 
 class Gaussian(Denoiser):
-    """The exact E[x | x_t] for x ~ N(mean, deviation^2), each coordinate by itself."""
+    """The exact E[x | x_t] for x ~ N(mean, deviation^2) with independent coordinates."""
 
     def __init__(self, process: Process) -> None:
         super().__init__()
@@ -50,33 +35,33 @@ class Gaussian(Denoiser):
 
 
 def solution(process: Process, latents: Tensor, t: Tensor) -> Tensor:
-    """Where the probability-flow ODE brings sigma_t latents: standard scores keep still, so it ends at mean + s z."""
+    """Solution of the probability-flow ODE from sigma_t latents: it ends at mean + s z, with constant z."""
     alpha, sigma = process.scales(t)
     z = (sigma * latents - alpha * MEAN) / ((alpha * DEVIATION) ** 2 + sigma**2).sqrt()
     return MEAN + DEVIATION * z
 
 
 def latents(seeds: range, shape: tuple[int, ...] = (3,)) -> Tensor:
-    """What a seed stands for: a float32 normal draw of its own generator."""
+    """The latents of seeds: float32 normal draws, each from its own generator."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).double()
 
 
 @dataclass(frozen=True)
-class Cubes(Grid):
-    """Noise levels 5 (1 - i/n)^3: smooth down to zero, so that no last step hides the order of a method."""
+class Cubes(TimeGrid):
+    """Noise levels 5 (1 - i/n)^3: smooth down to 0, so that no last step hides the order of a sampler."""
 
     def __call__(self, process: Process, steps: int) -> Tensor:
         return process.time(5 * torch.linspace(1, 0, steps + 1, dtype=torch.float64) ** 3)
 
 
-def trained_unet(label_dim: int = 0) -> Preconditioned:
-    """A small U-Net with weights that are not the zeros it starts from."""
+def trained_unet(num_classes: int = 0) -> Preconditioned:
+    """A small U-Net without the zero weights of its initialization."""
     g = torch.Generator().manual_seed(0)
-    network = UNet((1, 8, 8), channels=8, blocks=1, label_dim=label_dim)
+    network = UNet((1, 8, 8), channels=8, blocks=1, num_classes=num_classes)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
-    return Preconditioned(network, VE(), EDM(), label_dim).eval()
+    return Preconditioned(network, VE(), EDMPreconditioning(), num_classes).eval()
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -90,7 +75,7 @@ def pixels(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("sampler", [Heun(18), Euler(40), Heun(18, churn=20.0)], ids=repr)
 def test_the_exact_denoiser_leads_to_points_of_the_data(process: Process, sampler: Sampler) -> None:
     data = torch.randn(10, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    made = sampler(Ideal(Pool(data), process), (2,), seeds=range(40)).x
+    made = sampler(IdealDenoiser(Pool(data), process), (2,), seeds=range(40)).x
     distance, nearest = torch.cdist(made, data).min(1)
     assert distance.max() < 1e-6
     assert len(nearest.unique()) >= 5
@@ -98,16 +83,16 @@ def test_the_exact_denoiser_leads_to_points_of_the_data(process: Process, sample
 
 @pytest.mark.parametrize("process", [VP(), SubVP(), Cosine(), Flow()], ids=repr)
 @pytest.mark.parametrize("sampler", [Heun, Euler])
-def test_sampling_may_start_where_no_data_are_left(process: Process, sampler: type[Sampler]) -> None:
+def test_sampling_may_start_in_pure_noise(process: Process, sampler: type[Sampler]) -> None:
     data = torch.randn(10, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    made = sampler(60, UniformGrid())(Ideal(Pool(data), process), (2,), seeds=range(20)).x
+    made = sampler(60, UniformGrid())(IdealDenoiser(Pool(data), process), (2,), seeds=range(20)).x
     assert torch.cdist(made, data).amin(1).max() < 1e-6
 
 
-def test_with_a_class_the_exact_denoiser_leads_to_its_points() -> None:
+def test_the_exact_denoiser_of_a_class_leads_to_points_of_the_class() -> None:
     g = torch.Generator().manual_seed(1)
     data, labels = torch.randn(12, 2, generator=g, dtype=torch.float64), torch.arange(12) % 3
-    denoiser = Ideal(Pool(data, labels), VE())
+    denoiser = IdealDenoiser(Pool(data, labels), VE())
     for label in (0, 2, torch.arange(20) % 3):
         made = Heun()(denoiser, (2,), seeds=range(20), label=label)
         assert torch.equal(labels[torch.cdist(made.x, data).argmin(1)], torch.as_tensor(label).expand(20))
@@ -115,11 +100,11 @@ def test_with_a_class_the_exact_denoiser_leads_to_its_points() -> None:
         assert torch.equal(made.label, torch.as_tensor(label).expand(20))
     drawn = Heun()(denoiser, (2,), seeds=range(20))
     assert torch.equal(labels[torch.cdist(drawn.x, data).argmin(1)], drawn.label)
-    untold = Heun()(denoiser, (2,), seeds=range(20), label=-1)
-    torch.testing.assert_close(untold.x, Heun()(Ideal(Pool(data), VE()), (2,), seeds=range(20)).x)
+    unconditional = Heun()(denoiser, (2,), seeds=range(20), label=-1)
+    torch.testing.assert_close(unconditional.x, Heun()(IdealDenoiser(Pool(data), VE()), (2,), seeds=range(20)).x)
 
 
-# ---- how fast it gets there
+# ---- how fast it converges
 
 
 @everywhere
@@ -139,7 +124,7 @@ def test_a_sampler_converges_to_the_solution_with_its_order(
 
 
 @everywhere
-def test_churn_changes_images_but_not_their_distribution(process: Process) -> None:
+def test_churn_changes_samples_but_not_their_distribution(process: Process) -> None:
     seeds = range(1500)
     made = Heun(40, churn=30.0)(Gaussian(process), (3,), seeds=seeds).x
     plain = Heun(40)(Gaussian(process), (3,), seeds=seeds).x
@@ -154,37 +139,37 @@ def test_churn_changes_images_but_not_their_distribution(process: Process) -> No
 
 @pytest.mark.parametrize("steps", [1, 2, 18])
 def test_evaluations_are_counted(steps: int) -> None:
-    twice = 2 * steps - 1  # but once in the last step, where no noise is left to ask about
+    twice = 2 * steps - 1  # once in the last step, at whose end the predicted noise is not defined
     for sampler, wanted in ((Heun(steps), twice), (Heun(steps, churn=1.0), twice), (Euler(steps), steps)):
         assert sampler(Gaussian(VE()), (3,), seeds=[0, 1, 2]).evaluations == wanted
 
 
-@pytest.mark.parametrize("label_dim", [0, 4])
+@pytest.mark.parametrize("num_classes", [0, 4])
 @pytest.mark.parametrize("sampler", [Heun(4), Heun(4, churn=4.0), Euler(4)], ids=repr)
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(sampler: Sampler, label_dim: int) -> None:
-    denoiser = trained_unet(label_dim)
+def test_a_sample_depends_on_its_seed_and_not_on_its_batch(sampler: Sampler, num_classes: int) -> None:
+    denoiser = trained_unet(num_classes)
     seeds = [5, 0, 17, 3, 2**31, 8, 1]
     together = sampler(denoiser, (1, 8, 8), seeds=seeds)
     assert together.x.std() > 0.1
     assert len(pixels(together.x).flatten(1).unique(dim=0)) == 7
     for b, seed in list(enumerate(seeds))[::3]:
-        alone = sampler(denoiser, (1, 8, 8), seeds=[seed])
-        torch.testing.assert_close(alone.x[0], together.x[b], rtol=1e-4, atol=1e-4)
-        assert torch.equal(pixels(alone.x[0]), pixels(together.x[b]))
-        if label_dim:
-            assert alone.label is not None
+        single = sampler(denoiser, (1, 8, 8), seeds=[seed])
+        torch.testing.assert_close(single.x[0], together.x[b], rtol=1e-4, atol=1e-4)
+        assert torch.equal(pixels(single.x[0]), pixels(together.x[b]))
+        if num_classes:
+            assert single.label is not None
             assert together.label is not None
-            assert alone.label[0] == together.label[b]
+            assert single.label[0] == together.label[b]
 
 
-def test_the_network_s_label_is_seen_in_the_image() -> None:
+def test_the_label_reaches_the_network() -> None:
     denoiser = trained_unet(4)
     images = [Heun(3)(denoiser, (1, 8, 8), seeds=[0], label=label).x for label in (-1, 0, 1, 2, 3)]
     assert len(torch.cat(images).flatten(1).unique(dim=0)) == 5
 
 
 @pytest.mark.parametrize("churn", [0.0, 4.0])
-def test_the_same_seeds_make_the_same_samples_whatever_else_was_drawn(churn: float) -> None:
+def test_the_same_seeds_make_the_same_samples_whatever_was_drawn_before(churn: float) -> None:
     torch.manual_seed(1)
     one = Heun(9, churn=churn)(Gaussian(VE()), (3,), seeds=range(4)).x
     torch.manual_seed(2)
@@ -192,26 +177,26 @@ def test_the_same_seeds_make_the_same_samples_whatever_else_was_drawn(churn: flo
 
 
 def test_without_churn_a_sample_is_a_function_of_its_latent() -> None:
-    class Quiet(Heun):
-        def step(self, ask, x, t, s, draw):  # type: ignore[no-untyped-def]
-            return super().step(ask, x, t, s, lambda: pytest.fail("a deterministic sampler drew noise"))
+    class Deterministic(Heun):
+        def step(self, denoiser, x, t, s, draw_noise):  # type: ignore[no-untyped-def]
+            return super().step(denoiser, x, t, s, lambda: pytest.fail("a deterministic sampler drew noise"))
 
-    Quiet(5)(Gaussian(VE()), (3,), seeds=[0])
+    Deterministic(5)(Gaussian(VE()), (3,), seeds=[0])
 
 
 def test_latents_and_then_classes_come_from_the_seed_s_own_generator() -> None:
     data, labels = torch.randn(12, 3), torch.arange(12) % 3
-    asked: list[Tensor] = []
+    evaluated: list[Tensor] = []
 
-    class Listening(Gaussian):
-        label_dim = 3
+    class Recording(Gaussian):
+        num_classes = 3
 
         def forward(self, x_t, t, label=None, augment_label=None):  # type: ignore[no-untyped-def]
-            asked.append(x_t)
+            evaluated.append(x_t)
             return super().forward(x_t, t)
 
-    made = Euler(1)(Listening(VE()), (3,), seeds=range(30))
-    torch.testing.assert_close(asked[0], 80 * latents(range(30)), rtol=1e-12, atol=0)
+    made = Euler(1)(Recording(VE()), (3,), seeds=range(30))
+    torch.testing.assert_close(evaluated[0], 80 * latents(range(30)), rtol=1e-12, atol=0)
     wanted = []
     for seed in range(30):
         g = torch.Generator().manual_seed(seed)
@@ -219,7 +204,7 @@ def test_latents_and_then_classes_come_from_the_seed_s_own_generator() -> None:
         wanted.append(torch.randint(3, (1,), generator=g))
     assert made.label is not None
     assert torch.equal(made.label, torch.cat(wanted))
-    assert Ideal(Pool(data, labels), VE()).label_dim == 3
+    assert IdealDenoiser(Pool(data, labels), VE()).num_classes == 3
 
 
 # ---- times
@@ -228,7 +213,7 @@ def test_latents_and_then_classes_come_from_the_seed_s_own_generator() -> None:
 @everywhere
 @pytest.mark.parametrize("steps", [1, 2, 18, 250])
 @pytest.mark.parametrize("grid", [EDMGrid(), EDMGrid(0.01, 10.0, 3.0), UniformGrid(0.9)], ids=repr)
-def test_a_grid_falls_strictly_to_zero(process: Process, grid: Grid, steps: int) -> None:
+def test_a_grid_decreases_strictly_to_zero(process: Process, grid: TimeGrid, steps: int) -> None:
     times = grid(process, steps)
     assert times.shape == (steps + 1,)
     assert times.dtype == torch.float64
@@ -243,19 +228,19 @@ def test_edm_s_noise_levels_are_the_same_for_every_process(process: Process) -> 
     torch.testing.assert_close(sigma / alpha, levels, rtol=1e-9, atol=0)
 
 
-# ---- what a user is told
+# ---- errors
 
 
-def test_what_cannot_be_sampled_is_refused() -> None:
+def test_wrong_steps_labels_and_grids_are_refused() -> None:
     for sampler in (Euler, Heun):
         for steps in (0, -3):
             with pytest.raises(ValueError, match=f"at least 1 step, not {steps}"):
                 sampler(steps)
-    denoiser = Ideal(Pool(torch.randn(6, 2), torch.arange(6) % 3), VE())
+    denoiser = IdealDenoiser(Pool(torch.randn(6, 2), torch.arange(6) % 3), VE())
     for label in (3, -2, torch.tensor([0, 5])):
-        with pytest.raises(ValueError, match=r"no class (3|-2|5).*3 classes"):
+        with pytest.raises(ValueError, match=r"unknown class (3|-2|5).*3 classes"):
             Heun()(denoiser, (2,), seeds=[0, 1], label=label)
-    with pytest.raises(ValueError, match=r"no class 0.*0 classes"):
+    with pytest.raises(ValueError, match=r"unknown class 0.*0 classes"):
         Heun()(Gaussian(VE()), (3,), seeds=[0], label=0)
     with pytest.raises(ValueError, match="start"):
         Heun(3, UniformGrid())(Gaussian(VE()), (3,), seeds=[0])
@@ -266,10 +251,10 @@ def test_what_cannot_be_sampled_is_refused() -> None:
             EDMGrid(*levels)
 
 
-def test_a_network_is_never_told_a_class_it_does_not_know() -> None:
+def test_a_network_is_never_given_an_unknown_class() -> None:
     denoiser = trained_unet(4)
     for label in (4, -2):
-        with pytest.raises(ValueError, match=f"no class {label}.*4 classes"):
+        with pytest.raises(ValueError, match=f"unknown class {label}.*4 classes"):
             denoiser(torch.zeros(1, 1, 8, 8), torch.ones(1), torch.tensor([label]))
 
 
@@ -281,9 +266,9 @@ def test_a_network_is_never_told_a_class_it_does_not_know() -> None:
         (lambda: Heun(churn=float("nan")), "churn"),
         (lambda: Heun(churn_min=2.0, churn_max=1.0), "churn_min"),
         (lambda: EDMGrid(rho=0.0), "rho"),
-        (lambda: EDMGrid(sigma_max=1e9)(VP(), 5), "begins at noise level 1e"),
+        (lambda: EDMGrid(sigma_max=1e9)(VP(), 5), "starts at noise level 1e"),
     ],
 )
-def test_a_sampler_that_cannot_work_is_refused(make, message):
+def test_settings_out_of_range_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""Files that somebody else made run no code, and modules in the working folder are not imported."""
+"""No code of files from other people is run, and modules in the working folder are not imported."""
 
 import json
 import os
@@ -19,8 +19,9 @@ from stablefield import checkpoint
 from stablefield.cli import app
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import HuggingFace
-from stablefield.evaluate import Exported
+from stablefield.evaluate import ExportedNetwork
 from stablefield.run import open_run
+from stablefield.studies.compare import Arm, Experiment
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -42,8 +43,8 @@ def command(*arguments):
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def settings(*wanted):
-    return [part for setting in wanted for part in ("--set", setting)]
+def settings(*values):
+    return [part for setting in values for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def harmless(tmp_path_factory):
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch):
-    """What hostile code leaves behind: beside the download lies `beside.py`, and `elsewhere.py` can be imported."""
+    """The file that hostile code creates: `beside.py` in the working folder, and `elsewhere.py` on the path."""
     path = tmp_path / "marker"
     monkeypatch.setenv("MARKER", str(path))
     for folder, name in (("work", "beside"), ("site", "elsewhere")):
@@ -72,28 +73,30 @@ def marker(tmp_path, monkeypatch):
 
 
 def named(run, name, out):
-    """A copy of a run whose files name this network."""
+    """A copy of a run in whose files the network has this name."""
     found = checkpoint.read(run / "checkpoint.safetensors")
     sections = {**found.config["config"], "network": {"kind": name}}
     out.mkdir(parents=True)
     config = {**found.config, "config": sections}
     checkpoint.save(out / "checkpoint.safetensors", found.tensors, config=config, images=found.images)
     clean = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in sections.items()}
-    (out / "config.toml").write_text(Config(clean).toml())  # an attacker knows the checksum, too
-    experiment = {"config": sections, "arms": ["single", "reference:16"], "seeds": [0], "looks": 1}
-    (out / "experiment.json").write_text(json.dumps(experiment))
+    (out / "config.toml").write_text(Config(clean).toml())  # an attacker can compute the checksum, too
+    Experiment(resolve({}), (Arm.parse("dsm"), Arm.parse("stf:16")), (0,)).write(out)
+    experiment = json.loads((out / "experiment.json").read_text())
+    (out / "experiment.json").write_text(json.dumps(experiment | {"config": sections}))
     return out
 
 
+# every way in which a command reads a run or a configuration
 ROADS = {
     "sample a run": ["sample", "theirs"],
     "sample a checkpoint": ["sample", "theirs/checkpoint.safetensors"],
     "guide": ["sample", "{harmless}", "--guide", "theirs", "--guidance", "2", "--out", "x"],
     "evaluate": ["evaluate", "theirs"],
     "evaluate with a guide": ["evaluate", "{harmless}", "--guide", "theirs", "--guidance", "2"],
-    "start from": ["train", "--from", "theirs", "--out", "new"],
+    "start from": ["train", "--init-from", "theirs", "--out", "new"],
     "start from, with another network allowed": [
-        *["train", "--from", "theirs", "--out", "new", "--allow", "other:Net", "--network", "mine:Net"]
+        *["train", "--init-from", "theirs", "--out", "new", "--allow", "other:Net", "--network", "mine:Net"]
     ],
     "resume": ["train", "--resume", "theirs"],
     "resume without a checkpoint": ["train", "--resume", "begun"],
@@ -115,14 +118,14 @@ def test_a_class_that_a_file_names_is_never_imported(road, name, harmless, marke
     named(harmless, name, Path("theirs"))
     named(harmless, name, Path("begun"))
     Path("begun/checkpoint.safetensors").unlink()
-    theirs = {"network": {"kind": name}}
-    monkeypatch.setattr(sys.modules["stablefield.cli.train"], "read_recipe", lambda recipe: theirs)
+    recipe = {"network": {"kind": name}}
+    monkeypatch.setattr(sys.modules["stablefield.cli.train_command"], "read_recipe", lambda name: recipe)
     done = command(*(word.format(harmless=harmless) for word in ROADS[road]))
     assert done.exit_code
     assert not marker.exists()
     assert name.partition(":")[0] not in sys.modules
     assert isinstance(done.exception, ConfigError)
-    if road != "demo":  # which has networks of this package only
+    if road != "demo":  # it only uses networks of this package
         assert f"--allow {name} at the terminal" in str(done.exception)
 
 
@@ -132,7 +135,7 @@ def resolved(name, allow):
 
 @pytest.mark.parametrize("opened", [stablefield.load, open_run, resolved])
 @pytest.mark.parametrize("allow", [(), ["other:Net"], ["beside"], ["beside:Other"], [nn.Linear]])
-def test_python_imports_only_what_was_allowed(opened, allow, harmless, marker):
+def test_only_allowed_classes_are_imported_in_python(opened, allow, harmless, marker):
     run = "beside:Net" if opened is resolved else named(harmless, "beside:Net", Path("theirs"))
     with pytest.raises(ConfigError, match=r"allow=\[Net\] \(the class\) or allow=\['beside:Net'\]"):
         opened(run, allow=allow)
@@ -147,21 +150,21 @@ def test_a_name_of_another_form_is_refused_even_if_it_is_allowed(kind, marker):
 
 @pytest.mark.parametrize("section", ["data", "target", "network", "sampler", "process", "augmentation"])
 @pytest.mark.parametrize("kind", [3, None, ["beside:Net"], {"a": 1}, True, "beside.Net", "beside"])
-def test_a_kind_of_another_type_is_a_mistake_with_a_message(section, kind, marker):
+def test_a_kind_of_another_type_is_refused_with_a_message(section, kind, marker):
     with pytest.raises(ConfigError, match=f"{section}.kind: .* is none of"):
         resolve({section: {"kind": kind}}, allow=["beside:Net"])
     with pytest.raises(ConfigError):
         resolve([kind])
 
 
-def test_only_networks_can_be_classes_of_ones_own(marker):
+def test_only_networks_can_be_classes_outside_the_package(marker):
     for section in ("data", "target", "sampler", "weight"):
         with pytest.raises(ConfigError, match="is none of"):
             resolve({section: {"kind": "beside:Net"}}, allow=["beside:Net"])
     assert not marker.exists()
 
 
-def test_an_allowed_name_is_looked_for_in_the_current_folder_last(marker):
+def test_an_allowed_name_is_searched_in_the_current_folder_last(marker):
     Path("mine.py").write_text("import colorsys\n" + HOSTILE.replace("pathlib.Path", "#"))
     Path("colorsys.py").write_text(HOSTILE)
     sys.modules.pop("colorsys", None)
@@ -171,7 +174,7 @@ def test_an_allowed_name_is_looked_for_in_the_current_folder_last(marker):
     del sys.modules["mine"]
 
 
-def test_a_class_that_is_given_is_used_and_nothing_is_imported(marker):
+def test_a_class_passed_to_allow_is_used_and_nothing_is_imported(marker):
     class Net(nn.Linear):
         def __init__(self, shape) -> None:
             super().__init__(8, 8)
@@ -186,7 +189,7 @@ def test_a_class_that_is_given_is_used_and_nothing_is_imported(marker):
         resolve({"network": {"kind": "gone:Other"}}, allow=[Net])
 
 
-def test_a_network_that_is_typed_is_allowed_and_to_resume_it_must_be_typed_again(marker):
+def test_a_network_typed_at_the_terminal_is_allowed_for_that_command_only(marker):
     run = ["--set", "training.batch_size=32", "--set", "training.images=64"]
     for typed in (["--network", "beside:Net"], ["--set", "network.kind=beside:Net"]):
         assert command("train", *typed, *run, "--dry-run").exit_code == 0
@@ -200,7 +203,7 @@ def test_a_network_that_is_typed_is_allowed_and_to_resume_it_must_be_typed_again
     few = ["--seeds", "0-1", "--steps", "2"]
     assert "--allow beside:Net" in str(command("sample", "mine", *few).exception)
     assert command("sample", "mine", *few, "--allow", "beside:Net").exit_code == 0
-    again = ["train", "--from", "mine", "--out", "again", *run]
+    again = ["train", "--init-from", "mine", "--out", "again", *run]
     assert "--allow beside:Net" in str(command(*again).exception)
     assert command(*again, "--allow", "beside:Net").exit_code == 0
     Net = sys.modules["beside"].Net
@@ -208,7 +211,7 @@ def test_a_network_that_is_typed_is_allowed_and_to_resume_it_must_be_typed_again
         assert isinstance(stablefield.load("mine", allow=allow).network, Net)
 
 
-# ---- the working folder
+# --- the working folder
 
 
 NAMES = ["torch", "numpy", "sklearn", "scipy", "faiss", "typer", "rich", "pydantic", "PIL", "tomllib", "datasets"]
@@ -243,7 +246,7 @@ QUICK = ("console script", "python -m", "torchrun -m")
 )
 def test_modules_of_the_working_folder_are_not_imported(launch, hostile_folder):
     if not all(Path(word).exists() for word in LAUNCHES[launch] if Path(word).is_absolute()):
-        pytest.skip("it is not installed here")
+        pytest.skip("not installed here")
     words = [*map(str, LAUNCHES[launch]), "train", "--dry-run"]
     done = subprocess.run(words, cwd=hostile_folder, capture_output=True, text=True, timeout=300)
     assert not list(hostile_folder.glob("*.ran")), done.stderr
@@ -251,7 +254,7 @@ def test_modules_of_the_working_folder_are_not_imported(launch, hostile_folder):
     assert "This was a dry run" in done.stdout
 
 
-def test_processes_that_a_command_starts_do_not_look_there_either(hostile_folder):
+def test_modules_of_the_working_folder_are_not_imported_by_subprocesses_either(hostile_folder):
     (hostile_folder / "multiprocessing.py").write_text((hostile_folder / "torch.py").read_text())
     code = (
         "import stablefield.cli as cli, subprocess, sys\n"
@@ -262,7 +265,7 @@ def test_processes_that_a_command_starts_do_not_look_there_either(hostile_folder
     assert done.stdout.strip() == "0", done.stderr
 
 
-def test_programs_of_ones_own_keep_their_path(tmp_path):
+def test_the_import_path_of_other_programs_is_not_changed(tmp_path):
     package = tmp_path / "stablefield_mine"
     package.mkdir()
     shown = "import sys, stablefield\nimport helper\nprint(sys.path[0])\n"
@@ -275,7 +278,7 @@ def test_programs_of_ones_own_keep_their_path(tmp_path):
         assert done.stdout.split() == [str(tmp_path)], done.stderr
 
 
-# ---- features, statistics and data
+# --- features, statistics and data
 
 
 class Bomb:
@@ -283,7 +286,7 @@ class Bomb:
         return Path.touch, (Path(os.environ["MARKER"]),)
 
 
-def test_exported_programs_are_opened_only_if_they_are_trusted(marker, monkeypatch):
+def test_exported_programs_are_opened_only_with_trust_features(marker, monkeypatch):
     opened = []
     monkeypatch.setattr(torch.export, "load", lambda file: opened.append(file) or 1 / 0)
     torch.save(Bomb(), "bomb.pt2")
@@ -294,20 +297,20 @@ def test_exported_programs_are_opened_only_if_they_are_trusted(marker, monkeypat
     assert "--trust-features" in str(done.exception)
     assert not opened
     assert not marker.exists()
-    assert "holds no exported network" in str(command(*words, "--trust-features").exception)
+    assert "does not hold an exported network" in str(command(*words, "--trust-features").exception)
     assert opened
 
 
 @pytest.mark.parametrize("trusted", [False, True])
 @pytest.mark.parametrize("form", ["zip", "older", "pickle"])
 @pytest.mark.parametrize("name", ["bomb.pt", "bomb.pth", "bomb", "bomb.PT2"])
-def test_a_pickle_is_never_taken_for_torchscript(trusted, form, name, marker):
+def test_a_pickle_is_never_opened_as_torchscript(trusted, form, name, marker):
     if form == "pickle":
         Path(name).write_bytes(pickle.dumps(Bomb()))
     else:
         torch.save(Bomb(), name, _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(ValueError, match="holds no exported network"):
-        Exported(Path(name), trusted=trusted)
+    with pytest.raises(ValueError, match="does not hold an exported network"):
+        ExportedNetwork(Path(name), trusted=trusted)
     assert not marker.exists()
 
 
@@ -343,20 +346,20 @@ class MapsFile(nn.Module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("network", [Saves, SavesWhenLoaded, MapsFile])
 @pytest.mark.parametrize("spelling", ["plain", "escaped"])
-def test_torchscript_that_touches_files_is_refused(network, spelling, marker):
+def test_torchscript_that_accesses_files_is_refused(network, spelling, marker):
     torch.jit.save(torch.jit.script(network()), "net.pt")
     if spelling == "escaped":
         respell("net.pt")
     Path("marker").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"can do more than compute.*--trust-features"):
-        Exported(Path("net.pt"))
+        ExportedNetwork(Path("net.pt"))
     assert not Path("marker").exists()
-    Exported(Path("net.pt"), trusted=True)(torch.zeros(3, 2))
+    ExportedNetwork(Path("net.pt"), trusted=True)(torch.zeros(3, 2))
     assert Path("marker").exists()
 
 
 def respell(path):
-    """Write torch.save as getattr(torch, ...) with an escaped letter, which TorchScript understands."""
+    """Spell torch.save as getattr(torch, ...) with an escaped letter, which TorchScript accepts."""
     content = torch._C.PyTorchFileReader(path)
     writer = torch._C.PyTorchFileWriter("respelt.pt")
     for name in content.get_all_records():
@@ -372,18 +375,18 @@ def respell(path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_that_only_computes_is_opened(marker):
+def test_torchscript_that_only_computes_is_accepted(marker):
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(2)).eval()
     torch.jit.save(torch.jit.script(network), "net.pt")
     x = torch.randn(3, 3, 8, 8)
-    assert torch.allclose(Exported(Path("net.pt"))(x), network(x).flatten(1), atol=1e-6)
+    assert torch.allclose(ExportedNetwork(Path("net.pt"))(x), network(x).flatten(1), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bomb.pt", "bomb.pt2", "./bomb.pt", "nothing.pt"])
-def test_statistics_do_not_choose_a_file_to_be_opened(name, marker, monkeypatch):
+def test_a_file_named_in_statistics_is_not_opened(name, marker, monkeypatch):
     torch.save(Bomb(), "bomb.pt")
     torch.save(Bomb(), "bomb.pt2")
-    monkeypatch.setattr("stablefield.evaluate.features._opened", lambda *_: 1 / 0)
+    monkeypatch.setattr("stablefield.evaluate.features._load_network", lambda *_: 1 / 0)
     np.savez("statistics.npz", mu=np.zeros(48), sigma=np.eye(48), features=f"{name}:0123456789abcdef")
     np.savez("samples.npz", np.random.default_rng(0).integers(0, 256, (64, 4, 4, 3), dtype=np.uint8))
     done = command("evaluate", "samples.npz", "--reference", "statistics.npz")
@@ -391,7 +394,7 @@ def test_statistics_do_not_choose_a_file_to_be_opened(name, marker, monkeypatch)
     assert not marker.exists()
 
 
-def test_arrays_of_objects_are_not_unpickled(marker):
+def test_arrays_of_objects_are_refused_and_not_unpickled(marker):
     bombs = np.array([Bomb()] * 4, dtype=object)
     np.save("bombs.npy", bombs, allow_pickle=True)
     np.savez("bombs.npz", data=bombs)
@@ -406,17 +409,17 @@ def test_arrays_of_objects_are_not_unpickled(marker):
 
 @pytest.fixture
 def library(monkeypatch):
-    """A `datasets` that says what it was asked for."""
-    asked = []
+    """A stand-in for `datasets` that records its calls."""
+    calls = []
 
     def load_dataset(path, name=None, split=None, trust_remote_code=None):
-        asked.append((path, trust_remote_code))
-        raise ValueError("asked")
+        calls.append((path, trust_remote_code))
+        raise ValueError("loaded")
 
     fake = types.ModuleType("datasets")
     fake.__version__ = "3.6.0"
     fake.packaged_modules = types.SimpleNamespace(_PACKAGED_DATASETS_MODULES={"pandas": None, "csv": None})
-    fake.load_dataset, fake.asked = load_dataset, asked
+    fake.load_dataset, fake.calls = load_dataset, calls
     monkeypatch.setitem(sys.modules, "datasets", fake)
     return fake
 
@@ -428,24 +431,24 @@ def test_scripts_of_data_sets_are_never_run(library, marker):
     for path in ("set", "./set", "set/", "set/set.py", "absent.py", "beside.py"):
         with pytest.raises(ValueError, match="Python script, which is never run"):
             HuggingFace(path).contents()
-    for path in ("pandas", "csv"):  # which would look for files in the current folder
-        with pytest.raises(ValueError, match="is a reader of files and not a data set"):
+    for path in ("pandas", "csv"):  # they would read files in the current folder
+        with pytest.raises(ValueError, match="is a file reader of `datasets` and not a data set"):
             HuggingFace(path).contents()
-    assert not library.asked
-    with pytest.raises(ValueError, match="asked"):
+    assert not library.calls
+    with pytest.raises(ValueError, match="loaded"):
         HuggingFace("user/name").contents()
-    assert library.asked == [("user/name", False)]
+    assert library.calls == [("user/name", False)]
     library.__version__ = "2.21.0"
     with pytest.raises(ValueError, match=r"pip install 'datasets>=3'"):
         HuggingFace("user/name").contents()
-    assert len(library.asked) == 1
+    assert len(library.calls) == 1
     assert not marker.exists()
 
 
-def test_versions_without_scripts_are_not_asked_about_them(library, monkeypatch):
+def test_versions_of_datasets_without_scripts_get_no_such_argument(library, monkeypatch):
     def load_dataset(path, name=None, split=None):
-        raise ValueError("asked")
+        raise ValueError("loaded")
 
     library.load_dataset = load_dataset
-    with pytest.raises(ValueError, match="asked"):
+    with pytest.raises(ValueError, match="loaded"):
         HuggingFace("user/name").contents()

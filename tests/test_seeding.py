@@ -1,4 +1,4 @@
-"""Laws of seeds: one for every purpose, and written as people write them."""
+"""Laws of seeding: independent seeds for every purpose, and lists of seeds as text."""
 
 from itertools import product
 
@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stablefield.seeding import derive, generator, parse_seeds
+from stablefield.seeding import derive, format_seeds, generator, parse_seeds
 
 
-def test_every_purpose_has_a_seed_of_its_own_that_a_generator_takes() -> None:
+def test_every_purpose_has_its_own_valid_seed() -> None:
     purposes = [(seed, name, step) for seed, name, step in product((0, 1, 10, -1), ("step", "epoch"), range(50))]
     seeds = [derive(*purpose) for purpose in purposes]
     assert len(set(seeds)) == len(purposes)
@@ -18,7 +18,7 @@ def test_every_purpose_has_a_seed_of_its_own_that_a_generator_takes() -> None:
     assert seeds == [derive(*purpose) for purpose in purposes]
 
 
-def test_what_was_drawn_before_changes_nothing() -> None:
+def test_a_generator_does_not_depend_on_earlier_draws() -> None:
     wanted = torch.randn(3, generator=generator(1, "step", 5))
     torch.manual_seed(0)
     torch.randn(3, generator=generator(1, "step", 4))
@@ -27,18 +27,20 @@ def test_what_was_drawn_before_changes_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 20)), min_size=1))
-def test_seeds_are_read_as_they_are_written(spans: list[tuple[int, int]]) -> None:
+def test_lists_of_seeds_are_parsed_and_formatted(spans: list[tuple[int, int]]) -> None:
     text = ",".join(f"{first}-{first + more}" if more else str(first) for first, more in spans)
     every = (seed for first, more in spans for seed in range(first, first + more + 1))
-    assert parse_seeds(text) == list(dict.fromkeys(every))
+    seeds = parse_seeds(text)
+    assert seeds == list(dict.fromkeys(every))
+    assert parse_seeds(format_seeds(seeds)) == seeds
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,", "3-", "-3", "1-2-3", "1;2", "5-4", "1.5"])
-def test_what_are_no_seeds_is_refused(text: str) -> None:
+def test_text_that_is_not_a_list_of_seeds_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="seeds"):
         parse_seeds(text)
 
 
-def test_more_seeds_than_anyone_means_are_refused() -> None:
+def test_more_than_ten_million_seeds_are_refused() -> None:
     with pytest.raises(ValueError, match="more than 10,000,000"):
         parse_seeds("0-99999999999")

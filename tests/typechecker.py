@@ -1,4 +1,4 @@
-"""How strictly annotations are checked in tests: shapes always, and a whole number may stand for a float."""
+"""Type checker of the tests: shapes are always checked, and an int is accepted where a float is annotated."""
 
 from beartype import BeartypeConf, beartype
 

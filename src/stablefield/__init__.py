@@ -1,8 +1,11 @@
 """Diffusion models trained with the Stable Target Field.
 
+The names that most people need; everything else stands in its submodule, such as `stablefield.targets` or
+`stablefield.sample`. Names are imported when they are first used.
+
 >>> import stablefield
->>> stablefield.ReferenceBatch, stablefield.posterior  # doctest: +ELLIPSIS
-(<class 'stablefield.target.ReferenceBatch'>, <function posterior at ...>)
+>>> stablefield.STFTarget
+<class 'stablefield.targets.stf.STFTarget'>
 """
 
 import sys
@@ -13,146 +16,77 @@ if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
     if (_word.partition("m")[2] if _word.startswith("-") else _word).partition(".")[0] == "stablefield":
         del sys.path[0]
 
-from typing import TYPE_CHECKING, Any
-
-from stablefield.banded import Banded
-from stablefield.denoise import (
-    EDM,
-    Denoiser,
-    Guided,
-    IDDPMScaling,
-    Ideal,
-    Preconditioned,
-    Predicts,
-    Scaling,
-    VEScaling,
-    VPScaling,
-)
-from stablefield.engine import TrainState, train
-from stablefield.likelihood import bits_per_dim
-from stablefield.networks import ADM, MLP, SongUNet, UNet, adm, ddpmpp, ncsnpp
-from stablefield.objective import (
-    EDMWeight,
-    HeadWeight,
-    LikelihoodWeight,
-    LossReport,
-    MinSNR,
-    NoiseWeight,
-    Objective,
-    VelocityWeight,
-    Weight,
-)
-from stablefield.parametrize import convert, stable_target
-from stablefield.posterior import Posterior, posterior
-from stablefield.process import VE, VP, Cosine, Flow, Perturbed, Process, SubVP
-from stablefield.pruned import PrunedDataset
-from stablefield.reference import Pool
-from stablefield.sample import (
-    RK45,
-    Ancestral,
-    DPMSolver,
-    EDMGrid,
-    Euler,
-    EulerMaruyama,
-    GeometricGrid,
-    Grid,
-    Heun,
-    IDDPMGrid,
-    PredictorCorrector,
-    ReverseDiffusion,
-    Sampler,
-    Samples,
-    UniformGrid,
-    VPGrid,
-)
-from stablefield.target import FullDataset, NearestNeighbours, ReferenceBatch, SingleSample, TargetEstimator
-from stablefield.times import LogitNormal, LogNormal, LogUniform, Stratified, Times, Uniform, VPLevels
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stablefield.denoise import Denoiser, Guided, IdealDenoiser, Preconditioned
+    from stablefield.engine import TrainState, train
+    from stablefield.kernel import Posterior, posterior
+    from stablefield.objective import Objective
+    from stablefield.pool import Pool
+    from stablefield.prediction import stable_target
+    from stablefield.process import VE, VP, Cosine, Flow, NoisyBatch, SubVP
     from stablefield.run import load
+    from stablefield.sample import Heun, Sampler
+    from stablefield.targets import DSMTarget, ExactTarget, KNNTarget, STFTarget, TargetEstimator
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "ADM",
-    "EDM",
-    "MLP",
-    "RK45",
     "VE",
     "VP",
-    "Ancestral",
-    "Banded",
     "Cosine",
-    "DPMSolver",
+    "DSMTarget",
     "Denoiser",
-    "EDMGrid",
-    "EDMWeight",
-    "Euler",
-    "EulerMaruyama",
+    "ExactTarget",
     "Flow",
-    "FullDataset",
-    "GeometricGrid",
-    "Grid",
     "Guided",
-    "HeadWeight",
     "Heun",
-    "IDDPMGrid",
-    "IDDPMScaling",
-    "Ideal",
-    "LikelihoodWeight",
-    "LogNormal",
-    "LogUniform",
-    "LogitNormal",
-    "LossReport",
-    "MinSNR",
-    "NearestNeighbours",
-    "NoiseWeight",
+    "IdealDenoiser",
+    "KNNTarget",
+    "NoisyBatch",
     "Objective",
-    "Perturbed",
     "Pool",
     "Posterior",
     "Preconditioned",
-    "PredictorCorrector",
-    "Predicts",
-    "Process",
-    "PrunedDataset",
-    "ReferenceBatch",
-    "ReverseDiffusion",
+    "STFTarget",
     "Sampler",
-    "Samples",
-    "Scaling",
-    "SingleSample",
-    "SongUNet",
-    "Stratified",
     "SubVP",
     "TargetEstimator",
-    "Times",
     "TrainState",
-    "UNet",
-    "Uniform",
-    "UniformGrid",
-    "VEScaling",
-    "VPGrid",
-    "VPLevels",
-    "VPScaling",
-    "VelocityWeight",
-    "Weight",
-    "adm",
-    "bits_per_dim",
-    "convert",
-    "ddpmpp",
     "load",
-    "ncsnpp",
     "posterior",
     "stable_target",
     "train",
 ]
 
+_HOMES = {
+    "denoise": ("Denoiser", "Guided", "IdealDenoiser", "Preconditioned"),
+    "engine": ("TrainState", "train"),
+    "kernel": ("Posterior", "posterior"),
+    "objective": ("Objective",),
+    "pool": ("Pool",),
+    "prediction": ("stable_target",),
+    "process": ("VE", "VP", "Cosine", "Flow", "NoisyBatch", "SubVP"),
+    "run": ("load",),
+    "sample": ("Heun", "Sampler"),
+    "targets": ("DSMTarget", "ExactTarget", "KNNTarget", "STFTarget", "TargetEstimator"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_SUBMODULES = {module.name for module in iter_modules(__path__)} - {"__main__"}
 
-def __getattr__(name: str) -> Any:
-    # what reads files needs pydantic and safetensors: imported when first asked for
-    if name == "load":
-        from stablefield.run import load
 
-        return load
+def __getattr__(name: str) -> object:
+    """Import a public name, or a submodule, when it is first used (PEP 562)."""
+    if name in _HOME:
+        return getattr(import_module(f"stablefield.{_HOME[name]}"), name)
+    if name in _SUBMODULES:
+        return import_module(f"stablefield.{name}")
     raise AttributeError(f"module 'stablefield' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__, *_SUBMODULES})

@@ -1,5 +1,7 @@
-"""`python -m stablefield`: the command line, for launchers that want a module."""
+"""`python -m stablefield`: the command line, for launchers that start a module."""
 
 from stablefield.cli import main
+
+__all__: list[str] = []
 
 main()

@@ -1,18 +1,19 @@
-"""How an image was transformed, in nine numbers that a network can be told (the labels of Karras et al. 2022, F.2).
+"""Augmentation maps and their labels: nine numbers that describe how an image was transformed.
 
 | columns | transformation                                                 | numbers                    |
 |---------|----------------------------------------------------------------|----------------------------|
 | 0, 1    | flip of the last dimension (x), of the one before (y)          | 0 or 1                     |
-| 2       | all sides times 2^(0.2 w)                                      | w                          |
+| 2       | scaling of both sides by 2^(0.2 w)                             | w                          |
 | 3, 4    | rotation by a                                                  | cos a - 1, sin a           |
-| 5, 6    | 2^(0.2 w) along an axis turned by r, 2^(-0.2 w) across it      | w cos r, w sin r           |
+| 5, 6    | 2^(0.2 w) along an axis rotated by r, 2^(-0.2 w) across it     | w cos r, w sin r           |
 | 7, 8    | shift by 0.125 (w_x, w_y) of the width and height              | w_x, w_y                   |
 
-Zero is "not applied", and they are applied in this order. Angles run counter-clockwise as an image is seen. (Columns 5
-and 6 do not tell (w, r) from (-w, r + pi), which stretch the other way: so it was published.)
+These are the labels of Karras et al. 2022, appendix F.2. The transformations are applied in this order; zero means
+"not applied". Angles run counter-clockwise as an image is seen. (Columns 5 and 6 are equal for (w, r) and
+(-w, r + pi), which stretch differently; the published labels have this ambiguity.)
 
-Why they matter to targets: a network that is told the label learns E[x | x_t, label], so its references must be seen
-through the same map. Where the map only permutes pixels (columns 0 and 1) it can be undone, which costs nothing.
+Why they matter to targets: a network that is given the label learns E[x | x_t, label], so its references must be seen
+through the same map. A map that only permutes pixels (columns 0 and 1) can be undone at no cost.
 """
 
 import math
@@ -22,36 +23,47 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from stablefield.process import per_row
+from stablefield.process import per_example
 
-DIM = 9
-FLIPS = ((0, -1), (1, -2))  # columns, and the dimensions that they flip
+__all__ = ["DIM", "affine", "flip", "permutes", "warp"]
+
+DIM = 9  # columns of a label
+_FLIPS = ((0, -1), (1, -2))  # columns of the label, and the dimensions that they flip
 
 
-def permutes(augmentation: Float[Tensor, "B A"]) -> Bool[Tensor, "B"]:
-    """Which rows were transformed by permuting their pixels, or not at all: their references can be shared.
+def permutes(augment_label: Float[Tensor, "B A"]) -> Bool[Tensor, "B"]:
+    """Mask of the examples whose pixels were only permuted, or not transformed at all.
+
+    Their targets can use the references of the data set.
+
+    Args:
+        augment_label: the label of each example.
 
     Raises:
-        ValueError: labels of another length, whose meaning is not known.
+        ValueError: the labels do not have nine columns, so that their meaning is not known.
     """
-    if augmentation.shape[1] != DIM:
+    if augment_label.shape[1] != DIM:
         raise ValueError(
-            f"augmentation labels have {DIM} numbers (see stablefield.augmentation), not {augmentation.shape[1]}; "
-            "only single-sample targets need not understand them"
+            f"augment_label must have {DIM} columns (see stablefield.augmentation), not "
+            f"{augment_label.shape[1]}; only DSM targets accept other labels"
         )
-    return (augmentation[:, len(FLIPS) :] == 0).all(1)
+    return (augment_label[:, len(_FLIPS) :] == 0).all(1)
 
 
-def flip(x: Float[Tensor, "B C H W"], augmentation: Float[Tensor, "B 9"]) -> Float[Tensor, "B C H W"]:
-    """The flips that the labels speak of. Twice is not at all: this undoes them too.
+def flip(x: Float[Tensor, "B C H W"], augment_label: Float[Tensor, "B 9"]) -> Float[Tensor, "B C H W"]:
+    """Flip images as their labels say. Flipping twice restores them, so this also undoes the flips.
+
+    Args:
+        x: the images.
+        augment_label: the label of each image; only columns 0 and 1 are used.
 
     Raises:
-        ValueError: these are no images.
+        ValueError: the data are not images (C, H, W).
     """
     if x.ndim != 4:
-        raise ValueError(f"only images (C, H, W) can be augmented, not {tuple(x.shape[1:])}")
-    for column, dimension in FLIPS:
-        flipped = per_row(augmentation[:, column] != 0, x).to(x.device)
+        raise ValueError(f"only images (C, H, W) can be augmented, not data of shape {tuple(x.shape[1:])}")
+    for column, dimension in _FLIPS:
+        flipped = per_example(augment_label[:, column] != 0, x).to(x.device)
         x = torch.where(flipped, x.flip(dimension), x)
     return x
 
@@ -65,53 +77,56 @@ def affine(
     shift: Float[Tensor, "B 2"],
     size: tuple[int, int],
 ) -> Float[Tensor, "B 2 3"]:
-    """What comes after the flips, as the map from points of an image to those it comes from.
-
-    Points are (x, y) in pixels from the centre, y downwards.
+    """Inverse of the affine map that follows the flips, as a matrix [A | b].
 
     Args:
         scale: w of the scaling.
         angle: a of the rotation, in radians.
-        stretch: w of the stretching along an axis.
-        axis: its r, in radians.
-        shift: (w_x, w_y).
+        stretch: w of the anisotropic scaling.
+        axis: r of the anisotropic scaling, in radians.
+        shift: (w_x, w_y) of the shift.
         size: (height, width) of the image.
+
+    Returns:
+        The map from each point of the result to the point of the image that is seen there. Points are (x, y) in
+        pixels from the centre, y pointing down.
     """
     sides = torch.tensor([size[1], size[0]]).to(shift)
     along, across = 2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)
     zero = torch.zeros_like(scale)
-    stretched = _turn(axis) @ _matrix(along, zero, zero, across) @ _turn(-axis)
-    forward = stretched @ _turn(angle) * 2 ** (0.2 * scale)[:, None, None]
-    back = torch.linalg.inv(forward)
-    return torch.cat([back, -back @ (0.125 * shift * sides)[:, :, None]], 2)
+    anisotropic = _rotation(axis) @ _matrix(along, zero, zero, across) @ _rotation(-axis)
+    forward = anisotropic @ _rotation(angle) * 2 ** (0.2 * scale)[:, None, None]
+    inverse = torch.linalg.inv(forward)
+    return torch.cat([inverse, -inverse @ (0.125 * shift * sides)[:, :, None]], 2)
 
 
-def warp(x: Float[Tensor, "B C H W"], back: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B C H W"]:
-    """Images under an affine map, seen on a grid twice as fine on the way.
+def warp(x: Float[Tensor, "B C H W"], inverse: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B C H W"]:
+    """Images under an affine map, resampled on a grid of twice the resolution.
 
-    Beyond its edges an image is continued by reflection at the centres of its outermost pixels. Pixels halfway
-    between others come from the maximally flat half-band filter of 12 taps (Deslauriers & Dubuc 1989; it is the
-    autocorrelation of the sym6 wavelet's), the fine grid is read bilinearly, and what comes out passes the same filter
-    before every other pixel is dropped. No row's result depends on other
-    rows, not in a bit.
+    Beyond its edges an image continues by reflection at the centres of its outermost pixels. Values halfway between
+    pixels come from the maximally flat half-band filter of 12 taps (Deslauriers & Dubuc 1989; the autocorrelation of
+    the sym6 wavelet's filter), the fine grid is interpolated bilinearly, and the result is filtered again before every
+    other pixel is dropped. The result of an image does not depend on the others of the batch, in any bit.
 
     Args:
-        back: for each row, from points of the result to those they come from, as `affine` gives it.
+        x: the images.
+        inverse: for each image, the map from points of the result to points of the image, as `affine` returns it.
     """
     height, width = x.shape[2:]
-    fine = _double(_double(x, 2), 3)
-    # points of the result on the fine grid, and as far beyond the edges as the filter looks
-    ends = [torch.arange(-MARGIN, 2 * side - 1 + MARGIN) / 2 - (side - 1) / 2 for side in (height, width)]
-    y, x_ = torch.meshgrid(*(end.to(back) for end in ends), indexing="ij")
-    points = torch.stack([x_, y, torch.ones_like(y)], 2)
-    from_ = (points[None, :, :, None] * back[:, None, None]).sum(4)
-    # as grid_sample counts: -1 and 1 are the centres of the outermost pixels (any number will do if there is but one)
-    half = torch.tensor([max(width - 1, 1), max(height - 1, 1)]).to(back) / 2
-    read = grid_sample(fine, (from_ / half).to(fine), "bilinear", "reflection", align_corners=True)
-    return _halve(_halve(read, 2), 3)
+    fine = _upsampled(_upsampled(x, 2), 3)
+    # points of the result on the fine grid, with the margin that the filter reads beyond the edges
+    lines = [torch.arange(-_MARGIN, 2 * side - 1 + _MARGIN) / 2 - (side - 1) / 2 for side in (height, width)]
+    y_points, x_points = torch.meshgrid(*(line.to(inverse) for line in lines), indexing="ij")
+    points = torch.stack([x_points, y_points, torch.ones_like(y_points)], 2)
+    sources = (points[None, :, :, None] * inverse[:, None, None]).sum(4)
+    # in grid_sample's coordinates -1 and 1 are the centres of the outermost pixels; a side of one pixel needs no scale
+    half = torch.tensor([max(width - 1, 1), max(height - 1, 1)]).to(inverse) / 2
+    sampled = grid_sample(fine, (sources / half).to(fine), "bilinear", "reflection", align_corners=True)
+    return _downsampled(_downsampled(sampled, 2), 3)
 
 
-def _turn(angle: Float[Tensor, "B"]) -> Float[Tensor, "B 2 2"]:
+def _rotation(angle: Float[Tensor, "B"]) -> Float[Tensor, "B 2 2"]:
+    """Rotation matrices, counter-clockwise as seen with y pointing down."""
     return _matrix(angle.cos(), angle.sin(), -angle.sin(), angle.cos())
 
 
@@ -119,28 +134,28 @@ def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Float[Tensor, "B 2 2"
     return torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
 
 
-def _halfway(reach: int) -> list[float]:
-    """Lagrange's weights of the points at 1/2, 3/2, ... on either side, for the value halfway between the nearest."""
+def _halfway_weights(reach: int) -> list[float]:
+    """Lagrange weights of the points at 1/2, 3/2, ... on either side, for the value halfway between the nearest."""
     points = [k + 0.5 for k in range(reach)]
     return [math.prod(q**2 / (q**2 - p**2) for q in points if q != p) / 2 for p in points]
 
 
-REACH = 6
-HALFWAY = _halfway(REACH)
-MARGIN = 2 * REACH - 1  # of the filter on the fine grid, on either side
+_REACH = 6  # taps on either side of the filter
+_HALFWAY = _halfway_weights(_REACH)
+_MARGIN = 2 * _REACH - 1  # points of the fine grid that the filter reads on either side
 
 
-def _double(x: Tensor, dimension: int) -> Tensor:
-    """2 n - 1 points where n were: the old ones, and those halfway between."""
+def _upsampled(x: Tensor, dimension: int) -> Tensor:
+    """From n points to 2 n - 1: the n points, and the values halfway between them."""
     n = x.shape[dimension]
     if n == 1:
         return x
-    place = torch.arange(-REACH + 1, n - 1 + REACH, device=x.device) % (2 * n - 2)
-    beyond = x.index_select(dimension, torch.minimum(place, 2 * n - 2 - place))
-    middle = REACH - 1  # where the old first point stands
+    place = torch.arange(-_REACH + 1, n - 1 + _REACH, device=x.device) % (2 * n - 2)
+    extended = x.index_select(dimension, torch.minimum(place, 2 * n - 2 - place))
+    first = _REACH - 1  # position of the first point of x
     pairs = [
-        weight * (beyond.narrow(dimension, middle - k, n - 1) + beyond.narrow(dimension, middle + k + 1, n - 1))
-        for k, weight in enumerate(HALFWAY)
+        weight * (extended.narrow(dimension, first - k, n - 1) + extended.narrow(dimension, first + k + 1, n - 1))
+        for k, weight in enumerate(_HALFWAY)
     ]
     both = torch.stack([x.narrow(dimension, 0, n - 1), sum(pairs[1:], pairs[0])], dimension + 1).flatten(
         dimension, dimension + 1
@@ -148,12 +163,12 @@ def _double(x: Tensor, dimension: int) -> Tensor:
     return torch.cat([both, x.narrow(dimension, n - 1, 1)], dimension)
 
 
-def _halve(x: Tensor, dimension: int) -> Tensor:
-    """Every other point, without the margins: half of itself, and half of what its neighbours make of it."""
-    n = x.shape[dimension] - 2 * MARGIN
+def _downsampled(x: Tensor, dimension: int) -> Tensor:
+    """Every other point inside the margins, filtered: half the point itself, half the filter of its neighbours."""
+    n = x.shape[dimension] - 2 * _MARGIN
 
     def every_other(offset: int) -> Tensor:
-        return x.narrow(dimension, MARGIN + offset, n).unfold(dimension, 1, 2).squeeze(-1)
+        return x.narrow(dimension, _MARGIN + offset, n).unfold(dimension, 1, 2).squeeze(-1)
 
-    pairs = ((2 * k + 1, weight) for k, weight in enumerate(HALFWAY))
+    pairs = ((2 * k + 1, weight) for k, weight in enumerate(_HALFWAY))
     return every_other(0) / 2 + sum(weight / 2 * (every_other(-k) + every_other(k)) for k, weight in pairs)

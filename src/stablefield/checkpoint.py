@@ -1,13 +1,14 @@
-"""One format: tensors as safetensors, and what they are as JSON in its header. No pickle, nothing to execute.
+"""Checkpoints: tensors as safetensors, and their description as JSON in the header. No pickle, no code.
 
-A file is written beside its place, forced to the disk, and renamed: whoever looks finds the old one or the new one,
-whole. A checksum over all of it is written too, and compared when it is read.
+A file is written beside its place, flushed to the disk and then renamed, so that a reader finds either the old file or
+the new one, complete. A checksum over the whole content is stored in the file and compared when it is read.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
@@ -22,16 +23,39 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-FORMAT = "stablefield/1"
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "CheckpointError",
+    "atomic_path",
+    "checksum",
+    "create_text",
+    "finite",
+    "other_version",
+    "read",
+    "save",
+    "write_text_atomically",
+]
+
+FORMAT_VERSION = 2  # of checkpoints and of the configurations in them and beside them
+FORMAT = f"stablefield/{FORMAT_VERSION}"
 
 
 class CheckpointError(ValueError):
-    """A file that is no checkpoint of ours, or no longer one."""
+    """A file that is not a checkpoint of this package, or is damaged."""
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a file holds: named tensors, the configuration they belong to, and the images they have seen."""
+    """Content of a checkpoint file.
+
+    Attributes:
+        tensors: the tensors by name, such as `average.network.out.weight`.
+        config: the description that was saved with them, as JSON has it: the configuration and facts about the data.
+        images: number of images seen in training.
+        checksum: SHA-256 of the content; "" for one that was not read from a file.
+    """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any]
@@ -40,42 +64,55 @@ class Checkpoint:
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], images: int) -> None:
-    """Write a checkpoint in place of what is there.
+    """Write a checkpoint, replacing the file that was there.
+
+    Args:
+        path: the file.
+        tensors: the tensors by name, on any device.
+        config: description that is stored with them; must be JSON.
+        images: number of images seen in training.
 
     Raises:
-        OSError: the disk is full, or cannot be written; what was there before is untouched.
+        OSError: the disk is full or not writable; the previous file is untouched.
     """
     # cloned: safetensors refuses tensors that share memory, as tied weights do
-    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    cloned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "config": json.dumps(config), "images": str(images)}
-    metadata["checksum"] = checksum(whole, metadata)
-    with replacing(path) as beside:
-        save_file(whole, beside, metadata)
+    metadata["checksum"] = checksum(cloned, metadata)
+    with atomic_path(path) as temporary:
+        save_file(cloned, temporary, metadata)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place to write what shall stand at `path`: it takes its place when all of it is on the disk, or not at all.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Context with a temporary path to write to, which is renamed to `path` at the end if nothing failed.
+
+    Args:
+        path: the file to write or replace.
 
     Raises:
-        OSError: it could not be written; what was at `path` before is untouched.
+        OSError: the file could not be written; the previous file is untouched.
     """
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        yield beside
-        with beside.open("rb+") as file:
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        beside.chmod(0o666 & ~_umask())  # safetensors leaves its files to their owner alone
-        beside.replace(path)
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes its files readable by their owner only
+        temporary.replace(path)
         _sync_folder(path.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write {path} ({error}); what was there before is untouched") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:
-    """For JSON, which knows no infinity and no nan: they become null."""
+    """A value for JSON, which has no infinity and no NaN: both become null.
+
+    Args:
+        value: numbers, strings, lists and dictionaries, nested in any way.
+    """
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -83,48 +120,56 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text (UTF-8) in place of what is there.
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a text (UTF-8), replacing the file that was there.
+
+    Args:
+        path: the file.
+        text: its new content.
 
     Raises:
-        OSError: it could not be written; what was there before is untouched.
+        OSError: the file could not be written; the previous file is untouched.
     """
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def create_text(path: Path, text: str) -> None:
-    """Write a text (UTF-8) where nothing is yet: it appears whole, and of several writers at once one succeeds.
+    """Write a text (UTF-8) to a new file, which appears complete; if several processes try at once, one succeeds.
+
+    Args:
+        path: the file, which must not exist.
+        text: its content.
 
     Raises:
-        FileExistsError: something is there.
-        OSError: it could not be written; then nothing is there.
+        FileExistsError: the file exists.
+        OSError: the file could not be written, and does not exist.
     """
-    # one name for each writer: two machines may share a folder and the number of a process
-    beside = path.with_name(f".{os.getpid()}{secrets.randbelow(10**12):012d}.{path.name}")
+    # a name of its own for each writer: two machines may share the folder and the number of a process
+    temporary = path.with_name(f".{os.getpid()}{secrets.randbelow(10**12):012d}.{path.name}")
     try:
-        beside.write_text(text, encoding="utf-8")
-        with beside.open("rb+") as file:
+        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        _name_once(beside, path)
+        _rename_to_new(temporary, path)
         _sync_folder(path.parent)
     except FileExistsError:
         raise
     except OSError as error:
         raise OSError(f"could not write {path} ({error})") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
-def _name_once(file: Path, name: Path) -> None:
-    """Give a file a name that nothing has: a second one, or where files cannot have two, behind a lock."""
+def _rename_to_new(file: Path, name: Path) -> None:
+    """Give a file a name that does not exist yet: with a hard link, or behind a lock where there are no hard links."""
     try:
         os.link(file, name)
         return
     except FileExistsError:
         raise
     except OSError:
-        pass  # a file system without hard links, or one that says so below
+        pass  # the file system has no hard links, or another error that will occur again below
     lock = name.with_name(f".{name.name}.lock")
     try:
         os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
@@ -141,21 +186,26 @@ def _name_once(file: Path, name: Path) -> None:
 def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Read a checkpoint.
 
+    Args:
+        path: the file.
+        device: device of the tensors.
+
     Raises:
-        CheckpointError: there is none, it is another program's, cut short, or damaged.
+        CheckpointError: the file does not exist, belongs to another program or another version, was cut short, or is
+            damaged.
     """
     while True:
-        before = _written(path)
+        before = _file_identity(path)
         try:
             return _read(path, device)
         except CheckpointError:
-            # the header is read first, and then the tensors: a run that saves in between has put another file here
-            if _written(path) == before:
+            # the header is read before the tensors, and a run that saves in between replaces the file: try again
+            if _file_identity(path) == before:
                 raise
 
 
-def _written(path: Path) -> tuple[int, int]:
-    """What tells a file from another that takes its place."""
+def _file_identity(path: Path) -> tuple[int, int]:
+    """Numbers that change when the file is replaced."""
     try:
         found = path.stat()
     except OSError:
@@ -169,22 +219,53 @@ def _read(path: Path, device: str | torch.device) -> Checkpoint:
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{path} is a safetensors file, but no checkpoint of the format {FORMAT}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            _check_format(path, metadata.get("format", ""))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a mapping)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no checkpoint, or was cut short: {error}") from None
-    written = metadata.pop("checksum", "")
-    if written != checksum(tensors, metadata):
-        raise CheckpointError(f"{path} is damaged: it does not have the checksum that was written with it")
+        raise CheckpointError(f"{path} is not a checkpoint, or was cut short: {error}") from None
+    stored = metadata.pop("checksum", "")
+    if stored != checksum(tensors, metadata):
+        raise CheckpointError(f"{path} is damaged: its content does not match the checksum in it")
     try:
-        return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]), written)
+        return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]), stored)
     except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not say what it is a checkpoint of: {error!r}") from None
+        raise CheckpointError(f"{path} has no valid description of its tensors: {error!r}") from None
+
+
+def _check_format(path: Path, found: str) -> None:
+    """Refuse other programs' files and other versions of this format."""
+    if found == FORMAT:
+        return
+    if version := re.fullmatch(r"stablefield/(\d{1,9})", found):
+        raise CheckpointError(other_version(path, int(version[1])))
+    raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint of the format {FORMAT}")
+
+
+def other_version(path: Path, version: int) -> str:
+    """The message about a file that another version of this package wrote, in one line.
+
+    Args:
+        path: the file.
+        version: its format version.
+    """
+    if version < FORMAT_VERSION:
+        return (
+            f"{path} was written by an earlier version (format {version}) and cannot be read; train it again or use "
+            "the version that wrote it"
+        )
+    return (
+        f"{path} was written by a later version (format {version}), and this one reads format {FORMAT_VERSION}; "
+        "upgrade stablefield"
+    )
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """SHA-256 over the metadata and over names, types, shapes and bytes of all tensors, in the order of their names."""
+    """SHA-256 of the metadata and of names, types, shapes and bytes of all tensors, in the order of their names.
+
+    Args:
+        tensors: the tensors by name.
+        metadata: strings that are stored with them.
+    """
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -201,7 +282,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    # a rename is only on the disk once its folder is
+    # a rename is on the disk only once its folder is
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

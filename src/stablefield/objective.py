@@ -1,9 +1,9 @@
-"""What is minimised: the weighted squared error of the denoiser against a target.
+"""Training objective: the weighted squared error of the denoiser against a target.
 
-    loss = mean over rows of weight(t) ||D(x_t, t) - target||^2 / dim,      x -> t -> x_t -> target
+    loss = mean over examples of weight(t) ||D(x_t, t) - target||^2 / dim,      x -> t -> x_t -> target
 
-The target decides what is taught (a single sample, a reference batch, all data); the denoiser, the weight and the
-loop never ask which.
+The target estimator decides the variance of the loss (DSM, STF, nearest neighbours, exact); the denoiser, the weight
+and the training loop do not depend on it.
 """
 
 from abc import ABC, abstractmethod
@@ -13,76 +13,112 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
 from stablefield.denoise import Denoiser
-from stablefield.parametrize import HEADS, coefficients
-from stablefield.posterior import Posterior
-from stablefield.process import Perturbed, Process
-from stablefield.target import TargetEstimator
-from stablefield.times import Times
+from stablefield.kernel import Posterior
+from stablefield.prediction import canonical_prediction_type, coefficients
+from stablefield.process import NoisyBatch, Process
+from stablefield.targets import TargetEstimator
+from stablefield.times import TimeDistribution
 
-Answer = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+__all__ = [
+    "DenoiserFunction",
+    "EDMWeight",
+    "LikelihoodWeight",
+    "LossReport",
+    "LossWeight",
+    "MinSNRWeight",
+    "Objective",
+    "PredictionWeight",
+    "SNRWeight",
+    "VelocityWeight",
+]
+
+DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]  # as Denoiser.forward
 
 
-class Weight(ABC):
-    """How much an error in x counts at a time of a process."""
+class LossWeight(ABC):
+    """Base class of loss weights."""
 
     @abstractmethod
     def __call__(self, process: Process, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """The factor on the squared error of E[x | x_t]."""
+        """The weight of the squared error of E[x | x_t].
+
+        Args:
+            process: the process that made x_t.
+            t: time of each example.
+        """
 
 
 @dataclass(frozen=True)
-class EDMWeight(Weight):
-    """1 / c_out^2 of EDM's scalings: errors of the network itself count alike (Karras et al. 2022, table 1)."""
+class EDMWeight(LossWeight):
+    """EDM's weight 1 / c_out^2: a unit weight on the error of the network's own output (Karras et al. 2022, table 1).
+
+    Attributes:
+        sigma_data: standard deviation of the data, as in `EDMPreconditioning`.
+    """
 
     sigma_data: float = 0.5
 
+    @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:
         return 1 / self.sigma_data**2 + _signal_to_noise(process, t)
 
 
 @dataclass(frozen=True)
-class NoiseWeight(Weight):
-    """(alpha / sigma)^2: errors of the predicted noise count alike (Ho et al. 2020, eq. 14)."""
+class SNRWeight(LossWeight):
+    """The signal-to-noise ratio (alpha / sigma)^2: a unit weight on errors of epsilon (Ho et al. 2020, eq. 14)."""
 
+    @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:
         return _signal_to_noise(process, t)
 
 
 @dataclass(frozen=True)
-class VelocityWeight(Weight):
-    """1 / sigma^2: errors of rectified flow's velocity, noise - x, count alike (Lipman et al. 2023, eq. 23)."""
+class VelocityWeight(LossWeight):
+    """1 / sigma^2: a unit weight on errors of rectified flow's velocity noise - x (Lipman et al. 2023, eq. 23)."""
 
+    @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:
         return process.scales(t)[1] ** -2
 
 
 @dataclass(frozen=True)
-class HeadWeight(Weight):
-    """(c / a)^2 of `parametrize`: errors of one head count alike, for any process.
+class PredictionWeight(LossWeight):
+    """(c / a)^2 of `stablefield.prediction`: a unit weight on errors of one prediction type, for any process.
 
-    The usual weighting of a network that `Predicts` this head: 1 for x0, `NoiseWeight` for noise, `VelocityWeight`
-    for the velocity of a flow, and for v in VP the SNR + 1 of Salimans & Ho 2022, section 4.
+    The usual weight of a network with `NoPreconditioning(prediction_type)`: 1 for x0, `SNRWeight` for epsilon,
+    `VelocityWeight` for the velocity of a flow, and for v in VP the SNR + 1 of Salimans & Ho 2022, section 4.
+
+    Attributes:
+        prediction_type: the type; diffusers' names are replaced by those of `PREDICTION_TYPES`.
 
     Raises:
-        ValueError: there is no such head.
+        ValueError: the prediction type is unknown.
     """
 
-    head: str
+    prediction_type: str
 
     def __post_init__(self) -> None:
-        if self.head not in HEADS:
-            raise ValueError(f"no head is called {self.head!r}; there are {', '.join(HEADS)}")
+        object.__setattr__(self, "prediction_type", canonical_prediction_type(self.prediction_type))
 
+    @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:
-        a, _, c = coefficients(self.head, process, t)
+        a, _, c = coefficients(self.prediction_type, process, t)
         return (c / a) ** 2
 
 
 @dataclass(frozen=True)
-class MinSNR(Weight):
-    """min(SNR, gamma), SNR = (alpha / sigma)^2: low noise is not worth more than gamma (Hang et al. 2023, eq. 8)."""
+class MinSNRWeight(LossWeight):
+    """min(SNR, gamma) with SNR = (alpha / sigma)^2: bounds the weight of low noise (Hang et al. 2023, eq. 8).
+
+    Attributes:
+        gamma: the largest weight.
+
+    Raises:
+        ValueError: gamma is not positive.
+    """
 
     gamma: float = 5.0
 
@@ -90,18 +126,20 @@ class MinSNR(Weight):
         if not self.gamma > 0:
             raise ValueError(f"gamma must be positive, not {self.gamma}")
 
+    @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:
         return _signal_to_noise(process, t).clamp(max=self.gamma)
 
 
 @dataclass(frozen=True)
-class LikelihoodWeight(Weight):
+class LikelihoodWeight(LossWeight):
     """g(t)^2 on the error of the score: with t uniform, a bound on the likelihood (Song, Durkan et al. 2021, th. 1).
 
-    g^2 = 2 sigma (sigma' - sigma alpha' / alpha) is the noise rate of the process. On errors in x that makes
-    -d SNR / dt (Kingma et al. 2021, eq. 17), which stays finite where alpha = 0 and g does not.
+    g^2 = 2 sigma (sigma' - sigma alpha' / alpha) is the squared diffusion coefficient of the process. On errors of x
+    the weight is -d SNR / dt (Kingma et al. 2021, eq. 17), which is finite where alpha = 0 although g is not.
     """
 
+    @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:
         (alpha, sigma), (d_alpha, d_sigma) = process.scales(t), process.rates(t)
         return 2 * alpha * (alpha * d_sigma - sigma * d_alpha) / sigma**3
@@ -114,34 +152,34 @@ def _signal_to_noise(process: Process, t: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class LossReport:
-    """One batch's loss, and what there is to see in it.
+    """The loss of a batch and its per-example values.
 
     Attributes:
-        loss: mean over the batch, with its gradient.
-        each: loss of each row, weighted.
-        t: time of each row.
-        ess: effective number of members in each row's target.
+        loss: mean over the batch, with gradient.
+        losses: weighted loss of each example, with gradient.
+        t: time of each example.
+        ess: effective sample size of each example's target.
     """
 
     loss: Float[Tensor, ""]
-    each: Float[Tensor, "B"]
+    losses: Float[Tensor, "B"]
     t: Float[Tensor, "B"]
     ess: Float[Tensor, "B"]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """x -> t -> x_t -> target -> loss, for the process of the denoiser it is asked about.
+    """The training objective x -> t -> x_t -> target -> loss, for the process of the denoiser.
 
     Attributes:
-        times: density of t.
-        target: what the denoiser should answer.
-        weight: how much its error counts.
+        times: distribution of t (noise distribution).
+        target: estimator of the target E[x | x_t].
+        weight: weight of the squared error at each time.
     """
 
-    times: Times
+    times: TimeDistribution
     target: TargetEstimator
-    weight: Weight
+    weight: LossWeight
 
     def __call__(
         self,
@@ -150,36 +188,40 @@ class Objective:
         *,
         index: Int[Tensor, "B"] | None = None,
         label: Int[Tensor, "B"] | None = None,
-        augmentation: Float[Tensor, "B A"] | None = None,
-        number: Int[Tensor, "B"] | None = None,
+        augment_label: Float[Tensor, "B A"] | None = None,
+        image_number: Int[Tensor, "B"] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossReport:
-        """The loss of a batch, all of it in one call.
+        """The loss of a batch of clean data.
 
         Args:
+            denoiser: the denoiser to train.
             x: clean data.
-            index: which members of the data set the rows are (targets with references need it).
-            label: what the denoiser is told of each row (-1: nothing); confines the references too.
-            augmentation: how the rows were transformed, where the denoiser is told.
-            number: which images of the run the rows are (targets from a rolling bank need it).
-            generator: source of t, noise and references, in this order: the first two do not depend on the target.
-                On the CPU, so that a step is the same step on every device.
+            index: position of each example in the pool; targets with references need it.
+            label: class that the denoiser is conditioned on, -1 for none; references have the same class.
+            augment_label: augmentation that the denoiser is conditioned on; references are seen through the same map.
+            image_number: number of each example among the images of the run; targets whose references are recent
+                batches need it.
+            generator: CPU generator of t, noise and references, in this order, so that the first two do not depend on
+                the target and none on the device. By default torch's global one.
         """
         t = self.times.draw(len(x), generator).to(x)
         noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
         noisy = denoiser.process.perturb(
-            x, t, noise, label=label, index=index, augmentation=augmentation, number=number
+            x, t, noise, label=label, index=index, augment_label=augment_label, image_number=image_number
         )
         return self.loss(denoiser, denoiser.process, noisy, self.target(noisy, generator=generator))
 
-    def loss(self, denoiser: Answer, process: Process, noisy: Perturbed, target: Posterior) -> LossReport:
-        """The loss of rows whose noise and target are known.
+    def loss(self, denoiser: DenoiserFunction, process: Process, noisy: NoisyBatch, target: Posterior) -> LossReport:
+        """The loss of a noisy batch whose target is given.
 
         Args:
-            denoiser: called as one; a `Denoiser`, or what a distributed or compiled one is wrapped in.
-            process: what made x_t of x.
+            denoiser: a `Denoiser`, or a module that wraps one (distributed, compiled) and is called the same way.
+            process: the process that made the batch.
+            noisy: the batch.
+            target: the target of each example.
         """
-        answer = denoiser(noisy.x_t, noisy.t, noisy.label, noisy.augmentation)
-        error = (answer - target.mean).square().flatten(1).mean(1)
-        each = self.weight(process, noisy.t).to(error.dtype) * error
-        return LossReport(each.mean(), each, noisy.t, target.ess)
+        output = denoiser(noisy.x_t, noisy.t, noisy.label, noisy.augment_label)
+        error = (output - target.mean).square().flatten(1).mean(1)
+        losses = self.weight(process, noisy.t).to(error.dtype) * error
+        return LossReport(losses.mean(), losses, noisy.t, target.ess)

@@ -1,10 +1,10 @@
-"""How data turns into noise.
+"""Forward processes: how data x turn into noise.
 
     x_t = alpha_t x + sigma_t noise,      noise ~ N(0, I)
 
-A `Process` is the pair (alpha, sigma) as functions of t, and the inverse of their ratio. Nothing else is needed:
-weights of a posterior, scalings of a network and the steps of a sampler follow from these two numbers. A process
-with alpha > 0 is the variance-exploding one in disguise: x_t / alpha is data plus noise of level sigma / alpha.
+A `Process` is the pair (alpha, sigma) as functions of t, and the inverse of their ratio. Posterior weights, the
+preconditioning of a network and the steps of a sampler follow from these two numbers. A process with alpha > 0 is
+the variance-exploding one rescaled: x_t / alpha is x plus noise of level sigma / alpha.
 
 | process  | alpha                                   | sigma             | source                               |
 |----------|-----------------------------------------|-------------------|--------------------------------------|
@@ -14,7 +14,7 @@ with alpha > 0 is the variance-exploding one in disguise: x_t / alpha is data pl
 | `Cosine` | cos(pi t / 2)                           | sin(pi t / 2)     | Nichol & Dhariwal 2021               |
 | `Flow`   | 1 - t                                   | t                 | Liu et al. 2022; Lipman et al. 2023  |
 
-t runs from 0 (data) to 1, for VE without end.
+t runs from 0 (data) to 1; VE's t has no upper bound.
 """
 
 import math
@@ -26,49 +26,79 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from typing_extensions import override
+
+__all__ = ["VE", "VP", "BatchRecord", "Cosine", "Flow", "NoisyBatch", "Process", "SubVP", "per_example", "pick"]
 
 
-def per_row(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
-    """A number or a truth a row, shaped to meet `like`: (B,) becomes (B, 1, ..., 1), numbers in its type."""
+def per_example(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
+    """One value per example, reshaped from (B,) to (B, 1, ..., 1) so that it broadcasts against `like`.
+
+    Args:
+        value: numbers or booleans, one per example.
+        like: the tensor to broadcast against; numbers are cast to its type.
+    """
     value = value if value.dtype == torch.bool else value.to(like.dtype)
     return value.reshape(-1, *[1] * (like.ndim - 1))
 
 
-Record = TypeVar("Record", bound="Rows")
+Record = TypeVar("Record", bound="BatchRecord")
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """A record of what is known of some rows: tensors with a row each, or None."""
+class BatchRecord:
+    """Base class of records whose fields are tensors with one entry per example, or None."""
 
-    def each(self: Record, change: Callable[[Tensor], Tensor]) -> Record:
-        """The record with all that is known changed alike."""
-        known = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(value) for name, value in known.items() if value is not None})
+    def map(self: Record, function: Callable[[Tensor], Tensor]) -> Record:
+        """A copy of the record with a function applied to every field that is not None.
 
-    def rows(self: Record, rows: Int[Tensor, "b"] | slice) -> Record:
-        """Some of the rows."""
-        return self.each(lambda value: pick(value, rows))
+        Args:
+            function: maps a tensor (B, ...) to the tensor that replaces it.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: function(value) for name, value in values.items() if value is not None})
+
+    def select(self: Record, index: Int[Tensor, "b"] | slice) -> Record:
+        """The record of some of the examples.
+
+        Args:
+            index: positions in the batch, on any device, or a slice of them.
+        """
+        return self.map(lambda value: pick(value, index))
 
     @classmethod
-    def joined(cls: type[Record], records: Sequence[Record]) -> Record:
-        """The rows of some records as one record; in all of them the same must be known."""
+    def concatenate(cls: type[Record], records: Sequence[Record]) -> Record:
+        """One record of the examples of several.
+
+        Args:
+            records: at least one; a field that is None in one of them must be None in all.
+        """
         if len(records) == 1:
             return records[0]
-        found: dict[str, Any] = {}
+        joined: dict[str, Any] = {}
         for name in (field.name for field in fields(cls)):
             values = [getattr(record, name) for record in records]
-            found[name] = None if all(value is None for value in values) else torch.cat(values)
-        return cls(**found)
+            joined[name] = None if all(value is None for value in values) else torch.cat(values)
+        return cls(**joined)
 
 
 @dataclass(frozen=True, eq=False)
-class Perturbed(Rows):
-    """A batch on its way: what it was, what was added, what came out. The record that travels.
+class NoisyBatch(BatchRecord):
+    """A noisy batch: the data, the noise that was added, the result, and what each example is conditioned on.
 
-    `index` says which members of the data set the rows of `x` are (on the CPU, where references are drawn),
-    `label` what the network is told of them (-1: nothing), `augmentation` how they were transformed, `number` which
-    images of the run they are.
+    Attributes:
+        x: clean data, the sources.
+        noise: standard normal noise.
+        t: time of each example.
+        alpha: scale of the data at t.
+        sigma: scale of the noise at t.
+        x_t: alpha x + sigma noise.
+        label: class of each example; -1 (`NULL_LABEL`) is trained without label. None if the data have no labels.
+        index: position of each source in the pool, on the CPU, where references are drawn. Targets with references
+            need it.
+        augment_label: the augmentation of each example, as the network is conditioned on it; None without one.
+        image_number: number of each example among the images of the run, from 0. Targets whose references are recent
+            batches need it.
     """
 
     x: Float[Tensor, "B *D"]
@@ -79,33 +109,54 @@ class Perturbed(Rows):
     x_t: Float[Tensor, "B *D"]
     label: Int[Tensor, "B"] | None = None
     index: Int[Tensor, "B"] | None = None
-    augmentation: Float[Tensor, "B A"] | None = None
-    number: Int[Tensor, "B"] | None = None
+    augment_label: Float[Tensor, "B A"] | None = None
+    image_number: Int[Tensor, "B"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
 
-def pick(values: Shaped[Tensor, "B *D"], rows: Int[Tensor, "b"] | slice) -> Tensor:
-    """Some of the rows, whatever devices both are on."""
-    return values[rows if isinstance(rows, slice) else rows.to(values.device)]
+def pick(values: Shaped[Tensor, "B *D"], index: Int[Tensor, "b"] | slice) -> Tensor:
+    """`values[index]`, where the two may be on different devices.
+
+    Args:
+        values: one entry per example.
+        index: positions in `values`, or a slice of them.
+    """
+    return values[index if isinstance(index, slice) else index.to(values.device)]
 
 
 class Process(ABC):
-    """The pair (alpha, sigma) as functions of the time t: shape in, shape out."""
+    """Base class of forward processes: the pair (alpha, sigma) as functions of t.
 
-    limit: ClassVar[float] = 1.0  # the last t there is
+    Attributes:
+        t_max: the largest time.
+    """
+
+    t_max: ClassVar[float] = 1.0
 
     @abstractmethod
     def scales(self, t: Float[Tensor, "*S"]) -> tuple[Float[Tensor, "*S"], Float[Tensor, "*S"]]:
-        """(alpha, sigma) at t."""
+        """(alpha, sigma) at t.
+
+        Args:
+            t: times, of any shape.
+        """
 
     @abstractmethod
     def time(self, ratio: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-        """The t at which sigma / alpha equals `ratio`: the inverse that lets processes share noise levels."""
+        """The time at which sigma / alpha has a given value; it maps noise levels from one process to another.
+
+        Args:
+            ratio: noise levels sigma / alpha, of any shape.
+        """
 
     def rates(self, t: Float[Tensor, "*S"]) -> tuple[Float[Tensor, "*S"], Float[Tensor, "*S"]]:
-        """(d alpha / dt, d sigma / dt) at t, by forward-mode differentiation of `scales`."""
+        """(d alpha / dt, d sigma / dt) at t, by forward-mode differentiation of `scales`.
+
+        Args:
+            t: times, of any shape.
+        """
         return torch.func.jvp(self.scales, (t,), (torch.ones_like(t),))[1]
 
     def perturb(
@@ -116,39 +167,60 @@ class Process(ABC):
         *,
         label: Int[Tensor, "B"] | None = None,
         index: Int[Tensor, "B"] | None = None,
-        augmentation: Float[Tensor, "B A"] | None = None,
-        number: Int[Tensor, "B"] | None = None,
-    ) -> Perturbed:
-        """x_t = alpha_t x + sigma_t noise, in a record that remembers all of it."""
+        augment_label: Float[Tensor, "B A"] | None = None,
+        image_number: Int[Tensor, "B"] | None = None,
+    ) -> NoisyBatch:
+        """The noisy batch x_t = alpha_t x + sigma_t noise.
+
+        Args:
+            x: clean data.
+            t: time of each example.
+            noise: standard normal noise.
+            label: class of each example, as in `NoisyBatch`.
+            index: position of each example in the pool, as in `NoisyBatch`.
+            augment_label: augmentation of each example, as in `NoisyBatch`.
+            image_number: number of each example among the images of the run, as in `NoisyBatch`.
+        """
         alpha, sigma = self.scales(t)
-        x_t = per_row(alpha, x) * x + per_row(sigma, x) * noise
-        return Perturbed(x, noise, t, alpha, sigma, x_t, label, index, augmentation, number)
+        x_t = per_example(alpha, x) * x + per_example(sigma, x) * noise
+        return NoisyBatch(x, noise, t, alpha, sigma, x_t, label, index, augment_label, image_number)
 
 
 @dataclass(frozen=True)
 class VE(Process):
-    """Variance exploding: the data stays, noise of level t is added. EDM is this process (t = sigma)."""
+    """The variance-exploding process: x_t = x + t noise. EDM uses this process, with t = sigma."""
 
-    limit: ClassVar[float] = math.inf
+    t_max: ClassVar[float] = math.inf
 
+    @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
 
+    @override
     def time(self, ratio: Tensor) -> Tensor:
         return ratio
 
 
 @dataclass(frozen=True)
 class VP(Process):
-    """Variance preserving: alpha^2 + sigma^2 = 1, with beta(t) = beta_min + beta_d t (DDPM's linear schedule)."""
+    """The variance-preserving process: alpha^2 + sigma^2 = 1, with beta(t) = beta_min + beta_d t.
+
+    This is DDPM's linear schedule in continuous time (Song et al. 2021, eq. 33).
+
+    Attributes:
+        beta_min: beta at t = 0.
+        beta_d: growth of beta from t = 0 to t = 1.
+    """
 
     beta_min: float = 0.1
     beta_d: float = 19.9
 
+    @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = self._log_alpha(t)
         return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # expm1: sigma keeps its digits near t = 0
 
+    @override
     def time(self, ratio: Tensor) -> Tensor:
         return self._time_of(-0.5 * torch.log1p(ratio**2))
 
@@ -156,19 +228,26 @@ class VP(Process):
         return -0.25 * self.beta_d * t**2 - 0.5 * self.beta_min * t
 
     def _time_of(self, log_alpha: Tensor) -> Tensor:
-        # the root of beta_d t^2 / 2 + beta_min t + 2 log_alpha = 0, written without cancellation near t = 0
-        spent = -2 * log_alpha
-        return 2 * spent / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * spent).sqrt())
+        """The root of beta_d t^2 / 2 + beta_min t + 2 log_alpha = 0, written without cancellation near t = 0."""
+        integral = -2 * log_alpha  # of beta, from 0 to t
+        return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * integral).sqrt())
 
 
 @dataclass(frozen=True)
 class SubVP(VP):
-    """The sub-VP process: VP's alpha with the smaller noise sigma = 1 - alpha^2."""
+    """The sub-VP process: VP's alpha with the smaller noise sigma = 1 - alpha^2 (Song et al. 2021, eq. 29).
 
+    Attributes:
+        beta_min: beta at t = 0.
+        beta_d: growth of beta from t = 0 to t = 1.
+    """
+
+    @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = self._log_alpha(t)
         return log_alpha.exp(), -torch.expm1(2 * log_alpha)
 
+    @override
     def time(self, ratio: Tensor) -> Tensor:
         # alpha^2 + ratio alpha - 1 = 0 means 1 / alpha - alpha = ratio, so -log alpha = asinh(ratio / 2)
         return self._time_of(-torch.asinh(ratio / 2))
@@ -176,12 +255,14 @@ class SubVP(VP):
 
 @dataclass(frozen=True)
 class Cosine(Process):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): a quarter of the circle at constant speed."""
+    """The cosine process: alpha = cos(pi t / 2), sigma = sin(pi t / 2); variance preserving."""
 
+    @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         quarter = math.pi / 2
         return torch.sin((1 - t) * quarter), torch.sin(t * quarter)  # cos(pi t / 2) would lose its digits near t = 1
 
+    @override
     def time(self, ratio: Tensor) -> Tensor:
         return torch.atan(ratio) * (2 / math.pi)
 
@@ -190,8 +271,10 @@ class Cosine(Process):
 class Flow(Process):
     """Rectified flow: the straight line x_t = (1 - t) x + t noise."""
 
+    @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
+    @override
     def time(self, ratio: Tensor) -> Tensor:
         return 1 / (1 + 1 / ratio)  # right at both ends: 0 gives 0, infinity gives 1

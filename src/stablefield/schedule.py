@@ -1,4 +1,4 @@
-"""How the learning rate, and the averages of the weights, follow the images seen."""
+"""Schedules over the images seen: the learning rate, and the exponential moving averages of the weights."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,89 +8,114 @@ from typing import Literal
 import torch
 from torch import nn
 
+__all__ = ["EMA", "Decay", "LearningRate", "average_names"]
+
 Decay = Literal["none", "cosine", "inverse-sqrt"]
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A linear ramp, a plateau, and maybe a decay.
+    """Learning-rate schedule: a linear warmup, a plateau, and optionally a decay.
 
     Attributes:
-        peak: the rate between ramp and decay.
-        ramp: images it takes to get there.
+        peak: the rate between warmup and decay.
+        warmup: images over which the rate rises linearly from 0 to `peak`.
         decay: "none"; "cosine", half a wave from the peak to 0 (Loshchilov & Hutter 2017, eq. 5); or "inverse-sqrt",
-            peak sqrt(decay_from / images) (Karras et al. 2024, eq. 67).
-        decay_from: images after which it falls.
-        until: images at which a cosine reaches 0.
+            peak sqrt(decay_start / images) (Karras et al. 2024, eq. 67).
+        decay_start: images after which the rate decays.
+        total_images: images at which a cosine reaches 0; other decays do not need it.
 
     Raises:
-        ValueError: a decay without a beginning, or a cosine without an end after it.
+        ValueError: an inverse square root without `decay_start`, or a cosine that does not end after it starts.
     """
 
     peak: float = 1e-3
-    ramp: int = 0
+    warmup: int = 0
     decay: Decay = "none"
-    decay_from: int = 0
-    until: float = inf
+    decay_start: int = 0
+    total_images: float = inf
 
     def __post_init__(self) -> None:
-        if self.decay == "inverse-sqrt" and not self.decay_from > 0:
-            raise ValueError("a rate that falls as sqrt(decay_from / images) needs decay_from > 0")
-        if self.decay == "cosine" and not self.decay_from < self.until < inf:
-            raise ValueError(f"a cosine that starts after {self.decay_from} images cannot end after {self.until}")
+        if self.decay == "inverse-sqrt" and not self.decay_start > 0:
+            raise ValueError(f"inverse-sqrt decay needs decay_start > 0, not {self.decay_start}")
+        if self.decay == "cosine" and not self.decay_start < self.total_images < inf:
+            raise ValueError(
+                f"cosine decay needs decay_start < total_images < inf, not {self.decay_start} and {self.total_images}"
+            )
 
     def __call__(self, images: int) -> float:
-        """The rate of the step that ends after so many images."""
-        risen = min(1.0, images / self.ramp) if self.ramp else 1.0
-        return self.peak * risen * self._left(images)
+        """The learning rate of a training step.
 
-    def _left(self, images: int) -> float:
-        if self.decay == "none" or images <= self.decay_from:
+        Args:
+            images: images seen at the end of the step.
+        """
+        rise = min(1.0, images / self.warmup) if self.warmup else 1.0
+        return self.peak * rise * self._decayed(images)
+
+    def _decayed(self, images: int) -> float:
+        """The factor of the decay, from 1 down to 0."""
+        if self.decay == "none" or images <= self.decay_start:
             return 1.0
         if self.decay == "inverse-sqrt":
-            return (self.decay_from / images) ** 0.5
-        done = (images - self.decay_from) / (self.until - self.decay_from)
+            return (self.decay_start / images) ** 0.5
+        done = (images - self.decay_start) / (self.total_images - self.decay_start)
         return (1 + cos(pi * min(1.0, done))) / 2
 
 
 @dataclass(frozen=True)
 class EMA:
-    """An exponential moving average of the weights, whose samples are better than those of the last weights.
+    """An exponential moving average of the weights, used for sampling.
 
-    average <- beta average + (1 - beta) weights,      beta = 2^(-batch / half_life)
+    average <- beta average + (1 - beta) weights,      beta = 2^(-batch_size / half_life)
 
     Attributes:
-        half_life: images after which a weight counts half.
-        ramp_up: early on, the half-life is at most this share of the images seen (Karras et al. 2022, appendix F.1).
+        half_life: images after which the influence of a step has halved.
+        rampup_ratio: early in training the half-life is at most this share of the images seen (Karras et al. 2022,
+            appendix F.1).
     """
 
     half_life: float = 500_000
-    ramp_up: float = 0.05
+    rampup_ratio: float = 0.05
 
-    def decay(self, images: int, batch: int) -> float:
-        """beta for a batch that follows after so many images."""
-        half_life = min(self.half_life, self.ramp_up * images)
-        return 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+    def decay(self, images: int, batch_size: int) -> float:
+        """The factor beta of an update.
+
+        Args:
+            images: images seen before the step.
+            batch_size: images of the step, over all ranks.
+        """
+        half_life = min(self.half_life, self.rampup_ratio * images)
+        return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
 
     @torch.no_grad()
-    def update(self, average: nn.Module, model: nn.Module, images: int, batch: int) -> None:
-        """Move the average towards the model; buffers are copied."""
-        beta = self.decay(images, batch)
+    def update(self, average: nn.Module, model: nn.Module, images: int, batch_size: int) -> None:
+        """Move the averaged weights towards the model's; buffers are copied.
+
+        Args:
+            average: the module that holds the averages, changed in place.
+            model: the module that is trained.
+            images: images seen before the step.
+            batch_size: images of the step, over all ranks.
+        """
+        beta = self.decay(images, batch_size)
         torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - beta)
-        for kept, new in zip(average.buffers(), model.buffers(), strict=True):
-            kept.copy_(new)
+        for averaged, new in zip(average.buffers(), model.buffers(), strict=True):
+            averaged.copy_(new)
 
 
 def average_names(half_lives: Sequence[float]) -> list[str]:
-    """What the averages are called in a checkpoint: the first `average`, others by their half-lives.
+    """Names of the averages in a checkpoint: `average` for the first, the others by their half-lives.
 
     >>> average_names([500_000, 2_000_000])
     ['average', 'average-2000000']
 
+    Args:
+        half_lives: of the averages, in images.
+
     Raises:
-        ValueError: none, or two of the same half-life.
+        ValueError: there is no half-life, or two are equal.
     """
     names = [f"average-{half_life:.0f}" for half_life in half_lives]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"averages need half-lives that differ, and at least one, not {list(half_lives)}")
+        raise ValueError(f"need at least one half-life, all different, not {list(half_lives)}")
     return ["average", *names[1:]]

@@ -1,7 +1,7 @@
-"""Randomness is an argument: every generator comes from a seed and the name of what it is for.
+"""Seeding: every random generator is derived from a seed and the name of its purpose.
 
-A step's generator follows from (seed, images seen), an epoch's order from (seed, epoch), an image's from its own
-seed. So nothing random has to be saved, and nothing depends on what happened to be drawn before.
+A training step's generator is derived from (seed, images seen), an epoch's order from (seed, epoch), and a sample's
+from its own seed. So no generator state has to be saved, and no draw depends on earlier draws.
 """
 
 import hashlib
@@ -9,28 +9,44 @@ from collections.abc import Sequence
 
 import torch
 
-MOST_SEEDS = 10_000_000
+__all__ = ["MAX_SEEDS", "derive", "format_seeds", "generator", "parse_seeds"]
+
+MAX_SEEDS = 10_000_000  # in one list; more is taken for a typing error
 
 
 def derive(seed: int, *names: str | int) -> int:
-    """A 64-bit seed for one purpose, unrelated to those of all others."""
+    """A 63-bit seed for one purpose, independent of the seeds of all other purposes.
+
+    Args:
+        seed: the seed of the run.
+        *names: the purpose, for example `"step", 5`.
+    """
     text = "/".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:
-    """A CPU generator for one purpose."""
+    """A CPU generator for one purpose.
+
+    Args:
+        seed: the seed of the run.
+        *names: the purpose, as in `derive`.
+    """
     return torch.Generator().manual_seed(derive(seed, *names))
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Seeds as people write them, each once.
+    """The seeds of a comma-separated list of numbers and ranges, without repetitions.
 
     >>> parse_seeds("0,3,8-11")
     [0, 3, 8, 9, 10, 11]
 
+    Args:
+        text: the list; both ends of a range are included.
+
     Raises:
-        ValueError: not numbers and ranges, a range that runs backwards, or more than ten million seeds.
+        ValueError: an entry is not a number or a range, a range has its larger end first, or there are more than ten
+            million seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -38,20 +54,23 @@ def parse_seeds(text: str) -> list[int]:
         try:
             span = range(int(first), int(last if dash else first) + 1)
         except ValueError:
-            raise ValueError(f"seeds look like 0-63 or 0,3,8-15, not {text!r}") from None
+            raise ValueError(f"seeds must be numbers and ranges like 0-63 or 0,3,8-15, not {text!r}") from None
         if not span:
-            raise ValueError(f"the range {part.strip()!r} of seeds runs backwards")
-        if len(seeds) + len(span) > MOST_SEEDS:
-            raise ValueError(f"{text!r} asks for more than {MOST_SEEDS:,} seeds at once")
+            raise ValueError(f"the range of seeds {part.strip()!r} is empty: write the smaller seed first")
+        if len(seeds) + len(span) > MAX_SEEDS:
+            raise ValueError(f"{text!r} has more than {MAX_SEEDS:,} seeds")
         seeds.extend(span)
     return list(dict.fromkeys(seeds))
 
 
 def format_seeds(seeds: Sequence[int]) -> str:
-    """Seeds as people write them; the inverse of `parse_seeds`.
+    """Seeds as a comma-separated list of numbers and ranges; the inverse of `parse_seeds`.
 
     >>> format_seeds([0, 3, 8, 9, 10, 11])
     '0,3,8-11'
+
+    Args:
+        seeds: the seeds; consecutive ones become a range.
     """
     spans: list[list[int]] = []
     for seed in seeds:

@@ -1,9 +1,9 @@
-"""When to train: densities of t, each given by its quantile.
+"""Distributions of t (noise distributions) for training, each given by its quantile function.
 
     t = Q(u),      u ~ U(0, 1)
 
-One function a density is all that is needed: `draw` feeds it uniform numbers, `Stratified` feeds it evenly spread
-ones, and the share of training above some noise level can be read off.
+The quantile function is all that is needed: `TimeDistribution.draw` applies it to independent uniform numbers,
+`Stratified` to evenly spaced ones, and the share of training above a noise level can be read off.
 """
 
 import math
@@ -13,43 +13,77 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
 from stablefield.process import VP
 
+__all__ = ["LogNormal", "LogUniform", "LogitNormal", "Stratified", "TimeDistribution", "Uniform", "VPLevels"]
 
-class Times(ABC):
-    """A density of t, by its quantile function."""
+
+class TimeDistribution(ABC):
+    """Base class of distributions of t."""
 
     @abstractmethod
     def quantile(self, u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """The t below which a share u of the density lies, u in (0, 1)."""
+        """The t below which a share u of the distribution lies.
+
+        Args:
+            u: numbers in (0, 1).
+        """
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n"]:
-        """n independent times (float64, on the CPU)."""
-        return self.quantile(self.levels(n, generator).clamp(min=2.0**-54))  # u = 0 is drawn once in 2^53
+        """Draw the times of a batch (float64, on the CPU).
 
-    def levels(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n"]:
-        """The uniform numbers that `draw` hands to the quantile."""
+        Args:
+            n: number of times.
+            generator: source of randomness; by default torch's global one.
+        """
+        return self.quantile(self.uniform(n, generator).clamp(min=2.0**-54))  # u = 0 is drawn once in 2^53
+
+    def uniform(self, n: int, generator: torch.Generator | None) -> Float[Tensor, "n"]:
+        """Draw the uniform numbers to which `draw` applies the quantile function (float64, on the CPU).
+
+        Args:
+            n: number of times.
+            generator: source of randomness; None is torch's global one.
+        """
         return torch.rand(n, dtype=torch.float64, generator=generator)
 
 
 @dataclass(frozen=True)
-class LogNormal(Times):
-    """ln t ~ N(mean, std^2). The defaults are EDM's noise levels for images (Karras et al. 2022, table 1)."""
+class LogNormal(TimeDistribution):
+    """ln t ~ N(mean, std^2). The defaults are EDM's noise levels for images (Karras et al. 2022, table 1).
+
+    Attributes:
+        mean: mean of ln t, P_mean.
+        std: standard deviation of ln t, P_std.
+
+    Raises:
+        ValueError: the mean is not finite or std is not positive.
+    """
 
     mean: float = -1.2
     std: float = 1.2
 
     def __post_init__(self) -> None:
-        _check_spread(self)
+        _check_normal(self)
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
         return (self.mean + self.std * torch.special.ndtri(u)).exp()
 
 
 @dataclass(frozen=True)
-class LogUniform(Times):
-    """ln t uniform between two bounds. The defaults are the VE noise levels of Song et al. 2021 in EDM's form."""
+class LogUniform(TimeDistribution):
+    """ln t uniform between two bounds. The defaults are the VE noise levels of Song et al. 2021 in EDM's form.
+
+    Attributes:
+        low: the smallest t.
+        high: the largest t.
+
+    Raises:
+        ValueError: not 0 < low < high.
+    """
 
     low: float = 0.02
     high: float = 100.0
@@ -58,13 +92,22 @@ class LogUniform(Times):
         if not 0 < self.low < self.high < math.inf:
             raise ValueError(f"log-uniform times need 0 < low < high, not low={self.low}, high={self.high}")
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
         return self.low * (u * math.log(self.high / self.low)).exp()
 
 
 @dataclass(frozen=True)
-class Uniform(Times):
-    """t uniform between two bounds. The defaults are VP's (t = 0 has no noise, hence no noise target)."""
+class Uniform(TimeDistribution):
+    """t uniform between two bounds. The defaults are VP's; at t = 0 epsilon and the score have no target.
+
+    Attributes:
+        low: the smallest t.
+        high: the largest t.
+
+    Raises:
+        ValueError: not 0 <= low < high.
+    """
 
     low: float = 1e-5
     high: float = 1.0
@@ -73,60 +116,77 @@ class Uniform(Times):
         if not 0 <= self.low < self.high < math.inf:
             raise ValueError(f"uniform times need 0 <= low < high, not low={self.low}, high={self.high}")
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
         return self.low + (self.high - self.low) * u
 
 
 @dataclass(frozen=True)
-class VPLevels(Times):
+class VPLevels(TimeDistribution):
     """The noise levels sigma / alpha of a VP process at uniform times, as times of VE (Karras et al. 2022, table 1).
 
     Attributes:
-        beta_d: growth of beta in that process.
+        beta_d: growth of beta over the VP process.
         beta_min: beta at its start.
-        low: its earliest time.
+        low: the earliest of the uniform times; the latest is 1.
     """
 
     beta_d: float = 19.9
     beta_min: float = 0.1
     low: float = 1e-5
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
         alpha, sigma = VP(self.beta_min, self.beta_d).scales(self.low + (1 - self.low) * u)
         return sigma / alpha
 
 
 @dataclass(frozen=True)
-class LogitNormal(Times):
-    """logit t ~ N(mean, std^2): flow matching's preference for the middle (Esser et al. 2024, section 3.1)."""
+class LogitNormal(TimeDistribution):
+    """logit t ~ N(mean, std^2): flow matching with more weight on the middle (Esser et al. 2024, section 3.1).
+
+    Attributes:
+        mean: mean of logit t.
+        std: standard deviation of logit t.
+
+    Raises:
+        ValueError: the mean is not finite or std is not positive.
+    """
 
     mean: float = 0.0
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_spread(self)
+        _check_normal(self)
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
 
 @dataclass(frozen=True)
-class Stratified(Times):
-    """Another density, drawn evenly: row i of n gets its u from ((i - 1)/n, i/n), shifted by one number for all.
+class Stratified(TimeDistribution):
+    """Another distribution with a stratified draw: u_i = (i / n + shift) mod 1, with one random shift per batch.
 
-    Each time alone still has the density of `times`; the batch covers it better (Kingma et al. 2021, appendix I.1).
+    Each time has the distribution of `times`; together the n times of a batch cover it more evenly (Kingma et al.
+    2021, appendix I.1).
+
+    Attributes:
+        times: the distribution to draw from.
     """
 
-    times: Times
+    times: TimeDistribution
 
+    @override
     def quantile(self, u: Tensor) -> Tensor:
         return self.times.quantile(u)
 
-    def levels(self, n: int, generator: torch.Generator | None) -> Tensor:
+    @override
+    def uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
         shift = torch.rand(1, dtype=torch.float64, generator=generator)
         return (shift + torch.arange(n, dtype=torch.float64) / n) % 1
 
 
-def _check_spread(times: LogNormal | LogitNormal) -> None:
+def _check_normal(times: LogNormal | LogitNormal) -> None:
     if not (math.isfinite(times.mean) and 0 < times.std < math.inf):
-        raise ValueError(f"{type(times).__name__} needs a finite mean and 0 < std, not {times.mean} and {times.std}")
+        raise ValueError(f"{type(times).__name__} needs a finite mean and std > 0, not {times.mean} and {times.std}")

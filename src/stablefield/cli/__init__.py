@@ -1,41 +1,49 @@
-"""The command line. Each command is a file; here they come together, and errors become one plain message."""
+"""The command line: parsing and printing only, one module per command.
+
+`app` is the Typer application with all commands; `main` runs it and prints the user's mistakes as one line.
+"""
 
 import os
 import sys
 
 import typer
 
-from stablefield.cli.compare import compare
-from stablefield.cli.convert import convert
-from stablefield.cli.data import data
-from stablefield.cli.demo import demo
-from stablefield.cli.evaluate import evaluate
-from stablefield.cli.field import field
-from stablefield.cli.recipes import recipes
-from stablefield.cli.sample import sample
-from stablefield.cli.train import train
+from stablefield.cli import (
+    compare_command,
+    convert_command,
+    data_command,
+    demo_command,
+    evaluate_command,
+    field_command,
+    recipes_command,
+    sample_command,
+    train_command,
+)
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     help="""Train diffusion models with the Stable Target Field.
 
     \b
-    stablefield demo                                     the whole thing on handwritten digits, in two minutes
+    stablefield demo                                     train, sample, score and plot on handwritten digits
     stablefield train                                    digits, EDM, stable targets from 1,024 references
-    stablefield train --set target.kind=single           its twin with single-sample targets (DSM)
-    stablefield train --data images.npz                  your own data: a store, zip, folder, array, IDX file, tar
-    stablefield recipes                                  published settings
+    stablefield train --set target.kind=dsm              the same with DSM targets
+    stablefield train --data images.npz                  your data: a store, ZIP, folder, array, IDX file or tar
+    stablefield train --dry-run --set process.kind=flow  print the resolved configuration and exit
+    stablefield train --resume runs/digits-stf           resume a run
+    stablefield recipes                                  list the published settings
     stablefield train --recipe cifar10-ncsnpp-edm-stf --data cifar10-32x32.zip
-    stablefield train --dry-run --set process.kind=flow  all that would be used, without doing it
-    stablefield sample runs/digits-reference --seeds 0-63
+    stablefield sample runs/digits-stf --seeds 0-63
     stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
-    stablefield evaluate RUN --repeats 3                 distances to the data it was trained on, and memorisation
-    stablefield compare --out runs/compare               DSM, stable and exact targets side by side, and a report
+    stablefield evaluate RUN --repeats 3                 distances to the training data, and memorisation
+    stablefield compare --out runs/compare               train with DSM, stable and exact targets; write a report
     stablefield convert network-snapshot-200000.pkl runs/edm
     stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
-    stablefield field faces                              how much targets vary on them, and what to expect of STF
+    stablefield field faces                              variance of the targets, and what stable targets change
 
     A run is a folder: config.toml, checkpoint.safetensors, metrics.jsonl, samples/. In Python,
-    stablefield.load("runs/digits-reference") gives its denoiser.
+    stablefield.load("runs/digits-stf") returns its denoiser.
     """,
     no_args_is_help=True,
     add_completion=False,
@@ -43,20 +51,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
-app.command()(demo)
-app.command()(train)
-app.command()(recipes)
-app.command()(sample)
-app.command()(evaluate)
-app.command()(compare)
-app.command()(convert)
-app.command()(field)
-app.add_typer(data, name="data")
+app.command()(demo_command.demo)
+app.command()(train_command.train)
+app.command()(recipes_command.recipes)
+app.command()(sample_command.sample)
+app.command()(evaluate_command.evaluate)
+app.command()(compare_command.compare)
+app.command()(convert_command.convert)
+app.command()(field_command.field)
+app.add_typer(data_command.data, name="data")
 
 
 def main() -> None:
-    """Run a command; what the user can mend is said without a traceback."""
-    os.environ.setdefault("PYTHONSAFEPATH", "1")  # processes that this one starts: no modules of the current folder
+    """Run the command of `sys.argv`; print an error that the user can fix as one line instead of a traceback."""
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # child processes import no modules from the current folder
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,53 +1,55 @@
-"""Where data come from, and in which order they are seen."""
+"""Data sets: reading, storing and exporting them, augmentation, and the order in which a run sees its data."""
 
-from stablefield.data.augment import Augmentation, Augmented, EDMAugmentation, LabelDropout, Mirror, Plain
-from stablefield.data.batches import Batch, Batches, Shuffled
+from stablefield.data.augmentation import (
+    Augmentation,
+    AugmentedBatches,
+    EDMAugmentation,
+    LabelDropout,
+    Mirror,
+    NoAugmentation,
+)
+from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
-from stablefield.data.contents import Contents, Progress, content_hash, silent
+from stablefield.data.contents import Contents, DataSummary, Progress, content_hash, silent
 from stablefield.data.distances import NeighbourDistances
-from stablefield.data.forms import write_npz, write_zip
+from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
-from stablefield.data.images import CelebA, Images, Pictures
-from stablefield.data.rolling import Rolling
-from stablefield.data.search import FoundNeighbours
-from stablefield.data.sources import Arrays, Digits, Source, Unnamed, split
-from stablefield.data.store import Store, write
-from stablefield.data.summary import Summary
+from stablefield.data.images import CelebA, Images, ImageSource
+from stablefield.data.sources import Arrays, Digits, Source, UnknownData, split
+from stablefield.data.store import Store, write_store
 
 __all__ = [
     "CIFAR",
     "IDX",
     "Arrays",
     "Augmentation",
-    "Augmented",
+    "AugmentedBatches",
     "Batch",
-    "Batches",
+    "BatchSource",
     "CelebA",
     "Contents",
+    "DataSummary",
     "Digits",
     "EDMAugmentation",
-    "FoundNeighbours",
     "HuggingFace",
+    "ImageSource",
     "Images",
     "LabelDropout",
     "Mirror",
     "NeighbourDistances",
-    "Pictures",
-    "Plain",
+    "NoAugmentation",
     "Progress",
-    "Rolling",
-    "Shuffled",
+    "ShuffledBatches",
     "Source",
     "Store",
-    "Summary",
-    "Unnamed",
+    "UnknownData",
     "content_hash",
     "guess_kind",
     "silent",
     "split",
-    "write",
     "write_npz",
+    "write_store",
     "write_zip",
 ]

@@ -1,7 +1,7 @@
-"""In which order data are seen: epoch after epoch, each in its own random order.
+"""Batches of a run: one shuffled pass over the data per epoch.
 
-Image number p of a run is a function of (seed, p), so a batch is a function of (seed, images seen): nothing has to be
-remembered to continue where a run stopped, and each of several ranks can make its own rows of it.
+Image number p of a run is a function of (seed, p), so a batch is a function of (seed, images seen): a run resumes
+without any saved state of the data order, and each of several ranks can make its own part of a batch.
 """
 
 from abc import ABC, abstractmethod
@@ -12,36 +12,43 @@ from functools import lru_cache
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
-from stablefield.process import Rows
-from stablefield.reference import Pool
+from stablefield.pool import Pool
+from stablefield.process import BatchRecord
 from stablefield.seeding import generator
+
+__all__ = ["Batch", "BatchSource", "ShuffledBatches"]
 
 
 @dataclass(frozen=True, eq=False)
-class Batch(Rows):
-    """Clean data, and what is known of them.
+class Batch(BatchRecord):
+    """Clean training examples, before the noise is added.
 
     Attributes:
-        x: the data, as the network shall see them before the noise.
-        index: which members of the pool they are (on the CPU).
-        number: which images of the run they are, counted from 0 over all ranks (on the CPU): what is drawn for a row
-            is drawn for this number.
-        label: their classes (-1: not to be told), if the pool has any.
-        augmentation: how they were transformed, if the network is told.
+        x: the data, after augmentation.
+        index: index of each example in the pool (on the CPU).
+        image_number: number of each example in the run, counted from 0 over all ranks (on the CPU). Everything random
+            about an example depends on this number.
+        label: class of each example, `NULL_LABEL` for the null label; None if the pool has no labels.
+        augment_label: augmentation label of each example; None if the network is not conditioned on augmentations.
     """
 
     x: Float[Tensor, "B *D"]
     index: Int[Tensor, "B"]
-    number: Int[Tensor, "B"]
+    image_number: Int[Tensor, "B"]
     label: Int[Tensor, "B"] | None = None
-    augmentation: Float[Tensor, "B A"] | None = None
+    augment_label: Float[Tensor, "B A"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
     def to(self, device: torch.device) -> "Batch":
-        """What a network sees of it, on another device."""
+        """The batch with x and both labels on another device; index and image_number stay on the CPU.
+
+        Args:
+            device: the device that the network is on.
+        """
 
         def moved(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device, non_blocking=True)
@@ -50,66 +57,83 @@ class Batch(Rows):
             self,
             x=self.x.to(device, non_blocking=True),
             label=moved(self.label),
-            augmentation=moved(self.augmentation),
+            augment_label=moved(self.augment_label),
         )
 
     def generators(self, seed: int, purpose: str) -> Iterator[torch.Generator]:
-        """A generator for each row, which depends on its number and on nothing else."""
-        return (generator(seed, purpose, number) for number in self.number.tolist())
+        """One random generator per example, which depends only on its image number, the seed and the purpose.
+
+        Args:
+            seed: seed of the run.
+            purpose: name of the draw, so that different draws for an example are independent.
+        """
+        return (generator(seed, purpose, number) for number in self.image_number.tolist())
 
 
-class Batches(ABC):
-    """The batch that follows after so many images.
+class BatchSource(ABC):
+    """Base class of functions from the number of images seen to the next batch.
 
     Attributes:
-        size: images a step, over all ranks.
+        size: batch size, in examples per step over all ranks.
     """
 
     size: int
 
     @abstractmethod
     def __call__(self, images: int) -> Batch:
-        """This rank's rows of images number `images` to `images + size - 1`."""
+        """This rank's part of the batch of images number `images` to `images + size - 1`.
+
+        Args:
+            images: number of images that the run has seen, over all ranks.
+        """
 
 
 @dataclass(frozen=True)
-class Shuffled(Batches):
-    """Every member once an epoch, in an order of its own.
+class ShuffledBatches(BatchSource):
+    """Batches in which every data point occurs once per epoch, in a new random order each time.
 
     Attributes:
         pool: the data.
-        size: images a step, over all ranks; it may be larger than the pool.
-        seed: decides the order.
-        rank: which rank's rows.
-        ranks: how many ranks share a step.
+        size: batch size, in examples per step over all ranks; it may be larger than the pool.
+        seed: seed of the order.
+        rank: number of this rank, from 0.
+        world_size: number of ranks that share each batch.
 
     Raises:
-        ValueError: ranks cannot share a step evenly.
+        ValueError: the batch size is not divisible by the number of ranks.
     """
 
     pool: Pool
     size: int
     seed: int = 0
     rank: int = 0
-    ranks: int = 1
+    world_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.size % self.ranks:
-            raise ValueError(f"a batch of {self.size} cannot be shared evenly by {self.ranks} ranks")
+        if self.size % self.world_size:
+            raise ValueError(
+                f"a batch of {self.size} cannot be divided evenly among {self.world_size} ranks; "
+                f"choose a multiple of {self.world_size}"
+            )
 
+    @override
     def __call__(self, images: int) -> Batch:
-        share = self.size // self.ranks
+        share = self.size // self.world_size
         number = images + self.rank * share + torch.arange(share)
         index = self.order(number)
         return Batch(self.pool.take(index), index, number, self.pool.label(index))
 
-    def order(self, number: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
-        """Which members of the pool are these (consecutive) images of the run."""
+    def order(self, image_number: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+        """Indices in the pool of images of the run.
+
+        Args:
+            image_number: consecutive image numbers, ascending.
+        """
         total = len(self.pool)
-        first, last = int(number[0]) // total, int(number[-1]) // total
+        first, last = int(image_number[0]) // total, int(image_number[-1]) // total
         orders = [_order(self.seed, epoch, total) for epoch in range(first, last + 1)]
         # most batches lie within one epoch, whose order need not be copied
-        return (orders[0] if first == last else torch.cat(orders))[number - first * total]
+        return (orders[0] if first == last else torch.cat(orders))[image_number - first * total]
 
 
 @lru_cache(maxsize=4)

@@ -1,81 +1,159 @@
-"""What a data set holds, before it is anywhere: how many, which labels, and the data block by block when asked.
+"""Data sets that are yet to be read or written: their size and labels, and the data themselves in blocks.
 
-Everything that writes data (a store, a zip, an archive) eats these blocks, so nothing needs all of them in memory.
+Everything that writes data (a store, a ZIP file, an array archive) consumes these blocks, so that a data set is never
+in memory as a whole. The hash and the summary of a data set are computed in blocks too.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from jaxtyping import Int64, Shaped
+from torch import Tensor
 
-from stablefield.reference import ALL, Pool, Values
+from stablefield.pool import NULL_LABEL, Pool, Values
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-Blocks = Callable[[], Iterator[Shaped[np.ndarray, "n *D"]]]
-Progress = Callable[[int, int], None]  # (done, of how many)
+__all__ = ["Contents", "DataSummary", "Progress", "begin_hash", "content_hash", "end_hash", "silent", "slices"]
+
+Progress = Callable[[int, int], None]  # called with (done, total)
+
+_BLOCK = 256  # data points per block
 
 
 def silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Progress callback that does nothing.
+
+    Args:
+        done: number of items that are done.
+        total: number of items in all.
+    """
 
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """Data that are yet to be read.
+    """Data set that is read in blocks, anew on each use.
 
     Attributes:
-        count: how many members there are, N.
-        blocks: yields them in order, as uint8 or float32 of shape (n, *D); may be called again.
-        labels: the class of each, (N,), or None.
-        classes: names of the classes, in order, as far as they are known.
-        levels: how many values a byte takes.
-        values: what the data are, as of `Pool`; None: what suits their type.
+        count: number of data points, N.
+        blocks: returns an iterator over the data in order, as uint8 or float32 arrays (n, *D); it may be called more
+            than once.
+        labels: class of each data point, counted from 0; None for data without labels.
+        classes: names of the classes, as far as they are known.
+        num_levels: number of values of quantized (uint8) data; 256 for photographs.
+        values: "image" or "float", as in `Pool`; by default the type and shape decide.
     """
 
     count: int
-    blocks: Blocks
+    blocks: Callable[[], Iterator[Shaped[np.ndarray, "n *D"]]]
     labels: Int64[np.ndarray, "N"] | None = None
     classes: tuple[str, ...] = field(default=())
-    levels: int = 256
+    num_levels: int = 256
     values: Values | None = None
 
     @classmethod
-    def of(cls, pool: Pool, classes: tuple[str, ...] = ()) -> "Contents":
-        """What a pool holds."""
+    def from_pool(cls, pool: Pool, classes: tuple[str, ...] = ()) -> "Contents":
+        """The data of a pool.
+
+        Args:
+            pool: the data, or a view of them.
+            classes: names of the classes, if they are known.
+        """
         labels = None if pool.labels is None else pool.labels.cpu().numpy()
 
         def blocks() -> Iterator[Shaped[np.ndarray, "n *D"]]:
-            return (block.cpu().numpy() for block in pool.stored_blocks(ALL, 256))
+            return (block.cpu().numpy() for block in pool.stored_blocks(NULL_LABEL, _BLOCK))
 
-        return cls(len(pool), blocks, labels, classes, pool.levels, pool.values)
+        return cls(len(pool), blocks, labels, classes, pool.num_levels, pool.values)
 
 
-def slices(array: Shaped[np.ndarray, "N *D"], size: int = 256) -> Iterator[Shaped[np.ndarray, "n *D"]]:
-    """An array, a block after the other."""
+def slices(array: Shaped[np.ndarray, "N *D"], size: int = _BLOCK) -> Iterator[Shaped[np.ndarray, "n *D"]]:
+    """Views of consecutive parts of an array.
+
+    Args:
+        array: the data.
+        size: data points per part.
+    """
     return (array[start : start + size] for start in range(0, len(array), size))
 
 
 def content_hash(pool: Pool) -> str:
-    """SHA-256 over type, shape, levels, every value and every label: equal for equal data, wherever they came from."""
-    contents = Contents.of(pool)
+    """SHA-256 of the data and their labels: equal data have equal hashes, whatever file they were read from.
+
+    The type, the shape and num_levels are part of it. Whether data are images or floats is not.
+
+    Args:
+        pool: the data, or a view of them.
+    """
+    contents = Contents.from_pool(pool)
     dtype = np.dtype(str(pool.data.dtype).removeprefix("torch."))
-    digest = begin_hash(dtype, (len(pool), *pool.shape), pool.levels)
+    digest = begin_hash(dtype, (len(pool), *pool.shape), pool.num_levels)
     for block in contents.blocks():
         digest.update(np.ascontiguousarray(block).data)
     return end_hash(digest, contents.labels)
 
 
-def begin_hash(dtype: np.dtype, shape: tuple[int, ...], levels: int) -> "_Hash":
-    """A hash that knows what the bytes mean, and waits for them in order."""
-    return hashlib.sha256(f"{dtype.name} {tuple(shape)} {levels}".encode())
+def begin_hash(dtype: np.dtype, shape: tuple[int, ...], num_levels: int) -> "_Hash":
+    """First step of `content_hash`; then it must be updated with the bytes of all data, in order.
+
+    Args:
+        dtype: type of the data.
+        shape: (N, *D).
+        num_levels: number of values of quantized data.
+    """
+    return hashlib.sha256(f"{dtype.name} {tuple(shape)} {num_levels}".encode())
 
 
 def end_hash(digest: "_Hash", labels: Int64[np.ndarray, "N"] | None) -> str:
-    """The hash, once the labels are in it too."""
+    """Last step of `content_hash`: adds the labels and returns the hash in hexadecimal digits.
+
+    Args:
+        digest: hash of the data, from `begin_hash`.
+        labels: class of each data point; None for data without labels.
+    """
     digest.update(b"no labels" if labels is None else b"labels" + labels.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """Mean and spread of data as networks see them: bytes in [-1, 1], floats as they are.
+
+    Attributes:
+        mean: mean of all values.
+        std: standard deviation of all values around it, an estimate of `sigma_data`.
+        minimum: smallest value.
+        maximum: largest value.
+        class_counts: number of data points of each class; empty for data without labels.
+    """
+
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    class_counts: tuple[int, ...]
+
+    @classmethod
+    def from_pool(cls, pool: Pool) -> "DataSummary":
+        """The summary of a pool, in one pass over the data; sums are in float64.
+
+        Args:
+            pool: the data, or a view of them.
+        """
+        moments, ends = zip(*(_moments(block.double()) for block in pool.blocks(NULL_LABEL, _BLOCK)), strict=True)
+        total = len(pool) * math.prod(pool.shape)
+        first, second = (float(moment) / total for moment in torch.stack(moments).sum(0))
+        counts = () if pool.labels is None else tuple(torch.bincount(pool.labels).tolist())
+        low, high = float(torch.stack(ends)[:, 0].min()), float(torch.stack(ends)[:, 1].max())
+        return cls(first, max(0.0, second - first**2) ** 0.5, low, high, counts)
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the values and their squares, and the smallest and largest value."""
+    return torch.stack([values.sum(), values.square().sum()]), torch.stack(values.aminmax())

@@ -1,7 +1,7 @@
-"""Distances of each member to its nearest others, measured once and kept in the cache.
+"""Distances from each data point to its nearest others, measured once for a data set and kept in the cache.
 
-They belong to the data, not to a run: a file carries the hash of the data that it was measured on, and one that is of
-other data, damaged, or of another version is not used but replaced.
+They depend on the data alone and not on a run. A cache file contains the hash of the data that it was measured on; a
+file of other data, of another version, or damaged is replaced.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,22 @@ from torch import Tensor
 
 from stablefield.checkpoint import CheckpointError, read, save
 from stablefield.data.contents import Progress, content_hash, silent
-from stablefield.data.store import alone, cache_folder
-from stablefield.neighbours import nearest
-from stablefield.reference import ALL, Pool
+from stablefield.data.store import cache_folder, exclusive_lock
+from stablefield.pool import NULL_LABEL, Pool
+from stablefield.targets.isolation import nearest_distances
+
+__all__ = ["NeighbourDistances"]
 
 
 @dataclass(frozen=True, eq=False)
 class NeighbourDistances:
-    """label -> `neighbours.nearest` of a pool, from the cache or measured.
+    """The function label -> `isolation.nearest_distances` of a pool, read from the cache or measured.
 
     Attributes:
-        k: neighbours of each member.
-        device: where they are measured.
-        progress: told (pairs of blocks done, of how many) if they must be.
+        pool: the data.
+        k: number of neighbours of each data point.
+        device: device that distances are measured on.
+        progress: called with (pairs of blocks done, total) while distances are measured.
     """
 
     pool: Pool
@@ -34,31 +37,39 @@ class NeighbourDistances:
     progress: Progress = silent
 
     def __call__(self, label: int) -> Float[Tensor, "m k"]:
-        """The distances of the members of a class; -1: of all."""
-        data = self.data
-        about = {"kind": "neighbours 1", "data": data, "label": label, "k": self.k}
+        """Distances within a class, in the order of `pool.indices`.
+
+        Args:
+            label: a class, or `NULL_LABEL` for all data points.
+        """
+        data_hash = self.data_hash
+        metadata = {"kind": "neighbours 1", "data": data_hash, "label": label, "k": self.k}
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{data[:32]}-neighbours-{label}.safetensors"
-        with alone(file.with_suffix(".lock")):  # so that of several ranks one measures
+        file = folder / f"{data_hash[:32]}-neighbours-{label}.safetensors"
+        with exclusive_lock(file.with_suffix(".lock")):  # only one of several ranks measures
             try:
-                kept = read(file)
-                if kept.config == about:
-                    return kept.tensors["distances"]
+                checkpoint = read(file)
+                if checkpoint.config == metadata:
+                    return checkpoint.tensors["distances"]
             except CheckpointError:
                 pass
-            found = nearest(self.pool, label, k=self.k, device=self.device, progress=self.progress)
-            save(file, {"distances": found}, config=about, images=0)
-        return found
+            distances = nearest_distances(self.pool, label, k=self.k, device=self.device, progress=self.progress)
+            save(file, {"distances": distances}, config=metadata, images=0)
+        return distances
 
-    def prepare(self, *, untold: bool = False) -> "NeighbourDistances":
-        """Measure what training will ask for: within each class if there are any; among all if not, or if `untold`."""
-        labels = [*range(self.pool.classes)] if self.pool.labels is not None else [ALL]
-        for label in (*labels, ALL) if untold else labels:
+    def prepare(self, *, null_label: bool = False) -> "NeighbourDistances":
+        """Measure the distances that training needs: within each class, or among all data without labels.
+
+        Args:
+            null_label: True to measure those among all data too, for training with label dropout.
+        """
+        labels = [*range(self.pool.num_classes)] if self.pool.labels is not None else [NULL_LABEL]
+        for label in (*labels, NULL_LABEL) if null_label else labels:
             self(label)
         return self
 
     @cached_property
-    def data(self) -> str:
-        """The hash of the data."""
+    def data_hash(self) -> str:
+        """Hash of the data, `content_hash`."""
         return content_hash(self.pool)

@@ -1,49 +1,54 @@
-"""What kind of data a path leads to, by what is there: so that most people need not say it."""
+"""Kind of a data set, guessed from the files that a path leads to."""
 
 import re
 from pathlib import Path
 
-from stablefield.data.cifar import FILES
+from stablefield.data.cifar import SPLITS
 
-HUB = "hf:"
+__all__ = ["HUB_PREFIX", "guess_kind"]
+
+HUB_PREFIX = "hf:"
 
 
 def guess_kind(source: str) -> tuple[str, str]:
-    """The kind of a source, as configurations name it, and its path.
+    """Kind of a source, as in `data.kind` of the configuration, and its path.
 
     >>> guess_kind("hf:mnist")
     ('huggingface', 'mnist')
 
+    Args:
+        source: a file or folder, "digits", or "hf:NAME" for a data set of the Hugging Face hub.
+
     Raises:
-        ValueError: nothing is there, or nothing that is known.
+        ValueError: the path does not exist, or nothing there is known.
     """
-    if source.startswith(HUB):
-        return "huggingface", source.removeprefix(HUB)
+    if source.startswith(HUB_PREFIX):
+        return "huggingface", source.removeprefix(HUB_PREFIX)
     path = Path(source)
     if path.is_dir():
-        return _folder(path), source
+        return _kind_of_folder(path), source
     if path.is_file():
-        return _file(path), source
+        return _kind_of_file(path), source
     if source == "digits":
         return "digits", ""
-    raise ValueError(f"there is no file or folder {source} (a data set of the Hugging Face hub is {HUB}NAME)")
+    raise ValueError(f"there is no file or folder {source}; write {HUB_PREFIX}NAME for data of the Hugging Face hub")
 
 
-def _folder(path: Path) -> str:
+def _kind_of_folder(path: Path) -> str:
     if (path / "store.json").is_file():
         return "store"
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return "huggingface"
     if path.name == "img_align_celeba" or (path / "img_align_celeba").is_dir():
         return "celeba"
-    if any((path / names[0]).is_file() for choices in FILES.values() for names in choices):
+    if any((path / names[0]).is_file() for choices in SPLITS.values() for names in choices):
         return "cifar"
     if any(path.glob("*train-images?idx*")):
         return "idx"
     return "images"
 
 
-def _file(path: Path) -> str:
+def _kind_of_file(path: Path) -> str:
     name = path.name.lower()
     if name.endswith((".npy", ".npz")):
         return "arrays"
@@ -54,5 +59,6 @@ def _file(path: Path) -> str:
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         return "cifar"
     raise ValueError(
-        f"{path} has no name that tells what it is, as .zip, .npy, .npz, idx3-ubyte and .tar.gz (CIFAR) do: say --kind"
+        f"cannot guess the kind of {path} from its name (known are .zip, .npy, .npz, idx3-ubyte and .tar.gz); set "
+        "--kind"
     )

@@ -1,7 +1,7 @@
 """IDX files: MNIST, Fashion-MNIST, EMNIST and KMNIST as they are published.
 
-A file is two zero bytes, a byte for the type, a byte for the number of dimensions, each dimension as a big-endian
-32-bit number, and the values. (Format: the page of the MNIST database, LeCun, Cortes & Burges.)
+A file consists of two zero bytes, a byte for the type, a byte for the number of dimensions, the size of each dimension
+as a big-endian 32-bit integer, and the values (LeCun, Cortes & Burges, the web page of the MNIST database).
 """
 
 import gzip
@@ -16,92 +16,115 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Shaped
+from typing_extensions import override
 
 from stablefield.data.contents import Contents
-from stablefield.data.decode import Rules
-from stablefield.data.images import Pictures, from_array
-from stablefield.reference import Pool
+from stablefield.data.decode import Preprocessing
+from stablefield.data.images import ImageSource, preprocess_array
+from stablefield.pool import Pool
 
-TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-NAMES = re.compile(r"^(.*)images([-.])idx\d(.*?)(\.gz)?$")
+__all__ = ["IDX", "find_images", "find_labels", "read_idx"]
+
+_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_NAME = re.compile(r"^(.*)images([-.])idx\d(.*?)(\.gz)?$")
 
 
 @dataclass(frozen=True)
-class IDX(Pictures):
-    """An IDX file of images, and the labels beside it.
+class IDX(ImageSource):
+    """Images in an IDX file, with the labels in the file beside it.
 
     Attributes:
-        path: the file, maybe compressed (`train-images-idx3-ubyte.gz`), or a folder with one of that name. Labels are
-            looked for in `train-labels-idx1-ubyte`, compressed or not.
+        path: the file of images, optionally compressed (`train-images-idx3-ubyte.gz`), or a folder that contains one of
+            this name. Labels are read from `train-labels-idx1-ubyte`, compressed or not, if it exists.
     """
 
     path: Path
 
+    @override
     def fingerprint(self) -> str:
-        images = images_file(self.path)
-        files = [images, labels_beside(images)]
+        images = find_images(self.path)
+        files = [images, find_labels(images)]
         return " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file)
 
+    @override
     def _contents(self) -> Contents:
-        file = images_file(self.path)
-        images, beside = read_idx(file), labels_beside(file)
+        file = find_images(self.path)
+        images, labels_file = read_idx(file), find_labels(file)
         images = images[:, None] if images.ndim == 3 else images  # one channel
-        labels = read_idx(beside).astype(np.int64) if beside and self.labels else None
+        labels = read_idx(labels_file).astype(np.int64) if labels_file and self.labels else None
         if labels is not None and labels.shape != images.shape[:1]:
-            raise ValueError(f"{file} holds {len(images)} images, but {beside} {labels.shape} labels")
+            raise ValueError(
+                f"{file} contains {len(images)} images, but {labels_file} contains labels of shape {labels.shape}"
+            )
         if images.dtype == np.uint8 and images.ndim == 4:
-            return Contents(len(images), lambda: from_array(images, self.rules()), labels)
+            return Contents(len(images), lambda: preprocess_array(images, self.preprocessing()), labels)
         if images.dtype.kind != "f" and images.dtype != np.uint8:
-            raise ValueError(f"{file} holds {images.dtype}; data must be bytes or floating")
-        if self.rules() != Rules():
-            raise ValueError(f"{file} holds {images.dtype} {images.shape}: no images in bytes, to be cut or resized")
-        told = None if labels is None else torch.from_numpy(labels)
+            raise ValueError(f"{file} contains {images.dtype}; data must be uint8 or floating")
+        if self.preprocessing() != Preprocessing():
+            raise ValueError(
+                f"{file} contains {images.dtype} {images.shape}, but only images in bytes can be cropped, resized or "
+                "converted"
+            )
+        pool_labels = None if labels is None else torch.from_numpy(labels)
         try:
-            return Contents.of(Pool(torch.from_numpy(images), told, values=self.values))
+            return Contents.from_pool(Pool(torch.from_numpy(images), pool_labels, values=self.values))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
 
-def images_file(path: Path) -> Path:
-    """The file itself, or the training images in a folder.
+def find_images(path: Path) -> Path:
+    """The file of images: the path itself, or the training images in a folder.
+
+    Args:
+        path: a file or a folder.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the file does not exist, or the folder contains no training images.
     """
-    found = sorted(path.glob("*train-images?idx*")) if path.is_dir() else [path]
-    if not found or not found[0].is_file():
+    files = sorted(path.glob("*train-images?idx*")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
         raise ValueError(f"there is no IDX file of images in {path}" if path.is_dir() else f"there is no file {path}")
-    return found[0]
+    return files[0]
 
 
-def labels_beside(images: Path) -> Path | None:
-    """The labels of a file of images, by the usual names: `train-labels-idx1-ubyte` for `train-images-idx3-ubyte`."""
-    named = NAMES.match(images.name)
-    if not named:
+def find_labels(images: Path) -> Path | None:
+    """The file of labels beside a file of images, such as `train-labels-idx1-ubyte` for `train-images-idx3-ubyte`.
+
+    Args:
+        images: the file of images.
+
+    Returns:
+        The file, compressed or not; None if there is none or the images have an unusual name.
+    """
+    match = _NAME.match(images.name)
+    if not match:
         return None
-    plain = images.with_name(f"{named[1]}labels{named[2]}idx1{named[3]}")
+    plain = images.with_name(f"{match[1]}labels{match[2]}idx1{match[3]}")
     return next((file for file in (plain, plain.with_name(plain.name + ".gz")) if file.is_file()), None)
 
 
 def read_idx(path: Path) -> Shaped[np.ndarray, "N ..."]:
-    """The array in an IDX file: bytes stay bytes, floating numbers become float32.
+    """The array in an IDX file, as uint8 for unsigned bytes, float32 for floating values and int64 for the rest.
+
+    Args:
+        path: the file, optionally compressed with gzip.
 
     Raises:
-        ValueError: it is none, or damaged, or shorter or longer than it says.
+        ValueError: the file is not an IDX file, is damaged, or is shorter or longer than its header says.
     """
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be decompressed, it is damaged or cut short: {error}") from None
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in TYPES or content[3] == 0:
-        raise ValueError(f"{path} is no IDX file: it begins with {content[:4].hex(' ')}")
-    dtype, header = np.dtype(TYPES[content[2]]), 4 + 4 * content[3]
+        raise ValueError(f"{path} cannot be decompressed; it is damaged or cut short: {error}") from None
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _TYPES or content[3] == 0:
+        raise ValueError(f"{path} is not an IDX file: it begins with the bytes {content[:4].hex(' ')}")
+    dtype, header = np.dtype(_TYPES[content[2]]), 4 + 4 * content[3]
     if len(content) < header:
-        raise ValueError(f"{path} is cut short: its header needs {header} bytes, there are {len(content)}")
+        raise ValueError(f"{path} is cut short: its header needs {header} bytes, the file has {len(content)}")
     shape = struct.unpack(f">{content[3]}I", content[4:header])
     expected = header + math.prod(shape) * dtype.itemsize
     if len(content) != expected:
-        raise ValueError(f"{path} is damaged: {shape} needs {expected:,} bytes, there are {len(content):,}")
+        raise ValueError(f"{path} is damaged: {shape} needs {expected:,} bytes, the file has {len(content):,}")
     array = np.frombuffer(content, dtype, offset=header).reshape(shape)
     return array.astype({"f": np.float32, "u": np.uint8}.get(dtype.kind, np.int64))

@@ -1,12 +1,12 @@
-"""Data decoded once, in a folder that is mapped into memory: no step decodes anything, and processes share the pages.
+"""Store: a folder of decoded data that is mapped into memory, so that no training step decodes anything.
 
     faces/data.npy      (N, *D), uint8 or float32
           labels.npy    (N,), int64, if there are labels
-          store.json    shape, type, levels, what the values are, names of classes, where they came from, and a hash
-                        over data and labels
+          store.json    shape, type, num_levels, values ("image" or "float"), names of the classes, source, and a hash
+                        of the data and labels
 
-A store appears whole or not at all: it is written in a folder beside its place, forced to the disk, and renamed.
-What is used directly from a zip or a folder is decoded into such a store too, in a cache.
+A store is complete or absent: it is written to a folder beside its final path, flushed to the disk, and renamed. Images
+that are used directly from a ZIP file or a folder are decoded into such a store in a cache.
 """
 
 import hashlib
@@ -24,21 +24,23 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from stablefield.data.contents import Contents, Progress, begin_hash, content_hash, end_hash, silent
-from stablefield.data.mapping import as_tensor, mapped
-from stablefield.data.sources import Source
-from stablefield.reference import Pool
+from stablefield.data.sources import Source, as_tensor, map_array
+from stablefield.pool import Pool
 
 if sys.platform != "win32":
     import fcntl
 
-FORMAT = "stablefield store 1"
+__all__ = ["FORMAT", "Store", "cache_folder", "cached", "exclusive_lock", "refuse_existing", "write_store"]
+
+FORMAT = "stablefield store 2"
 
 
 @dataclass(frozen=True)
 class Store(Source):
-    """A folder of decoded data, as `stablefield data convert` writes it.
+    """Folder of decoded data, as `stablefield data convert` writes it.
 
     Attributes:
         path: the folder.
@@ -46,162 +48,188 @@ class Store(Source):
 
     path: Path
 
+    @override
     def load(self, progress: Progress = silent) -> Pool:
-        """The data, mapped and not read: what is never looked at is never loaded. Writing to them changes no file.
-
-        Raises:
-            ValueError: there is no store, or files are missing, cut short, or not what its `store.json` says.
-        """
-        about = self.about()
-        data = mapped(self._file("data.npy"))
-        self._compare("data.npy", data, about["dtype"], about["shape"])
+        metadata = self.metadata()
+        data = map_array(self._file("data.npy"))
+        self._compare("data.npy", data, metadata["dtype"], metadata["shape"])
         labels = None
-        if about["labels"]:
-            found = mapped(self._file("labels.npy"))
-            self._compare("labels.npy", found, "int64", about["shape"][:1])
-            labels = torch.from_numpy(np.array(found))
+        if metadata["labels"]:
+            array = map_array(self._file("labels.npy"))
+            self._compare("labels.npy", array, "int64", metadata["shape"][:1])
+            labels = torch.from_numpy(np.array(array))
+        values = self.values or metadata["values"]
         try:
-            return Pool(as_tensor(data), labels, about["levels"], values=self.values or about["values"])
+            return Pool(as_tensor(data), labels, metadata["num_levels"], values=values)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
+    @override
     def contents(self) -> Contents:
-        return Contents.of(self.load(), tuple(self.about()["classes"]))
+        return Contents.from_pool(self.load(), tuple(self.metadata()["classes"]))
 
     def verify(self) -> str:
-        """Read everything and compare it with the hash that was written with it, which is returned.
+        """Read all data and labels, and compare them with the hash in `store.json`.
+
+        Returns:
+            The hash.
 
         Raises:
-            ValueError: the data or the labels are not what was written.
+            ValueError: the hashes differ.
         """
-        written, found = self.about()["hash"], content_hash(self.load())
-        if written != found:
+        expected, computed = self.metadata()["hash"], content_hash(self.load())
+        if expected != computed:
             raise ValueError(
-                f"{self.path} is damaged: its contents have the hash {found[:16]}..., {written[:16]}... was written; "
-                "remove the folder and convert the data again"
+                f"{self.path} is damaged: its data have the hash {computed[:16]}..., store.json says "
+                f"{expected[:16]}...; remove the folder and convert the data again"
             )
-        return found
+        return computed
 
-    def about(self) -> dict[str, Any]:
-        """What `store.json` says.
+    def metadata(self) -> dict[str, Any]:
+        """The entries of `store.json`: hash, shape, dtype, num_levels, values, labels, classes and source.
 
         Raises:
-            ValueError: there is none, or it says something else.
+            ValueError: the file is missing or damaged, or the store was written in another format.
         """
         file = self._file("store.json")
         try:
-            about = json.loads(file.read_text())
-            if about["format"] != FORMAT:
-                raise ValueError(f"{file} is of the format {about['format']!r}, and this version reads {FORMAT!r}")
-            names = ("hash", "shape", "dtype", "levels", "labels", "classes", "source")
-            return {name: about[name] for name in names} | {"values": about.get("values")}  # older stores do not say
+            metadata = json.loads(file.read_text())
+            if metadata["format"] != FORMAT:
+                raise ValueError(
+                    f"{self.path} has the format {metadata['format']!r}, but this version reads {FORMAT!r}; "
+                    "convert the data again"
+                )
+            names = ("hash", "shape", "dtype", "num_levels", "values", "labels", "classes", "source")
+            return {name: metadata[name] for name in names}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged: {error!r}; convert the data again") from None
 
     def _file(self, name: str) -> Path:
+        """Path of a file of the store, which must exist."""
         if not (self.path / name).is_file():
-            raise ValueError(f"{self.path} is no whole store: it has no {name} (`stablefield data convert` makes one)")
+            raise ValueError(
+                f"{self.path} is not a complete store: {name} is missing; write one with `stablefield data convert`"
+            )
         return self.path / name
 
     def _compare(self, name: str, array: np.ndarray, dtype: str, shape: list[int]) -> None:
+        """Refuse an array of another type or shape than `store.json` says."""
         if array.dtype != dtype or list(array.shape) != shape:
             raise ValueError(
-                f"{self.path / name} holds {array.dtype} {array.shape}, but store.json says {dtype} {tuple(shape)}; "
+                f"{self.path / name} contains {array.dtype} {array.shape}, but store.json says {dtype} {tuple(shape)}; "
                 "convert the data again"
             )
 
 
-def write(path: Path, contents: Contents, *, source: str, progress: Progress = silent) -> Store:
-    """Write a store, block by block.
+def write_store(path: Path, contents: Contents, *, source: str, progress: Progress = silent) -> Store:
+    """Write data as a store, block by block.
+
+    Args:
+        path: folder of the store.
+        contents: the data to write, block by block.
+        source: where the data come from, noted in `store.json`.
+        progress: called with (data points written, total).
 
     Raises:
-        ValueError: the place is taken, or blocks differ in type or shape, or hold numbers that are not finite.
-        OSError: the disk is full, or cannot be written; nothing is left behind.
+        ValueError: the path exists already, blocks differ in type or shape, or values are not finite.
+        OSError: the disk is full or cannot be written; nothing is left behind.
     """
-    free(path)
+    refuse_existing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    beside.mkdir()
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    temporary.mkdir()
     try:
-        about = _fill(beside, contents, progress) | {"source": source}
-        with _synced(beside / "store.json") as file:
-            file.write(json.dumps(about, indent=2).encode())
-        _sync_folder(beside)
-        beside.rename(path)
+        metadata = _fill(temporary, contents, progress) | {"source": source}
+        with _synced(temporary / "store.json") as file:
+            file.write(json.dumps(metadata, indent=2).encode())
+        _sync_folder(temporary)
+        temporary.rename(path)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
     return Store(path)
 
 
-def free(path: Path) -> None:
-    """Nothing is ever written over.
+def refuse_existing(path: Path) -> None:
+    """Refuse to overwrite data.
+
+    Args:
+        path: where data will be written.
 
     Raises:
-        ValueError: there is a file, or a folder with something in it.
+        ValueError: there is a file, or a folder that is not empty.
     """
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ValueError(f"{path} is there already: choose another place, or remove it")
+        raise ValueError(f"{path} exists already; choose another path, or remove it")
 
 
 def cached(recipe: str, contents: Callable[[], Contents], *, source: str, progress: Progress = silent) -> Pool:
-    """Data from the cache, decoded into it if they are not there yet.
+    """Data from a store in the cache; they are decoded into it first if there is none.
 
     Args:
-        recipe: says the contents of the source and how they are decoded; another recipe is another store.
-        contents: reads the source; called only if there is anything to decode.
+        recipe: describes the contents of the source and how they are decoded; each recipe has a store of its own.
+        contents: reads the source; called only if the data must be decoded.
+        source: where the data come from, noted in `store.json`.
+        progress: called with (data points decoded, total).
 
     Raises:
-        ValueError: the source, or the store that is there, is damaged.
+        ValueError: the source or the store in the cache is damaged.
     """
     key = hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32]
     folder = cache_folder()
     if not (folder / key).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with alone(folder / f"{key}.lock"):
+        with exclusive_lock(folder / f"{key}.lock"):
             _decode_into(folder / key, contents, source, progress)
     try:
         return Store(folder / key).load()
     except ValueError as error:
-        raise ValueError(f"{error} (in the cache: remove {folder / key}, and it is decoded again)") from None
+        raise ValueError(f"{error} (in the cache; remove {folder / key} to decode the data again)") from None
 
 
 def cache_folder() -> Path:
-    """Where data are decoded to that are used directly: `STABLEFIELD_CACHE`, or `~/.cache/stablefield`."""
+    """The folder of the cache: the environment variable `STABLEFIELD_CACHE`, or `~/.cache/stablefield`."""
     return Path(os.environ.get("STABLEFIELD_CACHE") or Path.home() / ".cache" / "stablefield")
 
 
-def _decode_into(place: Path, contents: Callable[[], Contents], source: str, progress: Progress) -> None:
-    if place.exists():  # another process did it while we waited
-        return
-    try:
-        write(place, contents(), source=source, progress=progress)
-    except (OSError, ValueError):
-        if not place.exists():  # where locks do nothing, another process may have been faster: theirs is as good
-            raise
-
-
 @contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """One process at a time, so that ranks do not all decode; where files cannot be locked, renaming alone decides."""
-    with lock.open("a") as file:
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Context that one process at a time can enter, so that only one of several ranks decodes.
+
+    Where the file system has no locks, all of them enter, and the atomic renaming decides which result is used.
+
+    Args:
+        path: the lock file, created if it does not exist.
+    """
+    with path.open("a") as file:
         if sys.platform != "win32":
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
+def _decode_into(path: Path, contents: Callable[[], Contents], source: str, progress: Progress) -> None:
+    """Write a store, unless another process has written it."""
+    if path.exists():  # another process wrote it while this one waited for the lock
+        return
+    try:
+        write_store(path, contents(), source=source, progress=progress)
+    except (OSError, ValueError):
+        if not path.exists():  # without locks, another process may have been faster, and its store holds the same data
+            raise
+
+
 def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any]:
-    """Write data and labels; what there is to say of them."""
+    """Write data and labels, and return the entries of `store.json` about them."""
     blocks = contents.blocks()
     first = next(blocks)
     shape, done = (contents.count, *first.shape[1:]), 0
-    digest = begin_hash(first.dtype, shape, contents.levels)
+    digest = begin_hash(first.dtype, shape, contents.num_levels)
     with _synced(folder / "data.npy") as file:
         header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for block in chain([first], blocks):
-            # written, not assigned to a map: a full disk is then an error and not the end of the process
+            # a write to a full disk raises an error, whereas an assignment to a memory map would kill the process
             flat = np.ascontiguousarray(_checked(block, first)).data
             file.write(flat)
             digest.update(flat)
@@ -216,7 +244,7 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
         "hash": end_hash(digest, contents.labels),
         "shape": shape,
         "dtype": first.dtype.name,
-        "levels": contents.levels,
+        "num_levels": contents.num_levels,
         "values": contents.values,
         "labels": contents.labels is not None,
         "classes": list(contents.classes),
@@ -224,17 +252,20 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
 
 
 def _checked(block: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """The block, which must be finite and of the type and shape of the first."""
     if block.dtype != first.dtype or block.shape[1:] != first.shape[1:]:
         raise ValueError(
-            f"data of {block.dtype} {block.shape[1:]} came after {first.dtype} {first.shape[1:]}; all must be alike"
+            f"all data must have the same type and shape, but {block.dtype} {block.shape[1:]} comes after "
+            f"{first.dtype} {first.shape[1:]}"
         )
     if block.dtype.kind == "f" and not np.isfinite(block).all():
-        raise ValueError("data holds numbers that are not finite")
+        raise ValueError("data contains values that are not finite")
     return block
 
 
 @contextmanager
 def _synced(path: Path) -> Iterator[BinaryIO]:
+    """New file that is flushed to the disk before it is closed."""
     with path.open("xb") as file:
         yield file
         file.flush()
@@ -242,7 +273,7 @@ def _synced(path: Path) -> Iterator[BinaryIO]:
 
 
 def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # not every system can
+    with suppress(OSError):  # some systems cannot flush folders
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -1,6 +1,6 @@
-"""Training: a loop that yields, and the state it leaves behind."""
+"""Training: the training loop and its state; the driver of a whole run is `stablefield.engine.fit`."""
 
+from stablefield.engine.loop import Optimization, StepReport, train
 from stablefield.engine.state import TrainState
-from stablefield.engine.train import Descent, StepReport, train
 
-__all__ = ["Descent", "StepReport", "TrainState", "train"]
+__all__ = ["Optimization", "StepReport", "TrainState", "train"]

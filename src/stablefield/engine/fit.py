@@ -1,8 +1,8 @@
-"""The driver of a run: trains in its folder until all is seen or somebody asks to stop, and loses nothing.
+"""The driver of a run: trains in the run's folder until all images have been seen or a signal arrives.
 
-Whatever ends it (a signal, an error, a rank that dies), the newest checkpoint is whole, and the run goes on from it
-as if it had never stopped. Every so many images it notes numbers, samples, and saves: what is due follows from the
-images seen, so a run that was stopped does all of it at the same places.
+Whatever ends a run (a signal, an error, a rank that dies), its newest checkpoint is whole, and the run resumes from it
+as if it had never stopped. Metrics, samples and checkpoints are due at numbers of images seen, so a run that was
+stopped writes them at the same steps.
 """
 
 import signal
@@ -13,188 +13,275 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from stablefield.checkpoint import write_text
-from stablefield.config import Config
+import torch
+
+from stablefield.build import Components, build_sampler
+from stablefield.checkpoint import write_text_atomically
+from stablefield.config import Config, Training
 from stablefield.denoise import Denoiser
-from stablefield.engine.begin import begun, compile_network, descent_of, exactly
-from stablefield.engine.choice import decided
-from stablefield.engine.metrics import Bins, HeldOut, Meter
-from stablefield.engine.pictures import Board, samples
-from stablefield.engine.saving import Saver, alone
-from stablefield.engine.train import StepReport, train
-from stablefield.ranks import Ranks
-from stablefield.run import Folder, Parts, make_sampler
+from stablefield.distributed import Ranks
+from stablefield.engine.checkpoints import CheckpointManager, locked
+from stablefield.engine.loop import Optimization, StepReport, train
+from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
+from stablefield.engine.state import TrainState
+from stablefield.engine.tensorboard import TensorBoardWriter, samples
+from stablefield.run import RunFolder
 
-Watch = Callable[[int, Mapping[str, Any]], None]  # after each step: images seen, the latest line of the metrics
-Score = Callable[[Denoiser], float]
+__all__ = [
+    "CheckpointScore",
+    "OnStep",
+    "StopRequest",
+    "compile_network",
+    "deterministic_algorithms",
+    "fit",
+    "initial_state",
+    "make_optimization",
+    "stop_signals",
+]
 
+OnStep = Callable[[int, Mapping[str, Any]], object]
+"""Called after every step, on every rank, with the images seen and the latest metrics."""
 
-def unwatched(images: int, line: Mapping[str, Any]) -> None:
-    """Progress that nobody looks at."""
+CheckpointScore = Callable[[Denoiser], float]
+"""Rates a model; lower is better."""
 
 
 def fit(
     config: Config,
-    parts: Parts,
-    folder: Folder,
+    components: Components,
+    folder: RunFolder,
     *,
     ranks: Ranks | None = None,
-    watch: Watch = unwatched,
-    score: Score | None = None,
+    on_step: OnStep | None = None,
+    score: CheckpointScore | None = None,
 ) -> int:
-    """Train, or go on training, until all images are seen or a signal asks to stop.
+    """Train or resume a run until all images have been seen or a signal arrives.
 
     Args:
-        config: what `parts` were assembled from. Bands of an `auto` target that it does not say are decided, or are
-            those that the run has.
-        parts: trained in place.
-        folder: of the run; its newest checkpoint is gone on from, if there is one.
-        ranks: this process among those that train together, all of which call this.
-        watch: told after each step; on every rank.
-        score: what makes a checkpoint the best, of its (first) average; lower is better. It is asked on every rank, and
-            the first one's answer counts. By default the loss on the images held out, if there are any.
+        config: the configuration that `components` were built from.
+        components: the parts of the run; the denoiser is trained in place.
+        folder: folder of the run, which resumes from its newest checkpoint if there is one.
+        ranks: this process and those it trains with, all of which call this; a single process by default.
+        on_step: called after every step, on every rank, with the images seen and the latest metrics.
+        score: rates the first average at every checkpoint; the checkpoint with the lowest score is kept as the best. It
+            is called on every rank, and the result of the main rank counts. By default the loss on the held-out images,
+            if there are any.
 
     Returns:
-        The number of the signal that stopped it (130 - 128 for Ctrl-C), or 0 if all is done.
+        The number of the signal that stopped the run (2 for Ctrl-C), or 0 if it is complete.
 
     Raises:
-        ConfigError: the folder holds another run, or one that has seen more images than are asked for, or one that
-            another process is training; or there is nothing to make pictures of.
+        ConfigError: the folder holds another run, or one that has seen more images than are to be seen, or another
+            process is training in it.
         CheckpointError: the newest checkpoint is damaged.
-        FloatingPointError: the gradient was not finite too many steps in a row.
+        FloatingPointError: the gradient was not finite in too many consecutive steps.
         ConnectionError: another rank has died.
         OSError: the folder cannot be written.
     """
-    ranks = ranks or Ranks(next(parts.denoiser.parameters()).device)
+    ranks = ranks or Ranks(next(components.denoiser.parameters()).device)
     with ExitStack() as stack:
-        ranks.lead(lambda: stack.enter_context(alone(folder)))
-        stack.enter_context(exactly(config.training.deterministic))
-        asked = stack.enter_context(stop_signals())
-        config, parts, _ = decided(config, parts, ranks, folder=folder)
-        return _Run(config, parts, folder, ranks, score)(watch, asked)
+        ranks.on_main(lambda: stack.enter_context(locked(folder)))
+        stack.enter_context(deterministic_algorithms(config.training.deterministic))
+        stop = stack.enter_context(stop_signals())
+        return _Fit(config, components, folder, ranks, score).run(on_step, stop)
 
 
-class _Run:
-    """A run on its way, with all that writes down what happens."""
+def initial_state(config: Config, components: Components) -> TrainState:
+    """The state of a run that has not seen any image.
 
-    def __init__(self, config: Config, parts: Parts, folder: Folder, ranks: Ranks, score: Score | None) -> None:
-        self.config, self.parts, self.folder, self.ranks, self.score = config, parts, folder, ranks, score
-        training, objective = config.training, parts.objective
-        self.state = begun(config, parts)
-        self.saver = Saver(folder, config, parts)
-        self.saver.restore(self.state, ranks)
-        ranks.lead(self._begin)
+    Args:
+        config: configuration of the run, for averages and precision.
+        components: the parts of the run, for the denoiser.
+    """
+    training = config.training
+    return TrainState(components.denoiser, emas=training.emas, precision=getattr(torch, training.precision))
+
+
+def make_optimization(training: Training) -> Optimization:
+    """The hyperparameters of the update of the weights.
+
+    Args:
+        training: the section `training` of the configuration.
+    """
+    return Optimization(training.rate, training.gradient_clip, training.micro_batch_size)
+
+
+def compile_network(config: Config, components: Components) -> None:
+    """Compile the network if `training.compile` is set.
+
+    Args:
+        config: configuration of the run.
+        components: the parts of the run; the network is compiled in place, so the names of its weights do not change.
+    """
+    if config.training.compile:
+        for network in components.denoiser.children():
+            network.compile()
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Context in which torch refuses operations whose results are not reproducible bit for bit.
+
+    Args:
+        enabled: False changes nothing.
+    """
+    if not enabled or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+class _Fit:
+    """A run in progress, with its checkpoints, metrics and samples."""
+
+    def __init__(
+        self,
+        config: Config,
+        components: Components,
+        folder: RunFolder,
+        ranks: Ranks,
+        score: CheckpointScore | None,
+    ) -> None:
+        self.config, self.components, self.folder, self.ranks, self.score = config, components, folder, ranks, score
+        training, objective = config.training, components.objective
+        self.state = initial_state(config, components)
+        self.checkpoints = CheckpointManager(folder, config, components)
+        self.checkpoints.restore(self.state, ranks)
+        ranks.on_main(self._start)
         history = folder.history()
-        bins = Bins.of(objective.times, parts.denoiser.process)
-        self.meter = Meter(bins, ranks, history[-1].get("Timing/total_sec", 0.0) if history else 0.0)
-        batch = training.micro_batch or training.batch_size // ranks.total
-        held_out = parts.held_out
-        self.held_out = None if held_out is None else HeldOut(held_out, objective, bins, ranks, batch)
-        self.board = Board(folder, self.state.images) if ranks.first else None
-        self.line: dict[str, Any] = {}
+        bins = NoiseBins.equally_likely(objective.times, components.denoiser.process)
+        elapsed = history[-1].get("timing/total_sec", 0.0) if history else 0.0
+        self.logger = MetricsLogger(bins, ranks, elapsed)
+        batch_size = training.micro_batch_size or training.batch_size // ranks.world_size
+        held_out = components.held_out
+        self.held_out = None if held_out is None else HeldOutLoss(held_out, objective, bins, ranks, batch_size)
+        self.tensorboard = TensorBoardWriter(folder, self.state.images) if ranks.is_main else None
+        self.metrics: dict[str, Any] = {}
 
-    def _begin(self) -> None:
-        """From here on the run is this one; and there is something to go on with from the first moment.
+    def _start(self) -> None:
+        """Write the configuration and a first checkpoint, so that the run can be resumed from its first step on.
 
-        config.toml comes first: a run that is stopped before its checkpoint says the same goes on by it (`last_told`).
+        config.toml comes first: a run that is stopped before its checkpoint resumes with it (see `latest_config`).
         """
-        write_text(self.folder.config, self.config.toml())
+        write_text_atomically(self.folder.config, self.config.toml())
         self.folder.rewind(self.state.images)
-        self.saver.save(self.state)
+        self.checkpoints.save(self.state)
 
-    def __call__(self, watch: Watch, asked: "Asked") -> int:
-        """Train to the end, or until asked to stop."""
+    def run(self, on_step: OnStep | None, stop: "StopRequest") -> int:
+        """Train to the end or to a signal; if an error is raised on the way, save first."""
         try:
-            with self.ranks.company():
-                return self._train(watch, asked)
+            with self.ranks.reraise_lost_rank():
+                return self._train(on_step, stop)
         except Exception:
-            if self.ranks.first and self.state.whole:
-                with suppress(OSError):  # of two errors the first is to be told
-                    self.saver.save(self.state)
+            if self.ranks.is_main and self.state.complete:
+                with suppress(OSError):  # the first of two errors is the one to report
+                    self.checkpoints.save(self.state)
             raise
 
-    def _train(self, watch: Watch, asked: "Asked") -> int:
+    def _train(self, on_step: OnStep | None, stop: "StopRequest") -> int:
         for step in self._steps():
-            number = int(self.ranks.each(asked.number).max())  # what one rank is asked, all are
-            self._note(step, stopping=number > 0)
-            watch(step.images, self.line)
+            number = int(self.ranks.all_gather_int(stop.number).max())  # a signal to one rank stops all
+            self._record(step, stopping=number > 0)
+            if on_step is not None:
+                on_step(step.images, self.metrics)
             if number:
                 return number
         return 0
 
     def _steps(self) -> Iterator[StepReport]:
-        training, parts = self.config.training, self.parts
-        compile_network(self.config, parts)
+        training, components = self.config.training, self.components
+        compile_network(self.config, components)
         return train(
             self.state,
-            parts.objective,
-            parts.batches,
+            components.objective,
+            components.batches,
             images=training.images,
             seed=training.seed,
-            descent=descent_of(training),
+            optimization=make_optimization(training),
             ranks=self.ranks,
         )
 
-    def _note(self, step: StepReport, stopping: bool) -> None:
-        """All that is due after a step; a run that is asked to stop only saves."""
-        training, size = self.config.training, self.parts.batches.size
+    def _record(self, step: StepReport, stopping: bool) -> None:
+        """Write the metrics, checkpoint and samples that are due after a step; only a checkpoint when stopping."""
+        training, batch_size = self.config.training, self.components.batches.size
 
         def due(every: int) -> bool:
-            return step.images // every > (step.images - size) // every
+            return step.images // every > (step.images - batch_size) // every
 
-        self.meter.add(step, size)
+        self.logger.add(step, batch_size)
         save = stopping or step.images >= training.images or due(training.save_every)
         if save or due(training.log_every):
-            self.line = self.meter.line(self.state)
-            score = self._measure() if save and not stopping else None
-            self.ranks.lead(self._write_line)
+            self.metrics = self.logger.flush(self.state)
+            score = self._rate_average() if save and not stopping else None
+            self.ranks.on_main(self._write_metrics)
             if save:
-                self.ranks.lead(lambda: self.saver.save(self.state, score))
+                self.ranks.on_main(lambda: self.checkpoints.save(self.state, score))
         if training.sample_every and due(training.sample_every) and not stopping:
-            x = samples(self.state.average, make_sampler(self.config), self.parts.pool.shape, self.ranks)
-            self.ranks.lead(lambda: self.board.grid(x, step.images) if self.board else None)
-        self.meter.rest()
+            x = samples(self.state.average, build_sampler(self.config), self.components.pool.shape, self.ranks)
+            self.ranks.on_main(lambda: self.tensorboard.add_sheet(x, step.images) if self.tensorboard else None)
+        self.logger.restart_clock()
 
-    def _measure(self) -> float | None:
-        """Add to the line how good the average is; what decides which is the best."""
-        found = None
+    def _rate_average(self) -> float | None:
+        """The score that decides which checkpoint is the best; added to the metrics."""
+        score = None
         if self.held_out is not None:
-            self.line |= self.held_out(self.state.average)
-            found = self.line["Held_out/loss"]
+            self.metrics |= self.held_out(self.state.average)
+            score = self.metrics["held_out/loss"]
         if self.score is not None:
-            found = self.line["Score/score"] = float(self.score(self.state.average))
-        return found
+            score = self.metrics["score/score"] = float(self.score(self.state.average))
+        return score
 
-    def _write_line(self) -> None:
-        self.folder.log(self.line)
-        if self.board:
-            self.board.numbers(self.line, self.state.images)
+    def _write_metrics(self) -> None:
+        self.folder.log(self.metrics)
+        if self.tensorboard:
+            self.tensorboard.add_metrics(self.metrics, self.state.images)
 
 
-class Asked:
-    """Whether somebody asked to stop: the number of the signal, or 0."""
+class StopRequest:
+    """Signal handler that records the first signal, so that the current step can end.
+
+    Attributes:
+        number: number of the signal; 0 as long as none has arrived.
+        time: when it arrived, in seconds of the monotonic clock.
+    """
 
     number = 0
-    when = 0.0
+    time = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        # one key reaches a process twice where a launcher hands it on; a person who means it again takes a second
-        if self.number and monotonic() - self.when > 1:
+        """Handle a signal.
+
+        Args:
+            number: number of the signal.
+            frame: the interrupted frame, which is not used.
+
+        Raises:
+            KeyboardInterrupt: a signal arrived more than a second ago.
+        """
+        # launchers that forward Ctrl-C deliver it to a process twice at once, which must not count as the second signal
+        if self.number and monotonic() - self.time > 1:
             raise KeyboardInterrupt
         if not self.number:
-            self.number, self.when = number, monotonic()
+            self.number, self.time = number, monotonic()
 
 
 @contextmanager
-def stop_signals() -> Iterator[Asked]:
-    """Ctrl-C and SIGTERM, noted instead of obeyed, so that a step is finished and saved; a second one is obeyed."""
-    asked = Asked()
-    if threading.current_thread() is not threading.main_thread():  # no others hear signals
-        yield asked
+def stop_signals() -> Iterator[StopRequest]:
+    """Context in which Ctrl-C and SIGTERM are recorded, so that a step can end and be saved; a second one interrupts.
+
+    Outside the main thread, which alone receives signals, nothing is recorded.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
         return
-    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

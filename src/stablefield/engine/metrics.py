@@ -1,9 +1,11 @@
-"""What there is to see of training: means over the last steps, by noise level, on images held out.
+"""Metrics of training: means over the latest steps, by noise level, and the loss on held-out images.
 
-The names are EDM's where EDM has one. Sums are in float64 and over the rows of all ranks.
+Names are `group/name`, those of EDM where it has one, in lower case. Sums are float64 and over the examples of all
+ranks.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
@@ -11,165 +13,214 @@ from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.denoise import Denoiser
+from stablefield.distributed import Ranks
+from stablefield.engine.loop import StepReport
 from stablefield.engine.state import TrainState
-from stablefield.engine.train import StepReport
 from stablefield.objective import Objective
+from stablefield.pool import Pool
 from stablefield.process import Process
-from stablefield.ranks import Ranks
-from stablefield.reference import Pool
 from stablefield.seeding import generator
-from stablefield.target import SingleSample
-from stablefield.times import Times
+from stablefield.targets import DSMTarget
+from stablefield.times import TimeDistribution
 
-CHANGED = 1.01  # a target is called changed if more members than this shared in it (ESS); alone, the source counts 1
+__all__ = ["ESS_THRESHOLD", "HeldOutLoss", "MetricsLogger", "NoiseBins"]
+
+ESS_THRESHOLD = 1.01
+"""Effective sample size above which a target counts as different from its source; the source alone has 1."""
 
 
 @dataclass(frozen=True, eq=False)
-class Bins:
-    """Ranges of the noise level sigma / alpha that training visits equally often.
+class NoiseBins:
+    """Ranges of the noise level sigma / alpha, for losses by noise level.
 
     Attributes:
-        edges: the times between them.
-        names: the noise levels of each, as `0.1..0.2`.
+        edges: the times between two ranges, ascending; one less than there are ranges.
+        names: the noise levels at both ends of each range, such as `0.1..0.2`.
     """
 
     edges: Float[Tensor, "inner"]
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, times: Times, process: Process, count: int = 8) -> "Bins":
-        """So many of them, for these times."""
+    def equally_likely(cls, times: TimeDistribution, process: Process, count: int = 8) -> "NoiseBins":
+        """Ranges that training visits equally often.
+
+        Args:
+            times: distribution of t.
+            process: the process, for the noise level at each time.
+            count: number of ranges.
+        """
         t = times.quantile(torch.linspace(0, 1, count + 1, dtype=torch.float64))
         alpha, sigma = process.scales(t)
         names = tuple(f"{low:.3g}..{high:.3g}" for low, high in pairwise((sigma / alpha).tolist()))
         return cls(t[1:-1], names)
 
-    def sums(self, t: Float[Tensor, "n"], loss: Float[Tensor, "n"]) -> Float[Tensor, "K 2"]:
-        """The sum of losses and the number of rows in each."""
-        rows = torch.stack([loss.double(), torch.ones_like(loss, dtype=torch.float64)], 1).cpu()
-        where = torch.bucketize(t.double().cpu().contiguous(), self.edges)
-        return torch.zeros(len(self.names), 2, dtype=torch.float64).index_add_(0, where, rows)
+    def sums(self, t: Float[Tensor, "n"], losses: Float[Tensor, "n"]) -> Float[Tensor, "K 2"]:
+        """The sum of the losses and the number of examples in each range, float64 on the CPU.
+
+        Args:
+            t: time of each example.
+            losses: loss of each example.
+        """
+        values = torch.stack([losses.double(), torch.ones_like(losses, dtype=torch.float64)], 1).cpu()
+        bins = torch.bucketize(t.double().cpu().contiguous(), self.edges)
+        return torch.zeros(len(self.names), 2, dtype=torch.float64).index_add_(0, bins, values)
 
     def means(self, group: str, sums: Float[Tensor, "K 2"]) -> dict[str, float]:
-        """The mean loss of all rows and of each range that had any."""
+        """The mean loss over all examples, and over each range that has any, by the names of the metrics.
+
+        Args:
+            group: group of the metrics, such as `loss` for `loss/loss` and `loss_by_noise/LOW..HIGH`.
+            sums: sum and number for each range, as `sums` returns them.
+        """
         total, count = sums.sum(0).tolist()
-        each = {f"{group}_by_noise/{name}": s / n for name, (s, n) in zip(self.names, sums.tolist(), strict=True) if n}
-        return {f"{group}/loss": total / count} | each
+        by_noise = {
+            f"{group}_by_noise/{name}": s / n for name, (s, n) in zip(self.names, sums.tolist(), strict=True) if n
+        }
+        return {f"{group}/loss": total / count} | by_noise
 
 
-class Meter:
-    """Means over the steps since the last line of the metrics.
+class MetricsLogger:
+    """Collects the reports of steps, and averages them into one set of metrics.
 
     Args:
         bins: ranges of the noise level.
-        ranks: whose rows count.
-        before: seconds that the run had taken before this process.
+        ranks: this process and those it trains with, whose examples are averaged over.
+        elapsed: seconds that the run has taken in earlier processes.
     """
 
-    def __init__(self, bins: Bins, ranks: Ranks, before: float = 0.0) -> None:
+    def __init__(self, bins: NoiseBins, ranks: Ranks, elapsed: float = 0.0) -> None:
         self.bins, self.ranks = bins, ranks
-        self.began, self.since = perf_counter() - before, perf_counter()
+        self.start, self.last = perf_counter() - elapsed, perf_counter()
         self.steps: list[StepReport] = []
         self.seconds, self.images = 0.0, 0
 
-    def add(self, step: StepReport, images: int) -> None:
-        """Take note of a step of so many images, which has ended now."""
+    def add(self, step: StepReport, batch_size: int) -> None:
+        """Collect a step that has just ended.
+
+        Args:
+            step: report of the step.
+            batch_size: images of the step, over all ranks.
+        """
         self.steps.append(step)
-        self.images += images
-        self.seconds += perf_counter() - self.since
-        self.since = perf_counter()
+        self.images += batch_size
+        self.seconds += perf_counter() - self.last
+        self.last = perf_counter()
 
-    def rest(self) -> None:
-        """What was done since the last step was no training."""
-        self.since = perf_counter()
+    def restart_clock(self) -> None:
+        """Exclude the time since the last step (for saving, scoring, sampling) from the time of training."""
+        self.last = perf_counter()
 
-    def line(self, state: TrainState) -> dict[str, Any]:
-        """A line of the metrics; what has been noted is forgotten. All ranks must ask for it together."""
+    def flush(self, state: TrainState) -> dict[str, Any]:
+        """Metrics of the steps since the last call, which are then forgotten; must be called on all ranks.
+
+        Args:
+            state: state after the last of the steps.
+        """
         steps, seconds, images = self.steps, self.seconds, self.images
         self.steps, self.seconds, self.images = [], 0.0, 0
         return {
-            "Progress/kimg": state.images / 1000,
-            **self._means([step for step in steps if step.taken]),
-            "Loss/learning_rate": steps[-1].rate,
-            "Steps/skipped": state.skipped,
-            "Timing/sec_per_kimg": seconds / images * 1000,
-            "Timing/total_sec": perf_counter() - self.began,
+            "progress/kimg": state.images / 1000,
+            **self._means([step for step in steps if step.step_taken]),
+            "loss/learning_rate": steps[-1].learning_rate,
+            "steps/skipped": state.skipped,
+            "timing/sec_per_kimg": seconds / images * 1000,
+            "timing/total_sec": perf_counter() - self.start,
             **_resources(state.device),
             "timestamp": time.time(),
         }
 
-    def _means(self, steps: list[StepReport]) -> dict[str, float]:
-        """What the steps that were taken say; one that was not has no loss to speak of."""
+    def _means(self, steps: Sequence[StepReport]) -> dict[str, float]:
+        """Means over steps that were taken; the losses of skipped steps need not be finite."""
         if not steps:
             return {}
-        mine = torch.cat([torch.stack([s.report.each, s.report.t, s.report.ess.to(s.report.t)], 1) for s in steps])
-        each, t, ess = self.ranks.gather(mine.float()).double().cpu().unbind(1)
-        told = [step.alone for step in steps if step.alone is not None]
-        alone = {"Target/alone": float(self.ranks.gather(torch.stack(told)).double().mean())} if told else {}
+        own = torch.cat([torch.stack([s.report.losses, s.report.t, s.report.ess.to(s.report.t)], 1) for s in steps])
+        losses, t, ess = self.ranks.all_gather(own.float()).double().cpu().unbind(1)
+        fractions = [step.fraction_dsm for step in steps if step.fraction_dsm is not None]
         return {
-            **self.bins.means("Loss", self.bins.sums(t, each)),
-            "Loss/gradient_norm": float(torch.stack([step.gradient_norm for step in steps]).double().mean()),
-            "Target/ess": float(ess.mean()),
-            "Target/changed": float((ess > CHANGED).double().mean()),
-            **alone,
+            **self.bins.means("loss", self.bins.sums(t, losses)),
+            "loss/gradient_norm": float(torch.stack([step.gradient_norm for step in steps]).double().mean()),
+            "target/ess": float(ess.mean()),
+            "target/fraction_ess_above_1.01": float((ess > ESS_THRESHOLD).double().mean()),
+            **({"target/fraction_dsm": self._mean_over_ranks(fractions)} if fractions else {}),
         }
+
+    def _mean_over_ranks(self, values: Sequence[Tensor]) -> float:
+        return float(self.ranks.all_gather(torch.stack(list(values))).double().mean())
 
 
 def _resources(device: torch.device) -> dict[str, float]:
-    memory = {"Resources/cpu_mem_gb": psutil.Process().memory_info().rss / 2**30}
+    """Memory that this process uses, in GiB."""
+    memory = {"resources/cpu_mem_gb": psutil.Process().memory_info().rss / 2**30}
     if device.type == "cuda":
-        memory["Resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
+        memory["resources/peak_gpu_mem_gb"] = torch.cuda.max_memory_allocated(device) / 2**30
         torch.cuda.reset_peak_memory_stats(device)
     return memory
 
 
 @dataclass(frozen=True, eq=False)
-class HeldOut:
-    """The loss on members that were never trained on, against themselves: the same rows, times and noise every time.
+class HeldOutLoss:
+    """The loss on held-out images against the images themselves, at the same times and with the same noise every time.
 
-    Stable targets would need references of their own; against the source alone the loss has the same minimiser, and
-    runs with different targets can be compared. Times are evenly spread over their density.
+    Stable targets would need references among the held-out images. The DSM loss has the same minimiser, so runs with
+    different targets can be compared by it. Times are evenly spaced quantiles of their distribution.
 
     Attributes:
-        pool: the members; each is looked at once, or several times if they are few, or some of them if they are many.
-        objective: times and weight.
+        pool: the held-out images; each is used once, or several times if there are fewer than `min_examples`, or an
+            evenly spaced part of them if there are more than `max_examples`.
+        objective: distribution of t and weight of the loss.
         bins: ranges of the noise level.
-        ranks: which share the rows.
-        batch: rows of a rank at once.
+        ranks: this process and those it trains with, among which the examples are divided.
+        batch_size: examples of a rank that pass through the network at once.
+        min_examples: smallest number of examples.
+        max_examples: largest number of examples.
     """
 
     pool: Pool
     objective: Objective
-    bins: Bins
+    bins: NoiseBins
     ranks: Ranks
-    batch: int
-    fewest: int = 1024
-    most: int = 8192
+    batch_size: int
+    min_examples: int = 1024
+    max_examples: int = 8192
 
     @torch.no_grad()
     def __call__(self, denoiser: Denoiser) -> dict[str, float]:
-        """The loss, and that in each range of the noise level. All ranks must ask for it together."""
-        n = min(max(len(self.pool), self.fewest), self.most)
+        """The loss of a model, over all examples and by noise level; must be called on all ranks.
+
+        Args:
+            denoiser: the model, in evaluation mode.
+        """
+        n = min(max(len(self.pool), self.min_examples), self.max_examples)
         index = torch.arange(n) * len(self.pool) // n
         level = (torch.randperm(n, generator=generator(0, "held out")).double() + 0.5) / n
         t = self.objective.times.quantile(level)
         sums = torch.zeros(len(self.bins.names), 2, dtype=torch.float64)
-        for rows in torch.arange(n)[self.ranks.rank :: self.ranks.total].split(self.batch):
-            sums += self._sums(denoiser, rows, index[rows], t[rows])
-        whole = self.ranks.gather(sums[None].to(self.ranks.device)).sum(0).cpu()
-        return self.bins.means("Held_out", whole)
+        for examples in torch.arange(n)[self.ranks.rank :: self.ranks.world_size].split(self.batch_size):
+            sums += self._sums(denoiser, examples, index[examples], t[examples])
+        total = self.ranks.all_gather(sums[None].to(self.ranks.device)).sum(0).cpu()
+        return self.bins.means("held_out", total)
 
-    def _sums(self, denoiser: Denoiser, rows: Tensor, index: Tensor, t: Tensor) -> Tensor:
+    def _sums(
+        self, denoiser: Denoiser, examples: Int[Tensor, "b"], index: Int[Tensor, "b"], t: Float[Tensor, "b"]
+    ) -> Float[Tensor, "K 2"]:
+        """Sums for each range over some examples, whose numbers seed their noise."""
         device = self.ranks.device
         x, label = self.pool.take(index).to(device), self.pool.label(index)
         noise = [
-            torch.randn(x.shape[1:], generator=generator(0, "held out", row), dtype=x.dtype) for row in rows.tolist()
+            torch.randn(x.shape[1:], generator=generator(0, "held out", number), dtype=x.dtype)
+            for number in examples.tolist()
         ]
-        told = None if label is None else label.to(device)
-        noisy = denoiser.process.perturb(x, t.to(x), torch.stack(noise).to(device), label=told, index=index)
-        report = self.objective.loss(denoiser, denoiser.process, noisy, SingleSample()(noisy))
-        return self.bins.sums(t, report.each)
+        noisy = denoiser.process.perturb(
+            x,
+            t.to(x),
+            torch.stack(noise).to(device),
+            label=None if label is None else label.to(device),
+            index=index,
+        )
+        report = self.objective.loss(denoiser, denoiser.process, noisy, DSMTarget()(noisy))
+        return self.bins.sums(t, report.losses)

@@ -1,6 +1,6 @@
-"""Everything of a training run that must survive a stop, in one place.
+"""Everything that changes during training and must be saved to resume a run.
 
-Nothing random is here: what a step draws follows from the seed and the number of images seen.
+No random state is saved: the draws of a step follow from the seed and the number of images seen.
 """
 
 import copy
@@ -12,24 +12,32 @@ from torch import Tensor
 from stablefield.denoise import Denoiser
 from stablefield.schedule import EMA, average_names
 
+__all__ = ["TrainState"]
+
 
 class TrainState:
-    """The model, its averages, the optimiser and its loss scale, and how many images they have seen.
+    """State of training: the model, its averages, the optimizer, the loss scale and the number of images seen.
 
     Args:
-        denoiser: trained in place.
-        optimizer: made from its parameters; Adam with beta = (0.9, 0.999) if not given.
-        emas: how each average follows, the one to be sampled from first.
-        precision: what matrix products and convolutions are done in; weights and sums stay in float32.
+        denoiser: the model, trained in place.
+        optimizer: optimizer of the model's parameters; by default Adam with betas (0.9, 0.999).
+        emas: moving averages of the weights to keep; samples are drawn from the first.
+        precision: dtype of matrix products and convolutions; weights, averages and sums stay float32.
 
     Attributes:
-        images: seen so far, by all ranks.
-        skipped: steps whose gradient was not finite, and which were not taken.
-        in_a_row: how many of them were the last.
-        whole: whether all of this belongs together; not so while a step is being taken.
+        denoiser: the model.
+        emas: the moving averages by name (see `schedule.average_names`).
+        averages: a copy of the model with averaged weights for each of them, in evaluation mode.
+        optimizer: the optimizer.
+        precision: dtype of matrix products and convolutions.
+        scaler: scale of the loss, which changes only in float16.
+        images: images seen, over all ranks.
+        skipped: steps that were skipped because their gradient was not finite.
+        skipped_in_a_row: skipped steps since the last step that was taken.
+        complete: False from the optimizer's update to the end of a step, while weights, averages and counts disagree.
 
     Raises:
-        ValueError: no average, or two of the same half-life.
+        ValueError: there is no average, or two have the same half-life.
     """
 
     def __init__(
@@ -46,61 +54,71 @@ class TrainState:
         self.optimizer = optimizer or torch.optim.Adam(denoiser.parameters(), lr=1e-3, fused=True)
         self.precision = precision
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
-        self.images = self.skipped = self.in_a_row = 0
-        self.whole = True
+        self.images = self.skipped = self.skipped_in_a_row = 0
+        self.complete = True
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.denoiser.parameters()).device
 
     @property
     def average(self) -> Denoiser:
-        """The first average."""
+        """The model with the weights of the first average."""
         return self.averages["average"]
 
-    def count(self, batch: int, taken: bool) -> None:
-        """A step is over: its images have been seen, and the averages follow if the weights have moved."""
-        if taken:
+    def end_step(self, batch_size: int, step_taken: bool) -> None:
+        """Update the averages and the counts at the end of a step.
+
+        Args:
+            batch_size: images of the step, over all ranks.
+            step_taken: True if the weights have changed; the averages do not move otherwise.
+        """
+        if step_taken:
             for name, ema in self.emas.items():
-                ema.update(self.averages[name], self.denoiser, self.images, batch)
-        self.images += batch
-        self.skipped += not taken
-        self.in_a_row = 0 if taken else self.in_a_row + 1
-        self.whole = True
+                ema.update(self.averages[name], self.denoiser, self.images, batch_size)
+        self.images += batch_size
+        self.skipped += not step_taken
+        self.skipped_in_a_row = 0 if step_taken else self.skipped_in_a_row + 1
+        self.complete = True
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors; `images` is the one number beside them."""
+        """The state as named tensors, without `images`, which a checkpoint stores beside them."""
         named = {f"model.{name}": value for name, value in self.denoiser.state_dict().items()}
         for name, average in self.averages.items():
-            named |= {f"{name}.{rest}": value for rest, value in average.state_dict().items()}
+            named |= {f"{name}.{key}": value for key, value in average.state_dict().items()}
         for number, slots in self.optimizer.state_dict()["state"].items():
             named |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
         scaler = self.scaler.state_dict()
         named |= {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in scaler.items()}
-        return named | {"steps.skipped": torch.tensor(self.skipped), "steps.in_a_row": torch.tensor(self.in_a_row)}
+        counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
+        return named | {f"steps.{name}": torch.tensor(count) for name, count in counts.items()}
 
     def restore(self, tensors: dict[str, Tensor], images: int) -> None:
-        """Become the state that `tensors` and `images` describe.
+        """Replace this state by a saved one.
+
+        Args:
+            tensors: the saved state, as `tensors` returned it.
+            images: images that the saved state has seen.
 
         Raises:
-            ValueError: tensors of another network, or with other averages.
+            ValueError: the tensors are of another network or of other averages.
         """
-        parts: dict[str, dict[str, Tensor]] = {}
+        groups: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = value
+            group, _, key = name.partition(".")
+            groups.setdefault(group, {})[key] = value
         try:
             for name, module in {"model": self.denoiser, **self.averages}.items():
-                module.load_state_dict(parts.get(name, {}))
+                module.load_state_dict(groups.get(name, {}))
         except RuntimeError as error:
             raise ValueError(f"the saved weights are of another network: {error}") from None
-        self._restore_optimizer(parts.get("optimizer", {}))
-        if self.scaler.is_enabled() and "scaler" in parts:
+        self._restore_optimizer(groups.get("optimizer", {}))
+        if self.scaler.is_enabled() and "scaler" in groups:
             before = self.scaler.state_dict()
-            self.scaler.load_state_dict({k: type(before[k])(v.item()) for k, v in parts["scaler"].items()})
-        steps = parts.get("steps", {})
-        self.skipped, self.in_a_row = (int(steps.get(name, 0)) for name in ("skipped", "in_a_row"))
+            self.scaler.load_state_dict({k: type(before[k])(v.item()) for k, v in groups["scaler"].items()})
+        counts = groups.get("steps", {})
+        self.skipped, self.skipped_in_a_row = (int(counts.get(name, 0)) for name in ("skipped", "skipped_in_a_row"))
         self.images = images
 
     def _restore_optimizer(self, saved: dict[str, Tensor]) -> None:
@@ -108,10 +126,11 @@ class TrainState:
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in saved.items():
             number, _, slot = name.partition(".")
-            slots.setdefault(int(number), {})[slot] = _laid_out(value, parameters[int(number)])
+            slots.setdefault(int(number), {})[slot] = _in_memory_order_of(parameters[int(number)], value)
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
 
 
-def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    # a fused optimiser reads its averages in the memory order of the weights, which may be channels last
-    return torch.empty_like(like, dtype=value.dtype).copy_(value) if value.shape == like.shape else value
+def _in_memory_order_of(parameter: Tensor, value: Tensor) -> Tensor:
+    """The value in the memory order of a parameter, which may be channels last: fused optimizers need both alike."""
+    same_shape = value.shape == parameter.shape
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value) if same_shape else value

@@ -1,36 +1,33 @@
-"""How good the samples are, how much the targets vary, and pictures of both."""
+"""Evaluation of samples: feature spaces, distances to reference data, memorisation, and image files."""
 
-from stablefield.evaluate.classifier import Classifier, cached_classifier, known_classifier, train_classifier
-from stablefield.evaluate.features import Exported, Features, Pixels
-from stablefield.evaluate.field import Field, measure_field
-from stablefield.evaluate.frechet import Statistics, Sums, frechet_distance
+from stablefield.evaluate.classifier import Classifier, cached_classifier, find_classifier, train_classifier
+from stablefield.evaluate.features import ExportedNetwork, Features, Pixels
+from stablefield.evaluate.frechet import Statistics, StatisticsAccumulator, frechet_distance
 from stablefield.evaluate.inception import Inception
-from stablefield.evaluate.memorisation import Nearest, memorised, nearest
+from stablefield.evaluate.memorisation import NearestMatches, find_nearest, memorisation_scores
+from stablefield.evaluate.metrics import FeatureSet, ScoreSummary, compute_scores, sample_size_notes, summarise
 from stablefield.evaluate.pairs import kernel_distance, precision_recall
-from stablefield.evaluate.score import Cloud, Summary, remarks, scores, summarised
 
 __all__ = [
     "Classifier",
-    "Cloud",
-    "Exported",
+    "ExportedNetwork",
+    "FeatureSet",
     "Features",
-    "Field",
     "Inception",
-    "Nearest",
+    "NearestMatches",
     "Pixels",
+    "ScoreSummary",
     "Statistics",
-    "Summary",
-    "Sums",
+    "StatisticsAccumulator",
     "cached_classifier",
+    "compute_scores",
+    "find_classifier",
+    "find_nearest",
     "frechet_distance",
     "kernel_distance",
-    "known_classifier",
-    "measure_field",
-    "memorised",
-    "nearest",
+    "memorisation_scores",
     "precision_recall",
-    "remarks",
-    "scores",
-    "summarised",
+    "sample_size_notes",
+    "summarise",
     "train_classifier",
 ]

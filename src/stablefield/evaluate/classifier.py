@@ -1,7 +1,7 @@
-"""Features of a small classifier, trained on the data set's own labels.
+"""Features of a small classifier that is trained on the labels of the data set.
 
-No download is needed, and the features know what matters in these data. It is trained once and kept in the cache;
-another data set, seed or recipe is another classifier, and distances in one are comparable with no other's.
+It needs no download, and its features reflect what matters in these data. It is trained once and kept in the cache.
+Another data set, seed or recipe gives another classifier, and distances are comparable only within one classifier.
 """
 
 import json
@@ -12,22 +12,35 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typing_extensions import override
 
-from stablefield.checkpoint import checksum, replacing
-from stablefield.data import Progress, Shuffled, content_hash, silent
+from stablefield.checkpoint import atomic_path, checksum
+from stablefield.data import Progress, ShuffledBatches, content_hash, silent
 from stablefield.data.store import cache_folder
 from stablefield.evaluate.features import Features
-from stablefield.reference import Pool
+from stablefield.pool import Pool
 from stablefield.seeding import derive, generator
 
-RECIPE = "stablefield classifier 1"  # counts up whenever the network or its training changes
-EPOCHS, MOST_IMAGES = 30, 300_000
+__all__ = ["Classifier", "ClassifierNetwork", "cached_classifier", "find_classifier", "train_classifier"]
+
+_RECIPE = "stablefield classifier 1"  # the number must increase when the network or its training changes
+_EPOCHS, _MAX_IMAGES = 30, 300_000
 
 
-class Network(nn.Module):
-    """Convolutions, halved until 8 pixels are left, and a layer of features, from which the class is read linearly."""
+class ClassifierNetwork(nn.Module):
+    """Convolutional classifier with one linear layer between the features and the classes.
 
-    def __init__(self, shape: tuple[int, ...], classes: int, width: int = 64) -> None:
+    Args:
+        shape: shape of an image, (C, H, W). It is downsampled until its longer side has at most 8 pixels.
+        num_classes: number of classes.
+        width: number of features.
+
+    Attributes:
+        body: maps images to features.
+        head: maps features to logits.
+    """
+
+    def __init__(self, shape: tuple[int, ...], num_classes: int, width: int = 64) -> None:
         super().__init__()
         channels, side = shape[0], max(shape[1:])
         layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU()]
@@ -38,123 +51,159 @@ class Network(nn.Module):
         if inner == 32:
             layers += [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU()]
         self.body = nn.Sequential(*layers, nn.AdaptiveMaxPool2d(4), nn.Flatten(), nn.Linear(64 * 16, width), nn.ReLU())
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(width, num_classes)
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B classes"]:
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B num_classes"]:
+        """Logits of the classes.
+
+        Args:
+            x: images in [-1, 1].
+        """
         return self.head(self.body(x))
 
 
 class Classifier(Features):
-    """A trained classifier.
+    """Features of a trained classifier: the input of its last layer.
+
+    Args:
+        network: the trained network, for images in [-1, 1].
+        accuracy: fraction of held-out images that it classifies correctly.
 
     Attributes:
-        network: asked about images in [-1, 1].
-        accuracy: the share that it gets right of images it has not seen.
+        network: the network, in evaluation mode.
+        accuracy: fraction of held-out images that it classifies correctly.
     """
 
     name = "classifier"
 
-    def __init__(self, network: Network, accuracy: float) -> None:
+    def __init__(self, network: ClassifierNetwork, accuracy: float) -> None:
         self.network, self.accuracy = network.eval().requires_grad_(False), accuracy
         self.device = network.head.weight.device
         self.identity = f"classifier:{checksum(network.state_dict(), {})[:16]}"
 
-    def of(self, x: Float[Tensor, "n C H W"]) -> Float[Tensor, "n F"]:
+    @override
+    def compute(self, x: Float[Tensor, "n C H W"]) -> Float[Tensor, "n F"]:
         return torch.cat([self.network.body(part) for part in x.split(512)])
 
     @torch.no_grad()
     def predict(self, x: Float[Tensor, "n C H W"]) -> Int[Tensor, "n"]:
-        """The most likely class of each image, on the CPU.
+        """Most likely class of each image, on the CPU.
+
+        Args:
+            x: images in [-1, 1].
 
         Raises:
-            ValueError: the network answers with numbers that are not finite, among which none is the largest.
+            ValueError: logits are not finite.
         """
-        answers = torch.cat([self.network(part.float().to(self.device)) for part in x.split(512)])
-        if not answers.isfinite().all():
-            raise ValueError("the classifier answers with numbers that are not finite")
-        return answers.argmax(1).cpu()
+        logits = torch.cat([self.network(part.float().to(self.device)) for part in x.split(512)])
+        if not logits.isfinite().all():
+            raise ValueError("the classifier returns logits that are not finite")
+        return logits.argmax(1).cpu()
 
-    def about(self) -> dict[str, str | float]:
-        return super().about() | {"accuracy": self.accuracy}
+    @override
+    def metadata(self) -> dict[str, str | float]:
+        return super().metadata() | {"accuracy": self.accuracy}
 
 
 def train_classifier(
     pool: Pool,
     *,
     seed: int = 0,
-    epochs: int = EPOCHS,
+    epochs: int = _EPOCHS,
     held_out: float = 0.2,
     device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> Classifier:
-    """Train on a part of the pool, for at most 300,000 images, and measure on the rest.
+    """Train a classifier on a part of the pool, and measure its accuracy on the rest.
+
+    Args:
+        pool: labelled images.
+        seed: seed of the split, the initial weights and the order of the images.
+        epochs: passes over the training part; training also ends after 300,000 images.
+        held_out: fraction of the pool that the accuracy is measured on.
+        device: device to train on.
+        progress: called with (done, total) images.
 
     Raises:
-        ValueError: the pool has no labels, or holds no images.
+        ValueError: the pool has no labels, or does not hold images.
     """
     if pool.labels is None or len(pool.shape) != 3:
         raise ValueError(f"a classifier needs labelled images (C, H, W), not {pool}")
     order = torch.randperm(len(pool), generator=generator(seed, "classifier"))
-    test, seen = order.split([round(held_out * len(pool)), len(pool) - round(held_out * len(pool))])
+    test, train = order.split([round(held_out * len(pool)), len(pool) - round(held_out * len(pool))])
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, "classifier weights"))
-        network = Network(pool.shape, pool.classes).to(device)
-    _fit(network, pool.subset(seen), seed, epochs, progress)
-    return Classifier(network, _accuracy(Classifier(network, 0.0), pool, test))
+        network = ClassifierNetwork(pool.shape, pool.num_classes).to(device)
+    _fit(network, pool.subset(train), seed, epochs, progress)
+    return Classifier(network, _measure_accuracy(Classifier(network, 0.0), pool, test))
 
 
 def cached_classifier(
     pool: Pool, *, seed: int = 0, device: str | torch.device = "cpu", progress: Progress = silent
 ) -> Classifier:
-    """The classifier of these data, from the cache; trained and put there the first time.
+    """Classifier of a data set from the cache; the first call trains it.
+
+    Args:
+        pool: labelled images.
+        seed: seed of the training.
+        device: device of the network.
+        progress: called with (done, total) training images.
 
     Raises:
-        ValueError: the pool has no labels, or holds no images.
+        ValueError: the pool has no labels, or does not hold images; or the cached file is damaged.
     """
-    place = _place(content_hash(pool), seed)
-    if place.is_file():
-        return _read(place, device)
+    path = _cache_path(content_hash(pool), seed)
+    if path.is_file():
+        return _read(path, device)
     classifier = train_classifier(pool, seed=seed, device=device, progress=progress)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    about = {"recipe": RECIPE, "shape": json.dumps(pool.shape), "classes": str(pool.classes)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"recipe": _RECIPE, "shape": json.dumps(pool.shape), "classes": str(pool.num_classes)}
     state = {name: tensor.cpu() for name, tensor in classifier.network.state_dict().items()}
-    with replacing(place) as beside:
-        save_file(state, beside, about | {"accuracy": repr(classifier.accuracy)})
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata | {"accuracy": repr(classifier.accuracy)})
     return classifier
 
 
-def known_classifier(data: str, *, seed: int = 0, device: str | torch.device = "cpu") -> Classifier:
-    """The classifier of data with this hash, if it was ever trained here.
+def find_classifier(data: str, *, seed: int = 0, device: str | torch.device = "cpu") -> Classifier:
+    """Classifier from the cache of a data set that is known by its hash alone.
+
+    Args:
+        data: hash of the data set (`content_hash`).
+        seed: seed of the training.
+        device: device of the network.
 
     Raises:
-        ValueError: it was not.
+        ValueError: the cache does not hold this classifier, or its file is damaged.
     """
-    place = _place(data, seed)
-    if not place.is_file():
-        raise ValueError("the classifier of these statistics was not trained here: give the data they are of instead")
-    return _read(place, device)
+    path = _cache_path(data, seed)
+    if not path.is_file():
+        raise ValueError(
+            f"the classifier of data {data[:16] or '(hash unknown)'} was not trained on this machine; use the data as "
+            "the reference instead of their statistics"
+        )
+    return _read(path, device)
 
 
-def _place(data: str, seed: int) -> Path:
-    return cache_folder() / "classifiers" / f"{RECIPE.rpartition(' ')[2]}-{seed}-{data[:32]}.safetensors"
+def _cache_path(data: str, seed: int) -> Path:
+    return cache_folder() / "classifiers" / f"{_RECIPE.rpartition(' ')[2]}-{seed}-{data[:32]}.safetensors"
 
 
-def _read(place: Path, device: str | torch.device) -> Classifier:
+def _read(path: Path, device: str | torch.device) -> Classifier:
     try:
-        with safe_open(place, "pt") as file:
-            about = file.metadata()
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is not a mapping)
     except SafetensorError as error:
-        raise ValueError(f"{place} is damaged ({error}): remove it, and it is trained again") from None
-    network = Network(tuple(json.loads(about["shape"])), int(about["classes"]))
+        raise ValueError(f"{path} is damaged ({error}); remove it to train the classifier again") from None
+    network = ClassifierNetwork(tuple(json.loads(metadata["shape"])), int(metadata["classes"]))
     network.load_state_dict(state)
-    return Classifier(network.to(device), float(about["accuracy"]))
+    return Classifier(network.to(device), float(metadata["accuracy"]))
 
 
-def _fit(network: Network, pool: Pool, seed: int, epochs: int, progress: Progress) -> None:
-    device, batches = network.head.weight.device, Shuffled(pool, 128, seed)
+def _fit(network: ClassifierNetwork, pool: Pool, seed: int, epochs: int, progress: Progress) -> None:
+    device, batches = network.head.weight.device, ShuffledBatches(pool, 128, seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-    total = min(epochs * len(pool), MOST_IMAGES)
+    total = min(epochs * len(pool), _MAX_IMAGES)
     for images in range(0, total, batches.size):
         batch = batches(images)
         assert batch.label is not None
@@ -164,7 +213,7 @@ def _fit(network: Network, pool: Pool, seed: int, epochs: int, progress: Progres
         progress(min(images + batches.size, total), total)
 
 
-def _accuracy(classifier: Classifier, pool: Pool, test: Tensor) -> float:
+def _measure_accuracy(classifier: Classifier, pool: Pool, test: Tensor) -> float:
     assert pool.labels is not None
-    right = [classifier.predict(pool.take(part)) == pool.labels[part].cpu() for part in test.split(512)]
-    return float(torch.cat(right).double().mean())
+    correct = [classifier.predict(pool.take(part)) == pool.labels[part].cpu() for part in test.split(512)]
+    return float(torch.cat(correct).double().mean())

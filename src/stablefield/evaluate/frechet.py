@@ -1,8 +1,8 @@
-"""The Frechet distance between two clouds of features, taken as Gaussians.
+"""Frechet distance between two sets of features, each approximated by a Gaussian.
 
     d^2 = ||m1 - m2||^2 + Tr(C1 + C2 - 2 (C1^(1/2) C2 C1^(1/2))^(1/2))
 
-With Inception features this is FID (Heusel et al. 2017); with any others it is not, and must not be called so.
+With Inception features this is FID (Heusel et al. 2017); with any other features it must not be called FID.
 """
 
 import warnings
@@ -20,22 +20,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.checkpoint import replacing
+from stablefield.checkpoint import atomic_path
 
-BLOCK = 2048
+__all__ = ["BLOCK", "Statistics", "StatisticsAccumulator", "frechet_distance", "merge_all"]
 
-# How far a covariance may be from symmetric and positive semi-definite, relative to its largest eigenvalue. In float64
-# rounding leaves 1e-12 or less. Published files were also stored as float32 (6e-8 of each entry) or computed in it
-# from raw second moments (up to 3e-5 where the mean is as large as the spread, as Inception's is).
-ROUNDING = 1e-4
+BLOCK = 2048  # features added to the running statistics at a time
+
+# Tolerance for asymmetry and negative eigenvalues of a covariance, relative to its largest eigenvalue. Rounding in
+# float64 leaves 1e-12 or less. Published files were also stored as float32 (6e-8 of each entry) or computed in float32
+# from raw second moments (up to 3e-5 where the mean is as large as the standard deviation, as Inception's is).
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
-    """How many features there were, their mean, and their scatter sum (f - mean)(f - mean)^T, in float64.
+class StatisticsAccumulator:
+    """Running statistics of features, in float64, which can be merged across batches and ranks in any order.
 
-    Both are kept around the mean and never as raw second moments, so that nothing cancels where the mean is large
-    against the spread (Chan, Golub & LeVeque 1983). Parts merge in any order: batches of one machine, or ranks.
+    The scatter matrix is relative to the mean, so that nothing cancels where the mean is much larger than the standard
+    deviation, as it would in raw second moments (Chan, Golub & LeVeque 1983).
+
+    Attributes:
+        n: number of feature vectors.
+        mean: their mean, (F,).
+        scatter: sum of (f - mean)(f - mean)^T, (F, F).
     """
 
     n: int
@@ -43,54 +50,66 @@ class Sums:
     scatter: Float[Tensor, "F F"]
 
     @classmethod
-    def of(cls, features: Float[Tensor, "n F"]) -> "Sums":
-        """Of at least one feature."""
-        return merged(map(cls._of_block, features.split(BLOCK)))
+    def from_features(cls, features: Float[Tensor, "n F"]) -> "StatisticsAccumulator":
+        """Running statistics of some features.
+
+        Args:
+            features: at least one feature vector, (n, F).
+        """
+        return merge_all(map(cls._from_block, features.split(BLOCK)))
 
     @classmethod
-    def _of_block(cls, features: Float[Tensor, "n F"]) -> "Sums":
+    def _from_block(cls, features: Float[Tensor, "n F"]) -> "StatisticsAccumulator":
         features = features.double()
         mean = features.mean(0)
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred)
 
-    def merge(self, other: "Sums") -> "Sums":
-        """Of all that were in either."""
+    def merge(self, other: "StatisticsAccumulator") -> "StatisticsAccumulator":
+        """Running statistics of the union.
+
+        Args:
+            other: running statistics of other features.
+        """
         n = self.n + other.n
-        apart = other.mean - self.mean
-        between = torch.outer(apart, apart) * (self.n * other.n / n)
-        return Sums(n, self.mean + apart * (other.n / n), self.scatter + other.scatter + between)
+        difference = other.mean - self.mean
+        between = torch.outer(difference, difference) * (self.n * other.n / n)
+        return StatisticsAccumulator(n, self.mean + difference * (other.n / n), self.scatter + other.scatter + between)
 
     def statistics(self) -> "Statistics":
         """Mean and covariance.
 
         Raises:
-            ValueError: fewer than two features.
+            ValueError: there are fewer than two feature vectors.
         """
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 features, not {self.n}")
         return Statistics(self.mean, self.scatter / (self.n - 1), self.n)
 
 
-def merged(parts: Iterable[Sums]) -> Sums:
-    """Of all that were in any."""
-    return reduce(Sums.merge, parts)
+def merge_all(parts: Iterable[StatisticsAccumulator]) -> StatisticsAccumulator:
+    """Running statistics of the union of all parts.
+
+    Args:
+        parts: at least one accumulator.
+    """
+    return reduce(StatisticsAccumulator.merge, parts)
 
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Mean and covariance (n - 1) of n features, float64; on the disk as `mu` and `sigma`, as is the field's custom.
+    """Mean and covariance of features, in float64; stored in files as `mu` and `sigma`, as is usual for FID.
 
     Attributes:
-        mean: of the features.
-        covariance: of the features.
-        n: how many there were; None if a file does not say.
-        features: the identity of the features; "" if a file does not say.
-        data: the hash of the data; "" if a file does not say.
+        mean: mean of the features, (F,).
+        covariance: their covariance with denominator n - 1, (F, F).
+        n: number of feature vectors; None if unknown.
+        features: identity of the features (`Features.identity`); "" if unknown.
+        data: hash of the data (`content_hash`); "" if unknown.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not real or not finite, a covariance that is not symmetric
-            or not positive semi-definite (to rounding), or one of fewer than two features.
+        ValueError: the shapes do not match; values are not real or not finite; the covariance is not symmetric or not
+            positive semi-definite (up to rounding); or n is below 2.
     """
 
     mean: Float[Tensor, "F"]
@@ -100,50 +119,61 @@ class Statistics:
     data: str = ""
 
     def __post_init__(self) -> None:
-        _fitting(self.mean, self.covariance)
-        _valid(self.mean, self.covariance)
+        _check_shapes(self.mean, self.covariance)
+        _check_values(self.mean, self.covariance)
         if self.n is not None and self.n < 2:
             raise ValueError(f"n: a covariance needs at least 2 features, not {self.n}")
 
     @cached_property
     def root(self) -> Float[Tensor, "F r"]:
-        """R with R R^T = covariance, without the directions in which it is zero to rounding."""
+        """R with R R^T = covariance, without the directions in which the covariance is zero up to rounding."""
         values, vectors = torch.linalg.eigh((self.covariance + self.covariance.T) / 2)
-        there = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
-        return vectors[:, there] * values[there].sqrt()
+        nonzero = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+        return vectors[:, nonzero] * values[nonzero].sqrt()
 
     @classmethod
-    def of(cls, features: Float[Tensor, "n F"]) -> "Statistics":
-        """Of at least two features.
+    def from_features(cls, features: Float[Tensor, "n F"]) -> "Statistics":
+        """Mean and covariance of some features.
+
+        Args:
+            features: at least two feature vectors, (n, F).
 
         Raises:
-            ValueError: fewer than two.
+            ValueError: there are fewer than two, or some are not finite.
         """
-        return Sums.of(features).statistics()
+        return StatisticsAccumulator.from_features(features).statistics()
 
     def save(self, path: Path, *, features: str, data: str) -> None:
-        """Write them as `.npz`, with what they are of.
+        """Write the statistics to an `.npz` file.
+
+        Args:
+            path: the file.
+            features: identity of the features.
+            data: hash of the data; "" if unknown.
 
         Raises:
-            OSError: the disk is full, or cannot be written.
+            OSError: the file cannot be written, for example because the disk is full.
         """
         arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
         arrays |= {"n": -1 if self.n is None else self.n, "features": features, "data": data}
-        with replacing(path) as beside, beside.open("wb") as file:
+        with atomic_path(path) as beside, beside.open("wb") as file:
             np.savez(file, **arrays)
 
     @classmethod
     def read(cls, path: Path) -> "Statistics":
-        """Those in a file: `mu` and `sigma` are enough.
+        """Statistics from an `.npz` file.
+
+        Args:
+            path: the file. It must hold `mu` and `sigma`; `n`, `features` and `data` are optional.
 
         Raises:
-            ValueError: there are none, or they are not a mean and a covariance; it names the file.
+            ValueError: there is no such file, or it does not hold a mean and a covariance.
         """
         try:
             arrays = _arrays(path)
             n = _count(arrays.get("n", np.array(-1)))
             mean, covariance = (_real(name, arrays[name]) for name in ("mu", "sigma"))
-            _fitting(mean, covariance)
+            _check_shapes(mean, covariance)
             features, data = (str(arrays.get(name, "")) for name in ("features", "data"))
             return cls(mean, covariance, n, features, data)
         except ValueError as error:
@@ -151,7 +181,7 @@ class Statistics:
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """What a file of statistics holds, by name."""
+    """The arrays in a file of statistics, by name."""
     if not path.is_file():
         raise ValueError("there is no such file")
     if not zipfile.is_zipfile(path):
@@ -166,36 +196,32 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _real(name: str, array: np.ndarray) -> Tensor:
-    """An array as float64, without losing anything of it."""
+    """An array of real numbers as float64."""
     if array.dtype.kind not in "fiu":
         raise ValueError(f"{name} must hold real numbers, not {array.dtype}")
-    with warnings.catch_warnings(action="ignore"):  # an overflow is refused as not finite
+    with warnings.catch_warnings(action="ignore"):  # an overflow is reported later, as not finite
         return torch.from_numpy(array.astype(np.float64))
 
 
 def _count(n: np.ndarray) -> int | None:
-    """How many features a file says its statistics are of; -1 stands for an unknown number."""
+    """Number of feature vectors as stored in a file, where -1 means unknown."""
     if n.size != 1 or n.dtype.kind not in "fiu" or not np.isfinite(n).all() or n.item() != int(n.item()):
         raise ValueError(f"n must be a whole number, not {n}")
     count = int(n.item())
     if count < 2 and count != -1:
-        raise ValueError(f"n must be at least 2 (or -1 if it is not known), not {count}")
+        raise ValueError(f"n must be at least 2 (or -1 if it is unknown), not {count}")
     return None if count == -1 else count
 
 
-def _fitting(mean: Tensor, covariance: Tensor) -> None:
-    """Raises:
-    ValueError: these are not the shapes of a mean and a covariance.
-    """
+def _check_shapes(mean: Tensor, covariance: Tensor) -> None:
+    """Refuse shapes that a mean and a covariance cannot have."""
     if mean.ndim != 1 or len(mean) == 0 or covariance.shape != 2 * mean.shape:
         shapes = f"mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}"
-        raise ValueError(f"{shapes} are no mean and covariance of features; they must be (F,) and (F, F)")
+        raise ValueError(f"{shapes} are not a mean and a covariance, whose shapes are (F,) and (F, F)")
 
 
-def _valid(mean: Float[Tensor, "F"], covariance: Float[Tensor, "F F"]) -> None:
-    """Raises:
-    ValueError: they are not finite and real, or the covariance not symmetric and positive semi-definite, to rounding.
-    """
+def _check_values(mean: Float[Tensor, "F"], covariance: Float[Tensor, "F F"]) -> None:
+    """Refuse values that are not finite or not real, and matrices that are not a covariance up to rounding."""
     for name, value in (("mu", mean), ("sigma", covariance)):
         if not value.is_floating_point():
             raise ValueError(f"{name} must hold real floating numbers, not {value.dtype}")
@@ -204,43 +230,47 @@ def _valid(mean: Float[Tensor, "F"], covariance: Float[Tensor, "F F"]) -> None:
     peak = float(covariance.abs().max())
     if peak == 0:
         return
-    unit = covariance.double() / peak
-    limit = ROUNDING * _largest(unit)
-    if (apart := float((unit - unit.T).abs_().max())) > limit:
+    scaled = covariance.double() / peak
+    limit = _TOLERANCE * _largest_eigenvalue(scaled)
+    if (asymmetry := float((scaled - scaled.T).abs_().max())) > limit:
         raise ValueError(
-            f"sigma is not symmetric: entries differ from those across the diagonal by up to {apart * peak:.3g}"
+            f"sigma is not symmetric: entries differ from those across the diagonal by up to {asymmetry * peak:.3g}"
         )
-    # Cholesky's factors exist if no eigenvalue is below the limit, and cost far less than the eigenvalues
-    unit = (unit + unit.T).div_(2)
-    unit.diagonal().add_(limit)
-    if int(torch.linalg.cholesky_ex(unit).info):
+    # a Cholesky decomposition exists if no eigenvalue is below -limit, and costs far less than the eigenvalues
+    scaled = (scaled + scaled.T).div_(2)
+    scaled.diagonal().add_(limit)
+    if int(torch.linalg.cholesky_ex(scaled).info):
         raise ValueError(f"sigma is not positive semi-definite: an eigenvalue is below -{limit * peak:.3g}")
 
 
-def _largest(matrix: Float[Tensor, "F F"], steps: int = 10) -> float:
-    """The largest absolute eigenvalue of a symmetric matrix, from below, by power iteration."""
-    found, vector = 0.0, matrix[:, int(matrix.abs().argmax()) % len(matrix)]
+def _largest_eigenvalue(matrix: Float[Tensor, "F F"], steps: int = 10) -> float:
+    """Lower bound of the largest absolute eigenvalue of a symmetric matrix, by power iteration."""
+    largest, vector = 0.0, matrix[:, int(matrix.abs().argmax()) % len(matrix)]
     for _ in range(steps):
         vector = matrix @ (vector / vector.norm())
-        found = max(found, float(vector.norm()))
-    return found
+        largest = max(largest, float(vector.norm()))
+    return largest
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:
-    """d^2 between two clouds, in units of the features squared (what is reported as FID is this square).
+    """Frechet distance d^2, in squared units of the features (FID is this square).
 
-    With C = R R^T, the trace of the square root is the sum of the singular values of R1^T R2: no square root is taken
-    of a number that is zero but for rounding, which is what spoils it where covariances are singular, as they are
-    with fewer samples than features.
+    With C = R R^T, the trace of the square root is the sum of the singular values of R1^T R2. This avoids square roots
+    of eigenvalues that are zero up to rounding, which make the usual formula inaccurate where covariances are singular,
+    as with fewer samples than features.
+
+    Args:
+        first: statistics of one set of features.
+        second: statistics of the other.
 
     Raises:
-        ValueError: the clouds differ in their number of features, or lie too far apart for float64.
+        ValueError: the numbers of features differ, or the distance is too large for float64.
     """
     if first.mean.shape != second.mean.shape:
-        raise ValueError(f"clouds of {len(first.mean)} and of {len(second.mean)} features cannot be compared")
-    mixed = torch.linalg.svdvals(first.root.T @ second.root).sum()
+        raise ValueError(f"statistics of {len(first.mean)} and of {len(second.mean)} features cannot be compared")
+    trace_of_root = torch.linalg.svdvals(first.root.T @ second.root).sum()
     traces = first.covariance.trace() + second.covariance.trace()
-    distance = float((first.mean - second.mean).square().sum() + traces - 2 * mixed)
+    distance = float((first.mean - second.mean).square().sum() + traces - 2 * trace_of_root)
     if not isfinite(distance):
         raise ValueError(f"the Frechet distance of these statistics is not finite, but {distance}")
-    return max(0.0, distance)  # of equal clouds it is zero to rounding, on either side
+    return max(0.0, distance)  # equal statistics may give a negative number by rounding

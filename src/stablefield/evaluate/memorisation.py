@@ -1,101 +1,115 @@
-"""Whether samples are copies: how near they are to the training data, against how near fresh data are.
+"""Memorisation: the distance of samples to their nearest training image, compared with that of held-out images.
 
-The nearest training image of a sample is compared with that of images the model has not seen. Without any, training
-images stand in, each with itself left out: an image against the N - 1 others has the same law as a fresh one against
-N - 1 training images. A sample is counted as a copy if its nearest training image is nearer than a third of the way to
-the second nearest (Yoon et al. 2023, "Diffusion Probabilistic Models Generalize when They Fail to Memorize").
+Without held-out images, the training images take their place, each compared with all others: an image and the other
+N - 1 have the same distribution as a held-out image and N - 1 training images. A sample counts as a copy if its nearest
+training image is at most a third as far away as the second nearest (Yoon et al. 2023, "Diffusion Probabilistic Models
+Generalize when They Fail to Memorize").
 
-A ratio of distances below one alone proves no copying: blurred images are near to everything. Read it with the share
-of copies, and look at the pairs.
+A ratio of distances below one does not prove copying: blurred images are near to everything. Read it together with the
+fraction of copies, and look at the pairs.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stablefield.evaluate.pairs import refuse_not_finite, squared_distances
-from stablefield.neighbours import keep_least
-from stablefield.reference import ALL, Pool
+from stablefield.evaluate.pairs import check_finite, squared_distances
+from stablefield.pool import NULL_LABEL, Pool
+from stablefield.targets.isolation import keep_smallest
 
-COPY = 1 / 3
-BLOCK = 1024
+__all__ = ["NearestMatches", "find_nearest", "memorisation_scores"]
+
+_COPY_RATIO = 1 / 3
+_BLOCK = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Nearest:
-    """The nearest two members of a pool, to each of some points.
+class NearestMatches:
+    """The two nearest data points of a pool for each of n samples.
 
     Attributes:
-        distance: to both, the nearer first; Euclidean, in units of the data (bytes are [-1, 1]), float64.
-        index: which they are.
+        distance: Euclidean distances, (n, 2), ascending, in float64 and in units of the data (bytes are [-1, 1]).
+        index: indices of these data points in the pool, (n, 2).
 
     Raises:
-        ValueError: a distance that is not finite.
+        ValueError: a distance is not finite.
     """
 
     distance: Float[Tensor, "n 2"]
     index: Int[Tensor, "n 2"]
 
     def __post_init__(self) -> None:
-        refuse_not_finite("distances", self.distance)
+        check_finite("distances", self.distance)
+
+    @classmethod
+    def concatenate(cls, parts: Iterable["NearestMatches"]) -> "NearestMatches":
+        """Neighbours of all samples of the parts, in order.
+
+        Args:
+            parts: at least one.
+        """
+        parts = list(parts)
+        return cls(torch.cat([part.distance for part in parts]), torch.cat([part.index for part in parts]))
 
     def copies(self) -> Bool[Tensor, "n"]:
-        """Whether the first is at most a third as far as the second."""
-        return self.distance[:, 0] <= COPY * self.distance[:, 1]
+        """True for each sample whose nearest data point is at most a third as far away as the second nearest."""
+        return self.distance[:, 0] <= _COPY_RATIO * self.distance[:, 1]
 
 
-def nearest(x: Float[Tensor, "n *D"], pool: Pool, *, itself: Int[Tensor, "n"] | None = None) -> Nearest:
-    """The nearest two members of a pool to each point.
+def find_nearest(x: Float[Tensor, "n *D"], pool: Pool, *, exclude: Int[Tensor, "n"] | None = None) -> NearestMatches:
+    """The two nearest data points of a pool for each sample.
 
-    Candidates are found by matrix products in float64, block by block; their distances are then taken from
-    differences, so that a copy is at distance zero.
+    They are found by float64 matrix products, block by block; their distances are then computed from differences, so
+    that a copy has distance zero.
 
     Args:
-        x: the points.
-        pool: the data, with members like the points.
-        itself: which member each point is, if they are: it is left out.
+        x: the samples, (n, *D).
+        pool: the data, of the same shape.
+        exclude: index of a data point that is left out for each sample, which is the sample itself for samples from
+            the pool.
 
     Raises:
-        ValueError: a pool with too few members, or of another shape; points that are not finite.
+        ValueError: the pool has too few data points or another shape, or samples are not finite.
     """
-    refuse_not_finite("points", x)
-    if len(pool) < 2 + (itself is not None) or pool.shape != tuple(x.shape[1:]):
-        raise ValueError(f"points of shape {tuple(x.shape[1:])} have no two nearest in {pool}")
+    check_finite("samples", x)
+    if len(pool) < 2 + (exclude is not None) or pool.shape != tuple(x.shape[1:]):
+        raise ValueError(f"there are no two nearest neighbours of samples {tuple(x.shape[1:])} in {pool}")
     centre = x.flatten(1).double().mean(0)
-    rows, squares = x.flatten(1).double() - centre, x.new_empty(len(x), 0, dtype=torch.float64)
+    centred, squares = x.flatten(1).double() - centre, x.new_empty(len(x), 0, dtype=torch.float64)
     index = squares.long()
     start = 0
-    for block in pool.blocks(ALL, BLOCK):
-        new = squared_distances(rows, block.to(rows).flatten(1) - centre)
-        if itself is not None:
-            here = (itself >= start) & (itself < start + len(block))
-            new[here.to(x.device), (itself[here] - start).to(x.device)] = torch.inf
-        squares, index = keep_least(squares, index, new, start, 2)
+    for block in pool.blocks(NULL_LABEL, _BLOCK):
+        new = squared_distances(centred, block.to(centred).flatten(1) - centre)
+        if exclude is not None:
+            in_block = (exclude >= start) & (exclude < start + len(block))
+            new[in_block.to(x.device), (exclude[in_block] - start).to(x.device)] = torch.inf
+        squares, index = keep_smallest(squares, index, new, start, 2)
         start += len(block)
-    members = pool.take(index.flatten().cpu()).to(rows).flatten(1).unflatten(0, (len(x), 2))
-    distance, order = (x.flatten(1).double()[:, None] - members).norm(dim=2).sort(1)
-    return Nearest(distance.cpu(), index.gather(1, order).cpu())
+    neighbours = pool.take(index.flatten().cpu()).to(centred).flatten(1).unflatten(0, (len(x), 2))
+    distance, order = (x.flatten(1).double()[:, None] - neighbours).norm(dim=2).sort(1)
+    return NearestMatches(distance.cpu(), index.gather(1, order).cpu())
 
 
-def together(parts: Iterable[Nearest]) -> Nearest:
-    """One after the other."""
-    return reduce(
-        lambda a, b: Nearest(torch.cat([a.distance, b.distance]), torch.cat([a.index, b.index])),
-        parts,
-    )
+def memorisation_scores(samples: NearestMatches, held_out: NearestMatches) -> dict[str, float]:
+    """Median distances to the nearest training image, their ratio, and fractions of copies.
 
+    Args:
+        samples: neighbours of samples among the training images.
+        held_out: neighbours of held-out images, or of the training images themselves.
 
-def memorised(samples: Nearest, fresh: Nearest) -> dict[str, float]:
-    """Medians of the distance to the nearest training image, their ratio, and shares of copies."""
-    near, usual = (float(found.distance[:, 0].median()) for found in (samples, fresh))
+    Returns:
+        "nearest_distance" and "nearest_distance_held_out": median distances; "nearest_ratio": their quotient, which is
+        missing if the second is zero (most of the data are duplicates); "copies" and "copies_held_out": fractions of
+        copies.
+    """
+    distance, distance_held_out = (float(found.distance[:, 0].median()) for found in (samples, held_out))
     return {
-        "nearest": near,
-        "nearest_held_out": usual,
-        **({"nearest_ratio": near / usual} if usual else {}),  # most of the data may be there twice
+        "nearest_distance": distance,
+        "nearest_distance_held_out": distance_held_out,
+        **({"nearest_ratio": distance / distance_held_out} if distance_held_out else {}),
         "copies": float(samples.copies().double().mean()),
-        "copies_held_out": float(fresh.copies().double().mean()),
+        "copies_held_out": float(held_out.copies().double().mean()),
     }

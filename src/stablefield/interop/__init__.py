@@ -1,1 +1,3 @@
-"""Other people's files and frameworks."""
+"""File formats of other projects."""
+
+__all__: list[str] = []

@@ -1,7 +1,7 @@
-"""EDM's and STF's checkpoints as ours, and ours with EDM's names.
+"""Conversion of EDM's and STF's checkpoints to ours, and of our weights to EDM's names.
 
-The names of weights agree but for a prefix: what EDM calls `model.enc...` is `network.enc...` in a `Preconditioned`.
-The rest is telling in our words what the file says of its network, its scalings and the noise it was trained with.
+The names of weights agree except for a prefix: EDM's `model.enc...` is `network.enc...` in a `Preconditioned`. The rest
+translates the arguments of the network, the preconditioning and the noise distribution into our configuration.
 """
 
 import json
@@ -11,12 +11,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from stablefield.checkpoint import Checkpoint, replacing
+from stablefield.checkpoint import Checkpoint, atomic_path
 from stablefield.config import ConfigError, resolve
-from stablefield.interop.edm import EDMCheckpoint, RefusedCheckpoint
+from stablefield.interop.edm import EDMCheckpoint, EDMCheckpointError
 
-# what EDM calls the arguments of its networks, and what they are called here; None: known, and of no use for weights
-SONG: dict[str, str | None] = {
+__all__ = ["from_edm", "to_edm"]
+
+# EDM's names of the arguments of its networks, and ours; None for those that do not matter to the weights
+SONG_ARGUMENTS: dict[str, str | None] = {
     "augment_dim": "augment_dim",
     "model_channels": "model_channels",
     "channel_mult": "channel_mult",
@@ -31,106 +33,122 @@ SONG: dict[str, str | None] = {
     "decoder_type": "decoder",
     "resample_filter": "resample_filter",
 }
-ADM = {key: SONG[key] for key in list(SONG)[:8]}
-NETWORKS = {"SongUNet": ("ddpmpp", SONG), "DhariwalUNet": ("adm", ADM)}
+ADM_ARGUMENTS = {key: SONG_ARGUMENTS[key] for key in list(SONG_ARGUMENTS)[:8]}
+NETWORKS = {"SongUNet": ("ddpmpp", SONG_ARGUMENTS), "DhariwalUNet": ("adm", ADM_ARGUMENTS)}
 
-# each preconditioner: scaling, the names of its numbers, and the noise and weight it was trained with
+# for each of EDM's preconditioners: our kind, the names of its arguments, and the kinds of `times` and `weight` that
+# EDM trains it with
 PRECONDITIONERS: dict[str, tuple[str, dict[str, str | None], str, str]] = {
     "EDMPrecond": ("edm", {"sigma_data": "sigma_data", "sigma_min": None, "sigma_max": None}, "lognormal", "edm"),
     "VPPrecond": (
         "vp",
         {"beta_d": "beta_d", "beta_min": "beta_min", "M": "steps", "epsilon_t": "t_min"},
         "vp",
-        "noise",
+        "snr",
     ),
-    "VEPrecond": ("ve", {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}, "loguniform", "noise"),
-    "iDDPMPrecond": ("iddpm", {"C_1": None, "C_2": None, "M": None}, "loguniform", "noise"),
+    "VEPrecond": ("ve", {"sigma_min": "sigma_min", "sigma_max": "sigma_max"}, "loguniform", "snr"),
+    "iDDPMPrecond": ("iddpm", {"C_1": None, "C_2": None, "M": None}, "loguniform", "snr"),
 }
 COMMON = {"model_type", "img_resolution", "img_channels", "label_dim", "use_fp16"}
 
 
-def from_edm(found: EDMCheckpoint) -> Checkpoint:
-    """A published checkpoint as one of ours, with the average's weights only.
+def from_edm(checkpoint: EDMCheckpoint) -> Checkpoint:
+    """A published checkpoint as one of ours, with the weights of the moving average only.
+
+    Args:
+        checkpoint: the checkpoint as `edm.read` returns it.
 
     Raises:
-        RefusedCheckpoint: an argument that is not known, or that this package has no counterpart for.
+        EDMCheckpointError: an argument or a class is unknown, or this package has no counterpart for it.
     """
-    told = dict(found.arguments)
-    kind, of_network = NETWORKS[_known("model_type", told.get("model_type", _default_network(found)), NETWORKS)]
-    scaling, of_scaling, times, weight = PRECONDITIONERS[_known("precond", found.precond, PRECONDITIONERS)]
-    if unknown := told.keys() - COMMON - of_network.keys() - of_scaling.keys():
-        raise RefusedCheckpoint(
-            f"the network was made with {', '.join(sorted(unknown))}, which nothing here answers to"
-        )
-    side, channels = int(told["img_resolution"]), int(told["img_channels"])
-    network = {"kind": kind, "channel_mult": [1, 2, 2, 2], **_renamed(told, of_network)}
-    if kind == "adm" and "channel_mult" not in told:
-        del network["channel_mult"]  # there its default is EDM's
-    scalings: dict[str, Any] = {"kind": scaling, **_renamed(told, of_scaling)}
-    state = dict(found.state)
-    if scaling == "iddpm":
-        scalings["table"] = state.pop("u").double().tolist()
+    arguments = dict(checkpoint.arguments)
+    model_type = arguments.get("model_type", _default_network(checkpoint))
+    kind, network_names = NETWORKS[_known("model_type", model_type, NETWORKS)]
+    precond = _known("preconditioner", checkpoint.precond, PRECONDITIONERS)
+    preconditioning, preconditioning_names, times, weight = PRECONDITIONERS[precond]
+    if unknown := arguments.keys() - COMMON - network_names.keys() - preconditioning_names.keys():
+        raise EDMCheckpointError(f"the network has the unknown arguments {', '.join(sorted(unknown))}")
+    side, channels = int(arguments["img_resolution"]), int(arguments["img_channels"])
+    network = {"kind": kind, "channel_mult": [1, 2, 2, 2], **_renamed(arguments, network_names)}
+    if kind == "adm" and "channel_mult" not in arguments:
+        del network["channel_mult"]  # the default of our ADM is EDM's
+    section: dict[str, Any] = {"kind": preconditioning, **_renamed(arguments, preconditioning_names)}
+    state = dict(checkpoint.state)
+    if preconditioning == "iddpm":
+        section["table"] = state.pop("u").double().tolist()
         network["out_channels"] = 2 * channels
     raw = {
-        "data": {"kind": "unnamed"},
+        "data": {"kind": "unknown"},
         "network": network,
-        "scaling": scalings,
+        "preconditioning": section,
         "times": {"kind": times},
         "weight": {"kind": weight},
     }
     try:
         config = resolve(raw)
     except ConfigError as error:
-        raise RefusedCheckpoint(str(error)) from None
+        raise EDMCheckpointError(str(error)) from None
     tensors = {f"average.network.{_stem(name)}": value for name, value in state.items()}
-    described = {
+    description = {
         "config": config.sections,
         "shape": [channels, side, side],
-        "classes": int(told.get("label_dim", 0)),
-        "levels": 256,
+        "num_classes": int(arguments.get("label_dim", 0)),
+        "num_levels": 256,
         "values": "image" if channels in (1, 3) else "float",
     }
-    return Checkpoint(tensors, described, 0)
+    return Checkpoint(tensors, description, 0)
 
 
-def to_edm(found: Checkpoint, path: Path) -> None:
-    """The average's weights of a run under EDM's names, as safetensors with what they belong to in the metadata.
+def to_edm(checkpoint: Checkpoint, path: Path) -> None:
+    """Write the averaged weights of a run under EDM's names, as safetensors with the configuration in the metadata.
+
+    Args:
+        checkpoint: a checkpoint of this package.
+        path: file to write.
 
     Raises:
-        ValueError: a network or a process that EDM does not know.
+        ValueError: EDM does not have this network or this process.
     """
-    sections = found.config["config"]
+    sections = checkpoint.config["config"]
     names = {"ddpmpp": "SongUNet", "ncsnpp": "SongUNet", "adm": "DhariwalUNet"}
     kind = sections["network"]["kind"]
     if kind not in names:
-        raise ValueError(f"EDM has no network like {kind!r}; {', '.join(names)} can be written with its names")
+        raise ValueError(f"EDM has no network {kind!r}; only {', '.join(names)} can be written with its names")
     if (process := sections["process"]["kind"]) != "ve":
-        raise ValueError(f"EDM's networks are asked about x + noise (process ve); this one was trained for {process!r}")
+        raise ValueError(
+            f"EDM's networks denoise x + noise (process ve); this one was trained with process {process!r}"
+        )
     prefix = "average.network."
-    state = {f"model.{name.removeprefix(prefix)}": t for name, t in found.tensors.items() if name.startswith(prefix)}
-    said = {"model_type": names[kind], "network": sections["network"], "scaling": sections["scaling"]}
-    said |= {"shape": found.config["shape"], "label_dim": found.config["classes"]}
-    with replacing(path) as beside:
-        save_file({name: t.contiguous() for name, t in state.items()}, beside, {"config": json.dumps(said)})
+    state = {
+        f"model.{name.removeprefix(prefix)}": t for name, t in checkpoint.tensors.items() if name.startswith(prefix)
+    }
+    described = {
+        "model_type": names[kind],
+        "network": sections["network"],
+        "preconditioning": sections["preconditioning"],
+    }
+    described |= {"shape": checkpoint.config["shape"], "label_dim": checkpoint.config["num_classes"]}
+    with atomic_path(path) as temporary:
+        save_file({name: t.contiguous() for name, t in state.items()}, temporary, {"config": json.dumps(described)})
 
 
-def _default_network(found: EDMCheckpoint) -> str:
-    # EDM's constructors differ in what they build when nothing is said
-    return "DhariwalUNet" if found.precond in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
+def _default_network(checkpoint: EDMCheckpoint) -> str:
+    # the default of `model_type` in EDM's constructors
+    return "DhariwalUNet" if checkpoint.precond in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
 
 
-def _known(what: str, name: Any, names: Mapping[str, Any]) -> str:
+def _known(option: str, name: Any, names: Mapping[str, Any]) -> str:
     if name not in names:
-        raise RefusedCheckpoint(f"{what} is {name!r}, which is none of {', '.join(names)}")
+        raise EDMCheckpointError(f"unknown {option} {name!r}; known are {', '.join(names)}")
     return str(name)
 
 
-def _renamed(told: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
-    return {new: told[old] for old, new in names.items() if new is not None and old in told}
+def _renamed(arguments: Mapping[str, Any], names: Mapping[str, str | None]) -> dict[str, Any]:
+    return {new: arguments[old] for old, new in names.items() if new is not None and old in arguments}
 
 
 def _stem(name: str) -> str:
     stem = name.removeprefix("model.")
     if stem == name:
-        raise RefusedCheckpoint(f"the network holds {name!r} beside its model")
+        raise EDMCheckpointError(f"the network has the parameter {name!r} outside of its model")
     return stem

@@ -1,104 +1,164 @@
-"""What DDPM++, NCSN++ and ADM are made of: waves, filters, and one residual block.
+"""Layers that the networks share: embeddings of the condition, and filtered convolutions that change the resolution.
 
-    h = conv0(silu(norm0(x)))                         conv0 and skip change the resolution, if any
-    h = conv1(dropout(silu(tell(h, e))))              tell: norm1, with what the network is told, e
-    x = s (skip(x) + h)
-    x = s (x + proj(attention(qkv(norm2(x)))))        at some resolutions
-
-The networks differ in how e enters, in s and in where there is attention. Modules have the names and the
-order of EDM's checkpoints (Karras et al. 2022), so that weights and optimiser states flow both ways.
-
-Two things here are cheaper than they read, and equal up to the last boundary pixel. Filters act on each
-channel alone and 1 x 1 convolutions on each pixel alone, so they commute: what goes up is mixed before, at a
-quarter of the pixels. "Convolve, filter, keep every second pixel" is "filter, convolve with stride 2": again
-a quarter.
+Two things here are cheaper than they read, and equal up to the outermost pixels. Filters act on each channel
+separately and 1 x 1 convolutions on each pixel separately, so they commute: a 1 x 1 convolution is applied before
+upsampling, to a quarter of the pixels. "Convolve, filter, keep every second pixel" is "filter, convolve with stride 2":
+again a quarter of the work.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import (
-    avg_pool2d,
-    conv2d,
-    conv_transpose2d,
-    interpolate,
-    linear,
-    scaled_dot_product_attention,
-    silu,
-)
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, silu
+from typing_extensions import override
 
-Change = Literal["up", "down"]
+__all__ = [
+    "ConvDown",
+    "DownConv",
+    "Embedding",
+    "FilteredConv",
+    "FourierEmbedding",
+    "PositionalEmbedding",
+    "Resample",
+    "Resampling",
+    "UpConv",
+    "condition_or_zeros",
+    "downsample",
+    "resampling_conv",
+    "separable_filter",
+    "sinusoids",
+    "upsample",
+]
+
+Resampling = Literal["up", "down"]
 
 
-# -- waves: a noise level as a vector ------------------------------------------------------------------------
+# ---- embeddings of the noise level and of the condition
 
 
 class PositionalEmbedding(nn.Module):
-    """[cos(x f), sin(x f)] with f from 1 down to 1/10000, in equal ratios (Ho et al. 2020).
+    """Cosines and sines of x f, with frequencies f from 1 down to 1/10000 in equal ratios (Ho et al. 2020).
 
     Args:
-        channels: how many numbers come out.
-        endpoint: whether the last f is 1/10000 itself or the one before.
+        channels: length of the embedding; half of it are cosines.
+        endpoint: include f = 1/10000; by False the frequencies end one step before it.
     """
 
     def __init__(self, channels: int, endpoint: bool) -> None:
         super().__init__()
         self.channels, self.last = channels, channels // 2 - endpoint
 
+    @override
     def forward(self, x: Float[Tensor, " B"]) -> Float[Tensor, "B channels"]:
-        # Made when needed, in the type of x: a buffer would lose digits in a half-precision network.
+        # The frequencies are computed in the type of x: a buffer would lose digits in a half-precision network.
         index = torch.arange(self.channels // 2, dtype=x.dtype, device=x.device)
-        return waves(x, 10000 ** -(index / self.last))
+        return sinusoids(x, 10000 ** -(index / self.last))
 
 
 class FourierEmbedding(nn.Module):
-    """[cos(2 pi x f), sin(2 pi x f)] with f ~ N(0, 16^2), drawn once (Tancik et al. 2020)."""
+    """Cosines and sines of 2 pi x f, with random frequencies f ~ N(0, 16^2) drawn once (Tancik et al. 2020).
+
+    Args:
+        channels: length of the embedding; half of it are cosines.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.freqs: Tensor
         self.register_buffer("freqs", 16 * torch.randn(channels // 2))
 
+    @override
     def forward(self, x: Float[Tensor, " B"]) -> Float[Tensor, "B channels"]:
-        return waves(x, 2 * math.pi * self.freqs.to(x.dtype))
+        return sinusoids(x, 2 * math.pi * self.freqs.to(x.dtype))
 
 
-def waves(x: Float[Tensor, " B"], frequencies: Float[Tensor, " F"]) -> Float[Tensor, "B F+F"]:
-    """Cosines, then sines."""
+def sinusoids(x: Float[Tensor, " B"], frequencies: Float[Tensor, " F"]) -> Float[Tensor, "B F+F"]:
+    """Cosines, then sines, of the products of x and the angular frequencies.
+
+    Args:
+        x: one number per example.
+        frequencies: angular frequencies, in radians per unit of x.
+    """
     angle = x[:, None] * frequencies
     return torch.cat((angle.cos(), angle.sin()), dim=1)
 
 
-def told(given: Float[Tensor, "B _"] | None, width: int, x: Float[Tensor, "B C H W"], what: str) -> Tensor:
-    """What the network is told, as rows in the type of x: zeros if nothing.
+class Embedding(nn.Module):
+    """Embedding of the noise level, the label and the augmentation label as one vector, for `UNet` and `MLP`.
 
-    Raises:
-        ValueError: rows of another width than the network was built for.
+        emb = silu(out(silu(noise(sinusoids(c_noise)) + label(label_one_hot) + augment(augment_label))))
+
+    The wave lengths run from 1/8 to 32: c_noise = ln(sigma) / 4 spans about 4 units from 0.002 to 80.
+
+    Args:
+        width: length of the embedding.
+        num_classes: number of classes, 0 for a network without labels.
+        augment_dim: length of the augmentation label, 0 for a network without one.
     """
-    if given is None:
-        return x.new_zeros(len(x), width)
-    if given.shape[1] != width:
-        raise ValueError(
-            f"{what} has {given.shape[1]} columns, the network was built with {what}_dim={width}: "
-            f"pass {what}_dim={given.shape[1]} when building it"
-        )
-    return given.to(x.dtype)
+
+    def __init__(self, width: int, num_classes: int = 0, augment_dim: int = 0) -> None:
+        super().__init__()
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-5, 3, width // 2, base=2), persistent=False)
+        self.noise = nn.Linear(2 * (width // 2), width)
+        self.label = nn.Linear(num_classes, width, bias=False) if num_classes else None
+        self.augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.out = nn.Linear(width, width)
+
+    @override
+    def forward(
+        self,
+        c_noise: Float[Tensor, "B"],
+        label_one_hot: Float[Tensor, "B L"] | None = None,
+        augment_label: Float[Tensor, "B A"] | None = None,
+    ) -> Float[Tensor, "B width"]:
+        emb = self.noise(sinusoids(c_noise, self.frequencies))
+        for layer, value in ((self.label, label_one_hot), (self.augment, augment_label)):
+            if layer is not None and value is not None:
+                emb = emb + layer(value)
+        return silu(self.out(silu(emb)))
 
 
-# -- filters: half and twice the resolution ------------------------------------------------------------------
+def condition_or_zeros(
+    value: Float[Tensor, "B _"] | None, width: int, x: Float[Tensor, "B C H W"], *, name: str, argument: str
+) -> Float[Tensor, "B width"]:
+    """A condition in the type of x, or zeros where none is given.
 
-
-def filter_of(taps: Sequence[float]) -> Float[Tensor, "1 1 n n"]:
-    """The outer product of the taps with themselves, of sum 1.
+    Args:
+        value: one vector per example, or None.
+        width: length of the vectors that the network was built for.
+        x: the batch, which gives batch size, type and device.
+        name: name of the condition in the error message.
+        argument: constructor argument that sets the width, for the error message.
 
     Raises:
-        ValueError: an odd number of taps, or a lopsided choice: either would shift the image.
+        ValueError: the vectors have another length than `width`.
+    """
+    if value is None:
+        return x.new_zeros(len(x), width)
+    if value.shape[1] != width:
+        raise ValueError(
+            f"{name} has {value.shape[1]} columns, but the network was built with {argument}={width}; "
+            f"build it with {argument}={value.shape[1]}"
+        )
+    return value.to(x.dtype)
+
+
+# ---- filters that halve or double the resolution
+
+
+def separable_filter(taps: Sequence[float]) -> Float[Tensor, "1 1 n n"]:
+    """Outer product of the filter taps with themselves, normalised to sum 1.
+
+    Args:
+        taps: one-dimensional filter: an even number of values that read the same both ways.
+
+    Raises:
+        ValueError: the number of taps is odd or they are not symmetric; either would shift the image.
     """
     if len(taps) % 2 or list(taps) != list(taps)[::-1]:
         raise ValueError(
@@ -109,50 +169,83 @@ def filter_of(taps: Sequence[float]) -> Float[Tensor, "1 1 n n"]:
     return (row.outer(row) / row.sum() ** 2)[None, None]
 
 
-def upsample(x: Tensor, taps: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, C, 2H, 2W): zeros between the pixels, then the filter, times 4 to keep the mean."""
-    if taps.shape[-1] == 2:  # a box: every pixel four times
+def upsample(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Doubled resolution: zeros between the pixels, then the filter, times 4 to keep the mean.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: filter (1, 1, n, n), as `separable_filter` gives it.
+        bias: added to each channel (C,), if given.
+
+    Returns:
+        (B, C, 2 H, 2 W).
+    """
+    if kernel.shape[-1] == 2:  # a box filter repeats every pixel four times
         x = interpolate(x, scale_factor=2.0, mode="nearest")
         return x if bias is None else x + bias[:, None, None]
-    kernel = (4 * taps.to(x.dtype)).expand(x.shape[1], -1, -1, -1)
-    return conv_transpose2d(x, kernel, bias, stride=2, padding=taps.shape[-1] // 2 - 1, groups=x.shape[1])
+    weight = (4 * kernel.to(x.dtype)).expand(x.shape[1], -1, -1, -1)
+    return conv_transpose2d(x, weight, bias, stride=2, padding=kernel.shape[-1] // 2 - 1, groups=x.shape[1])
 
 
-def downsample(x: Tensor, taps: Tensor, *, stride: int = 2, margin: int = 0) -> Tensor:
-    """(B, C, H/2, W/2): the filter, then every `stride`-th pixel; `margin` more zeros around than needed."""
-    size = taps.shape[-1]
+def downsample(x: Tensor, kernel: Tensor, *, stride: int = 2, margin: int = 0) -> Tensor:
+    """Filtered x, of which every `stride`-th pixel is kept.
+
+    Args:
+        x: (B, C, H, W).
+        kernel: filter (1, 1, n, n), as `separable_filter` gives it.
+        stride: distance of the pixels that are kept; 2 halves the resolution.
+        margin: additional zeros around the image, in pixels.
+
+    Returns:
+        (B, C, H / stride, W / stride) for margin 0.
+    """
+    size = kernel.shape[-1]
     padding = size // 2 - 1 + margin
-    if size == 2 and padding == 0:  # a box: the mean of four
+    if size == 2 and padding == 0:  # a box filter is the mean of four pixels
         return avg_pool2d(x, 2, stride)
-    kernel = taps.to(x.dtype).expand(x.shape[1], -1, -1, -1)
-    return conv2d(x, kernel, stride=stride, padding=padding, groups=x.shape[1])
+    weight = kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+    return conv2d(x, weight, stride=stride, padding=padding, groups=x.shape[1])
 
 
 class Resample(nn.Module):
-    """The filter alone, up or down."""
+    """Filter that doubles or halves the resolution, without a convolution.
 
-    def __init__(self, change: Change, taps: Sequence[float]) -> None:
+    Args:
+        direction: "up" or "down".
+        taps: filter taps, see `separable_filter`.
+    """
+
+    def __init__(self, direction: Resampling, taps: Sequence[float]) -> None:
         super().__init__()
-        self.resample = upsample if change == "up" else downsample
+        self.resample = upsample if direction == "up" else downsample
         self.resample_filter: Tensor
-        self.register_buffer("resample_filter", filter_of(taps))
+        self.register_buffer("resample_filter", separable_filter(taps))
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return self.resample(x, self.resample_filter)
 
 
 class FilteredConv(nn.Conv2d):
-    """A k x k convolution next to a filter; which is done first, the final classes say."""
+    """Base class of a k x k convolution combined with a resampling filter.
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: side k of the kernel, odd.
+        taps: filter taps, see `separable_filter`.
+    """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, taps: Sequence[float]) -> None:
         super().__init__(inputs, outputs, kernel, padding=kernel // 2)
         self.resample_filter: Tensor
-        self.register_buffer("resample_filter", filter_of(taps))
+        self.register_buffer("resample_filter", separable_filter(taps))
 
 
 class UpConv(FilteredConv):
-    """Twice the resolution, then the convolution."""
+    """Upsampling by 2, then the convolution."""
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size == (1, 1):
             return upsample(conv2d(x, self.weight), self.resample_filter, self.bias)
@@ -160,124 +253,39 @@ class UpConv(FilteredConv):
 
 
 class DownConv(FilteredConv):
-    """Half the resolution, then the convolution."""
+    """Downsampling by 2, then the convolution."""
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(downsample(x, self.resample_filter))
 
 
 class ConvDown(FilteredConv):
-    """The convolution of an image in a sea of zeros, then half the resolution: the stride moves inside."""
+    """Convolution of the zero-padded image, then downsampling by 2, computed as one strided convolution."""
 
+    @override
     def forward(self, x: Tensor) -> Tensor:
         x = downsample(x, self.resample_filter, stride=1, margin=self.kernel_size[0] // 2)
         return conv2d(x, self.weight, self.bias, stride=2)
 
 
-def conv(inputs: int, outputs: int, kernel: int, change: Change | None, taps: Sequence[float]) -> nn.Module:
-    """The k x k convolution for this change of resolution, if any; k = 0 leaves only the filter."""
-    match change:
+def resampling_conv(
+    inputs: int, outputs: int, kernel: int, resampling: Resampling | None, taps: Sequence[float]
+) -> nn.Module:
+    """Convolution layer that also changes the resolution, if asked to.
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        kernel: side of the kernel; 0 leaves only the filter (or the identity).
+        resampling: "up", "down", or None to keep the resolution.
+        taps: filter taps, see `separable_filter`.
+    """
+    match resampling:
         case _ if kernel == 0:
-            return Resample(change, taps) if change else nn.Identity()
+            return Resample(resampling, taps) if resampling else nn.Identity()
         case "up":
             return UpConv(inputs, outputs, kernel, taps)
         case "down":
             return DownConv(inputs, outputs, kernel, taps)
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
-
-
-# -- the residual block --------------------------------------------------------------------------------------
-
-
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    """Group normalisation with min(32, C // 4) groups.
-
-    Raises:
-        ValueError: channels that do not divide into them.
-    """
-    groups = min(32, channels // 4)
-    if groups == 0 or channels % groups:
-        raise ValueError(
-            f"{channels} channels do not divide into {groups} groups (min(32, C // 4)): "
-            f"choose model_channels so that all widths are multiples of 4, and above 128 of 32"
-        )
-    return nn.GroupNorm(groups, channels, eps)
-
-
-class ResidualBlock(nn.Module, ABC):
-    """The block above, told a vector e of `emb_channels` numbers.
-
-    Args:
-        inputs: channels that come in.
-        outputs: channels that leave.
-        emb_channels: length of e.
-        change: of the resolution, if any.
-        taps: of the filter that changes it.
-        heads: of the attention; 0 for none.
-        dropout: share of features dropped.
-        checkpointing: forget what is inside after the forward pass, compute it again in the backward pass.
-
-    Raises:
-        ValueError: channels that do not divide into groups or heads.
-    """
-
-    eps: ClassVar[float]  # of all three normalisations
-    scale: ClassVar[float]  # s: 1, or sqrt(1/2) to keep the variance when two things are added
-    affine_width: ClassVar[int]  # numbers that e becomes, a channel
-    resample_proj: ClassVar[bool]  # whether skip mixes channels where only the resolution changes
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        emb_channels: int,
-        change: Change | None = None,
-        taps: Sequence[float] = (1, 1),
-        heads: int = 0,
-        dropout: float = 0.0,
-        checkpointing: bool = False,
-    ) -> None:
-        super().__init__()
-        if heads and outputs % heads:
-            raise ValueError(
-                f"{outputs} channels do not divide into {heads} heads: choose model_channels so that they do"
-            )
-        self.heads, self.checkpointing = heads, checkpointing
-        mixes = inputs != outputs or (change is not None and self.resample_proj)
-        self.norm0 = group_norm(inputs, self.eps)
-        self.conv0 = conv(inputs, outputs, 3, change, taps)
-        self.affine = nn.Linear(emb_channels, self.affine_width * outputs)
-        self.norm1 = group_norm(outputs, self.eps)
-        self.dropout = nn.Dropout(dropout)
-        self.conv1 = nn.Conv2d(outputs, outputs, 3, padding=1)
-        self.skip = conv(inputs, outputs, int(mixes), change, taps)
-        if heads:
-            self.norm2 = group_norm(outputs, self.eps)
-            self.qkv = nn.Conv2d(outputs, 3 * outputs, 1)
-            self.proj = nn.Conv2d(outputs, outputs, 1)
-
-    @abstractmethod
-    def tell(self, h: Float[Tensor, "B C H W"], e: Float[Tensor, "B E 1 1"]) -> Float[Tensor, "B C H W"]:
-        """norm1(h) with e in it."""
-
-    def forward(self, x: Float[Tensor, "B _ _ _"], emb: Float[Tensor, "B _"]) -> Float[Tensor, "B _ _ _"]:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, emb, use_reentrant=False)
-        return self.compute(x, emb)
-
-    def compute(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(silu(self.norm0(x)))
-        h = silu(self.tell(h, self.affine(emb)[:, :, None, None]))
-        x = (self.conv1(self.dropout(h)) + self.skip(x)) * self.scale
-        return (self.attention(x) + x) * self.scale if self.heads else x
-
-    def attention(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """proj(softmax(q k / sqrt(C / heads)) v); the softmax is summed in float32 in every precision."""
-        # The rows of qkv are (head, channel, q|k|v). Sorting the weights as (q|k|v, head, channel) costs less
-        # than sorting what they give, and puts a head's channels side by side, as fused kernels want them.
-        weight, bias = (p.unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in self.qkv.parameters())
-        pixels = self.norm2(x).flatten(2).mT
-        q, k, v = linear(pixels, weight.flatten(1), bias).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return linear(mixed, self.proj.weight.flatten(1), self.proj.bias).mT.unflatten(2, x.shape[2:])

@@ -1,8 +1,8 @@
-"""A small U-Net: good pictures from a few minutes on a laptop, in a file that can be read in one.
+"""A small U-Net that gives good images after a few minutes of training on a laptop.
 
-    halve and widen -> residual blocks, attention at the lowest level -> double and narrow, with skips
+    encoder (downsample, widen) -> residual blocks and attention at the lowest level -> decoder with skip connections
 
-For the networks of the literature (DDPM++, NCSN++, ADM) see their own files; this one favours brevity.
+The networks of the literature (DDPM++, NCSN++, ADM) are in `song` and `adm_unet`; this one favours brevity.
 """
 
 from collections.abc import Sequence
@@ -11,31 +11,34 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
+from typing_extensions import override
 
-from stablefield.networks.embedding import Embedding
+from stablefield.networks.layers import Embedding
+
+__all__ = ["Attention", "Block", "Downsample", "UNet", "Upsample"]
 
 
 class UNet(nn.Module):
-    """A U-Net for images (C, H, W), square or not.
+    """U-Net for images, square or not.
 
     Args:
-        shape: of one image; H and W divisible by 2 as often as there are levels below the first.
-        label_dim: classes it is told of, as one-hot rows.
-        augment_dim: numbers that say how an image was augmented.
-        channels: width of the first level.
+        shape: (C, H, W) of one image; H and W must be divisible by 2 once for every level below the first.
+        num_classes: number of classes, 0 for a network without labels.
+        augment_dim: length of the augmentation label, 0 for a network without one.
+        channels: width of the first level, in channels.
         multipliers: width of each level, in units of `channels`.
-        blocks: residual blocks a level on the way down; one more on the way up.
-        dropout: share of features dropped in each block.
+        blocks: residual blocks per level of the encoder; the decoder has one more.
+        dropout: probability of dropping a feature in each block.
 
     Raises:
-        ValueError: data that are no images, or a side that cannot be halved often enough.
+        ValueError: the data are not images, or a side cannot be halved often enough.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
         *,
-        label_dim: int = 0,
+        num_classes: int = 0,
         augment_dim: int = 0,
         channels: int = 32,
         multipliers: tuple[int, ...] = (1, 2),
@@ -47,40 +50,53 @@ class UNet(nn.Module):
         if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
             raise ValueError(
                 f"a U-Net with {len(multipliers)} levels needs images (C, H, W) with sides divisible by {factor}, "
-                f"not {tuple(shape)}; for other data there is the MLP"
+                f"not {tuple(shape)}; use MLP for other data"
             )
         widths = [channels * m for m in multipliers]
         embedding = 4 * channels
-        self.embedding = Embedding(embedding, label_dim, augment_dim)
+        self.embedding = Embedding(embedding, num_classes, augment_dim)
         self.enter = nn.Conv2d(shape[0], widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        skips, now = [widths[0]], widths[0]
+        skips, current = [widths[0]], widths[0]
         for level, width in enumerate(widths):
             for _ in range(blocks):
-                self.down.append(Block(now, width, embedding, dropout))
-                skips.append(now := width)
+                self.down.append(Block(current, width, embedding, dropout))
+                skips.append(current := width)
             if level + 1 < len(widths):
-                self.down.append(Halve(width))
+                self.down.append(Downsample(width))
                 skips.append(width)
         self.middle = nn.ModuleList(
-            [Block(now, now, embedding, dropout), Attention(now), Block(now, now, embedding, dropout)]
+            [
+                Block(current, current, embedding, dropout),
+                Attention(current),
+                Block(current, current, embedding, dropout),
+            ]
         )
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks + 1):
-                self.up.append(Block(now + skips.pop(), width, embedding, dropout))
-                now = width
+                self.up.append(Block(current + skips.pop(), width, embedding, dropout))
+                current = width
             if level > 0:
-                self.up.append(Double(width))
-        self.leave = nn.Sequential(norm(now), nn.SiLU(), zeroed(nn.Conv2d(now, shape[0], 3, padding=1)))
+                self.up.append(Upsample(width))
+        self.leave = nn.Sequential(_norm(current), nn.SiLU(), _zero_init(nn.Conv2d(current, shape[0], 3, padding=1)))
 
+    @override
     def forward(
         self,
         x: Float[Tensor, "B C H W"],
-        noise: Float[Tensor, "B"],
-        label: Float[Tensor, "B L"] | None = None,
-        augment: Float[Tensor, "B A"] | None = None,
+        c_noise: Float[Tensor, "B"],
+        label_one_hot: Float[Tensor, "B L"] | None = None,
+        augment_label: Float[Tensor, "B A"] | None = None,
     ) -> Float[Tensor, "B C H W"]:
-        emb = self.embedding(noise, label, augment)
+        """Output of the network before preconditioning, with the shape of x.
+
+        Args:
+            x: noisy input, scaled to unit variance (c_in x_t).
+            c_noise: noise level as the network sees it, one value per example.
+            label_one_hot: one-hot labels; a row of zeros, or None for all, is the null label.
+            augment_label: augmentation labels; zeros, or None for all, mean that no augmentation was applied.
+        """
+        emb = self.embedding(c_noise, label_one_hot, augment_label)
         h = self.enter(x)
         skips = [h]
         for part in self.down:
@@ -94,17 +110,27 @@ class UNet(nn.Module):
 
 
 class Block(nn.Module):
-    """h + conv(silu(scale * norm(conv(silu(norm(h)))) + shift)), where the embedding gives scale and shift."""
+    """Residual block whose normalised features are scaled and shifted by the embedding.
+
+        h + conv(silu((1 + scale) norm(conv(silu(norm(h)))) + shift))
+
+    Args:
+        inputs: input channels.
+        outputs: output channels.
+        embedding: length of the embedding.
+        dropout: probability of dropping a feature.
+    """
 
     def __init__(self, inputs: int, outputs: int, embedding: int, dropout: float) -> None:
         super().__init__()
-        self.first = nn.Sequential(norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.first = nn.Sequential(_norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
         self.modulate = nn.Linear(embedding, 2 * outputs)
-        self.norm = norm(outputs)
+        self.norm = _norm(outputs)
         self.dropout = nn.Dropout(dropout)
-        self.second = zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.second = _zero_init(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
+    @override
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.modulate(emb)[:, :, None, None].chunk(2, dim=1)
         inner = silu(self.norm(self.first(h)) * (1 + scale) + shift)
@@ -112,53 +138,68 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels, in heads of 32 channels."""
+    """Self-attention over the pixels, with heads of 32 channels.
+
+    Args:
+        channels: input and output channels.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // 32)
-        self.norm = norm(channels)
+        self.num_heads = max(1, channels // 32)
+        self.norm = _norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zeroed(nn.Conv2d(channels, channels, 1))
+        self.out = _zero_init(nn.Conv2d(channels, channels, 1))
 
+    @override
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        rows, channels, height, width = h.shape
-        qkv = self.qkv(self.norm(h)).view(rows, 3, self.heads, channels // self.heads, height * width)
+        batch, channels, height, width = h.shape
+        qkv = self.qkv(self.norm(h)).view(batch, 3, self.num_heads, channels // self.num_heads, height * width)
         q, k, v = qkv.transpose(3, 4).unbind(1)
         mixed = scaled_dot_product_attention(q, k, v).transpose(2, 3)
-        return h + self.out(mixed.reshape(rows, channels, height, width))
+        return h + self.out(mixed.reshape(batch, channels, height, width))
 
 
-class Halve(nn.Module):
-    """Half the resolution."""
+class Downsample(nn.Module):
+    """Strided convolution that halves the resolution.
+
+    Args:
+        channels: input and output channels.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         return self.conv(h)
 
 
-class Double(nn.Module):
-    """Twice the resolution."""
+class Upsample(nn.Module):
+    """Nearest-neighbour interpolation that doubles the resolution, then a convolution.
+
+    Args:
+        channels: input and output channels.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
+    @override
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         return self.conv(interpolate(h, scale_factor=2.0, mode="nearest"))
 
 
-def norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int) -> nn.GroupNorm:
     """Group normalisation with the most groups of at least 4 channels that divide evenly, 32 at most."""
     groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 
 
-def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
-    """A layer that starts as nothing: residual branches and the output begin at zero."""
+def _zero_init(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer with zero weights: residual branches and the output start at zero."""
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)

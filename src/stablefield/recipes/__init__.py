@@ -1,9 +1,9 @@
-"""Recipes: configurations with hyper-parameters that were published, one TOML file each beside this one.
+"""Recipes: configurations with published hyper-parameters, one TOML file each in this package.
 
     stablefield train --recipe cifar10-ncsnpp-edm-stf --data cifar10-32x32.zip
 
-A recipe says what is special, and in comments who published it; its first line says what it is. It names no file: where
-the data are is for the user to say. All train with stable targets; `--set target.kind=single` makes the twin without.
+The first line of a recipe is its title, and its comments name the sources of its values. It contains no paths: the user
+gives the data. All recipes train with stable targets; `--set target.kind=dsm` gives the same run with DSM targets.
 """
 
 import tomllib
@@ -12,29 +12,37 @@ from typing import Any
 
 from stablefield.config import ConfigError
 
+__all__ = ["list_recipes", "read_recipe", "recipe_text"]
 
-def recipes() -> dict[str, str]:
-    """What each recipe is, in one line, by name."""
-    found = (file for file in files(__name__).iterdir() if file.name.endswith(".toml"))
-    return {name: _title(name) for name in sorted(file.name.removesuffix(".toml") for file in found)}
+
+def list_recipes() -> dict[str, str]:
+    """Title of every recipe, by name."""
+    recipes = (file for file in files(__name__).iterdir() if file.name.endswith(".toml"))
+    return {name: _title(name) for name in sorted(file.name.removesuffix(".toml") for file in recipes)}
 
 
 def recipe_text(name: str) -> str:
-    """The file of a recipe, with its sources.
+    """Text of the TOML file of a recipe, with its comments.
+
+    Args:
+        name: name of the recipe, a key of `list_recipes`.
 
     Raises:
-        ConfigError: there is no such recipe.
+        ConfigError: there is no recipe of this name.
     """
-    if name not in (known := recipes()):
-        raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(known)}")
+    if name not in (known := list_recipes()):
+        raise ConfigError(f"there is no recipe {name!r}; choose one of {', '.join(known)}")
     return _text(name)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The sections of a recipe.
+    """Sections of a recipe, as dictionaries.
+
+    Args:
+        name: name of the recipe, a key of `list_recipes`.
 
     Raises:
-        ConfigError: there is no such recipe.
+        ConfigError: there is no recipe of this name.
     """
     return tomllib.loads(recipe_text(name))
 

@@ -1,7 +1,7 @@
-"""Where a sampler stops on its way from noise to data: t_0 > t_1 > ... > t_steps = 0.
+"""Time grids: the times t_0 > t_1 > ... > t_steps = 0 at which a sampler evaluates the denoiser.
 
-Each rule was published for the levels of x + level noise; the times are those at which the process at hand has
-sigma / alpha = level. A denoiser may not know all levels: then it is asked `within` those it knows.
+Each rule was published for the noise levels of x + level noise; the times here are those at which the process has
+sigma / alpha = level. `TimeGrid.within` adapts a grid to the noise range that a denoiser supports.
 """
 
 from abc import ABC, abstractmethod
@@ -11,84 +11,120 @@ from math import inf
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from typing_extensions import override
 
-from stablefield.denoise import Range, iddpm_levels
+from stablefield.preconditioning import NoiseRange, iddpm_noise_levels
 from stablefield.process import VP, Process
 
+__all__ = ["EDMGrid", "GeometricGrid", "IDDPMGrid", "TimeGrid", "UniformGrid", "VPGrid"]
 
-class Grid(ABC):
-    """A rule for the times of a sampler."""
+
+class TimeGrid(ABC):
+    """Base class of time grids."""
 
     @abstractmethod
     def __call__(self, process: Process, steps: int) -> Float[Tensor, "{steps}+1"]:
-        """Decreasing times, float64, on the CPU; the last is 0."""
+        """The times of a sampler: decreasing, float64, on the CPU; the last is 0.
 
-    def within(self, process: Process, steps: int, levels: Range) -> Float[Tensor, "{steps}+1"]:
-        """The same for a denoiser that knows only a range of noise levels. Times beyond go to its ends."""
+        Args:
+            process: the process of the denoiser.
+            steps: number of steps of the sampler.
+        """
+
+    def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Float[Tensor, "{steps}+1"]:
+        """The times inside a noise range, except for the last, which is 0. By default times outside are clamped.
+
+        Args:
+            process: the process of the denoiser.
+            steps: number of steps of the sampler.
+            noise_range: the lowest and highest noise level sigma / alpha that the denoiser supports.
+
+        Raises:
+            ValueError: the grid has no times inside the range.
+        """
         times = self(process, steps)
-        low, high = torch.tensor(levels, dtype=times.dtype)
+        low, high = torch.tensor(noise_range, dtype=times.dtype)
         level = _levels(process, times)
         times = torch.where((level < low) & (times > 0), process.time(low), times)
         return torch.where(level > high, process.time(high), times)
 
 
-class Bounded(Grid):
-    """A rule with ends of its own: they move inside the range of a denoiser, and what is between follows."""
+class _BoundedGrid(TimeGrid):
+    """Base class of grids with a noise range of their own, which is intersected with the denoiser's."""
 
+    @override
     def __call__(self, process: Process, steps: int) -> Tensor:
         return self.within(process, steps, (0.0, inf))
 
     @abstractmethod
-    def within(self, process: Process, steps: int, levels: Range) -> Float[Tensor, "{steps}+1"]:
-        """Decreasing times, the last 0, the others within a range of noise levels.
-
-        Raises:
-            ValueError: the rule has no times there.
-        """
+    @override
+    def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Float[Tensor, "{steps}+1"]: ...
 
 
 @dataclass(frozen=True)
-class EDMGrid(Bounded):
-    """Evenly spaced in (sigma / alpha)^(1 / rho), then 0 (Karras et al. 2022, eq. 5)."""
+class EDMGrid(_BoundedGrid):
+    """Evenly spaced in (sigma / alpha)^(1 / rho), then 0 (Karras et al. 2022, eq. 5).
+
+    Attributes:
+        sigma_min: the lowest noise level before 0.
+        sigma_max: the highest noise level.
+        rho: exponent; larger values place more steps at low noise.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max, or rho is not positive.
+    """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
 
     def __post_init__(self) -> None:
-        _check(self.sigma_min, self.sigma_max)
+        _check_range(self.sigma_min, self.sigma_max)
         if not self.rho > 0:
             raise ValueError(f"rho must be positive, not {self.rho}")
 
-    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
-        low, high = _inside(self.sigma_min, self.sigma_max, levels)
+    @override
+    def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
+        low, high = _intersection(self.sigma_min, self.sigma_max, noise_range)
         root = 1 / self.rho
-        return _times(process, (high**root + _share(steps) * (low**root - high**root)) ** self.rho)
+        return _times(process, (high**root + _progress(steps) * (low**root - high**root)) ** self.rho)
 
 
 @dataclass(frozen=True)
-class GeometricGrid(Bounded):
-    """Evenly spaced in log(sigma / alpha), then 0: the grid of VE (Song et al. 2021; Karras et al. 2022, table 1)."""
+class GeometricGrid(_BoundedGrid):
+    """Evenly spaced in log(sigma / alpha), then 0: the grid of VE (Song et al. 2021; Karras et al. 2022, table 1).
+
+    Attributes:
+        sigma_min: the lowest noise level before 0.
+        sigma_max: the highest noise level.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max.
+    """
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
 
     def __post_init__(self) -> None:
-        _check(self.sigma_min, self.sigma_max)
+        _check_range(self.sigma_min, self.sigma_max)
 
-    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
-        low, high = _inside(self.sigma_min, self.sigma_max, levels)
-        return _times(process, high * (low / high) ** _share(steps))
+    @override
+    def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
+        low, high = _intersection(self.sigma_min, self.sigma_max, noise_range)
+        return _times(process, high * (low / high) ** _progress(steps))
 
 
 @dataclass(frozen=True)
-class VPGrid(Bounded):
+class VPGrid(_BoundedGrid):
     """Evenly spaced in the time of a VP process, from 1 to `end`, then 0 (Karras et al. 2022, table 1).
 
     Attributes:
-        beta_d: growth of beta in that process.
+        beta_d: growth of beta over that process.
         beta_min: beta at its start.
         end: the last time before 0.
+
+    Raises:
+        ValueError: `end` is not between 0 and 1.
     """
 
     beta_d: float = 19.9
@@ -99,23 +135,24 @@ class VPGrid(Bounded):
         if not 0 < self.end < 1:
             raise ValueError(f"a VP grid needs an end between 0 and 1, not {self.end}")
 
-    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
-        schedule = VP(self.beta_min, self.beta_d)
-        last, first = _levels(schedule, torch.tensor([self.end, 1.0], dtype=torch.float64)).tolist()
-        ends = torch.tensor(_inside(last, first, levels), dtype=torch.float64)
-        last, first = schedule.time(ends).tolist()
-        return _times(process, _levels(schedule, first + _share(steps) * (last - first)))
+    @override
+    def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
+        vp = VP(self.beta_min, self.beta_d)
+        low, high = _levels(vp, torch.tensor([self.end, 1.0], dtype=torch.float64)).tolist()
+        ends = torch.tensor(_intersection(low, high, noise_range), dtype=torch.float64)
+        last, first = vp.time(ends).tolist()
+        return _times(process, _levels(vp, first + _progress(steps) * (last - first)))
 
 
 @dataclass(frozen=True)
-class IDDPMGrid(Bounded):
+class IDDPMGrid(_BoundedGrid):
     """Evenly spaced entries of improved DDPM's table of noise levels, then 0 (Karras et al. 2022, table 1).
 
     Attributes:
-        skip: entries left out at the noisy end, j_0.
+        skip: number of entries left out at the noisy end, j_0.
         table_steps: length of the table, M.
-        c_1: least share of the signal that a step of it keeps.
-        c_2: offset of its cosine.
+        c_1: least ratio alpha_bar(j-1) / alpha_bar(j) of a step of the table.
+        c_2: offset of its cosine schedule.
     """
 
     skip: int = 8
@@ -123,45 +160,53 @@ class IDDPMGrid(Bounded):
     c_1: float = 0.001
     c_2: float = 0.008
 
-    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
-        low, high = levels
-        table = torch.tensor(iddpm_levels(self.table_steps, self.c_1, self.c_2)[self.skip : -1], dtype=torch.float64)
+    @override
+    def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
+        low, high = noise_range
+        levels = iddpm_noise_levels(self.table_steps, self.c_1, self.c_2)[self.skip : -1]
+        table = torch.tensor(levels, dtype=torch.float64)
         table = table[(low <= table) & (table <= high)]
         if len(table) == 0:
-            raise ValueError(f"the table has no noise level between {low:g} and {high:g}")
-        return _times(process, table[(_share(steps) * (len(table) - 1) + 0.5).long()])
+            raise ValueError(f"the iDDPM grid has no noise level between {low:g} and {high:g}")
+        return _times(process, table[(_progress(steps) * (len(table) - 1) + 0.5).long()])
 
 
 @dataclass(frozen=True)
-class UniformGrid(Bounded):
-    """Evenly spaced in t, from `start` (by default the process's last time) to 0."""
+class UniformGrid(_BoundedGrid):
+    """Evenly spaced in t, from `start` to 0.
+
+    Attributes:
+        start: the first time; by default the largest of the process, which must be finite.
+    """
 
     start: float | None = None
 
-    def within(self, process: Process, steps: int, levels: Range) -> Tensor:
-        chosen = process.limit if self.start is None else self.start
-        if not 0 < chosen <= process.limit or chosen == inf:
-            raise ValueError(f"a uniform grid for {process} needs a start in (0, {process.limit}), not {chosen}")
-        low, high = torch.tensor(levels, dtype=torch.float64)
+    @override
+    def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
+        chosen = process.t_max if self.start is None else self.start
+        if not 0 < chosen <= process.t_max or chosen == inf:
+            raise ValueError(f"a uniform grid for {process} needs a finite start in (0, {process.t_max}], not {chosen}")
+        low, high = torch.tensor(noise_range, dtype=torch.float64)
         start = torch.tensor(chosen, dtype=torch.float64)
         first = start if _levels(process, start) <= high else process.time(high)
         last = torch.maximum(first / steps, process.time(low))
         if last > first:
-            raise ValueError(f"a uniform grid from t = {first:g} begins below the denoiser's first time, {last:g}")
-        return torch.cat([first + _share(steps) * (last - first), torch.zeros(1, dtype=torch.float64)])
+            raise ValueError(f"the uniform grid starts at t = {first:g}, below the denoiser's lowest time {last:g}")
+        return torch.cat([first + _progress(steps) * (last - first), torch.zeros(1, dtype=torch.float64)])
 
 
-def _share(steps: int) -> Tensor:
-    """How far on its way a sampler is before each step, without the step to 0: from 0 to 1."""
+def _progress(steps: int) -> Tensor:
+    """From 0 to 1, the position of each time of a grid but the last."""
     return torch.linspace(0, 1, steps, dtype=torch.float64)
 
 
 def _times(process: Process, levels: Tensor) -> Tensor:
+    """The times of decreasing noise levels, followed by 0."""
     times = process.time(levels)
-    ends = _levels(process, torch.tensor(process.limit, dtype=torch.float64))
-    if levels[0] > 1.01 * ends:  # VP and sub-VP end a little apart, and share their grids
-        raise ValueError(f"the grid begins at noise level {levels[0]:g}, but {process} ends at {ends:g}")
-    return torch.cat([times.clamp(max=process.limit), torch.zeros(1, dtype=torch.float64)])
+    highest = _levels(process, torch.tensor(process.t_max, dtype=torch.float64))
+    if levels[0] > 1.01 * highest:  # VP and sub-VP end at slightly different levels, and share their grids
+        raise ValueError(f"the grid starts at noise level {levels[0]:g}, but {process} ends at {highest:g}")
+    return torch.cat([times.clamp(max=process.t_max), torch.zeros(1, dtype=torch.float64)])
 
 
 def _levels(process: Process, t: Tensor) -> Tensor:
@@ -169,15 +214,17 @@ def _levels(process: Process, t: Tensor) -> Tensor:
     return sigma / alpha
 
 
-def _check(low: float, high: float) -> None:
+def _check_range(low: float, high: float) -> None:
     if not 0 < low < high < inf:
         raise ValueError(f"need 0 < sigma_min < sigma_max, not {low} and {high}")
 
 
-def _inside(low: float, high: float, levels: Range) -> Range:
-    """The part of a grid's range that a denoiser knows."""
-    inside = max(low, levels[0]), min(high, levels[1])
+def _intersection(low: float, high: float, noise_range: NoiseRange) -> NoiseRange:
+    """The part of a grid's noise range that the denoiser supports."""
+    inside = max(low, noise_range[0]), min(high, noise_range[1])
     if inside[0] >= inside[1]:
-        known = f"{levels[0]:g} to {levels[1]:g}"
-        raise ValueError(f"the grid's noise levels, {low:g} to {high:g}, and the denoiser's, {known}, do not meet")
+        supported = f"{noise_range[0]:g} to {noise_range[1]:g}"
+        raise ValueError(
+            f"the grid's noise levels, {low:g} to {high:g}, and the denoiser's, {supported}, do not overlap"
+        )
     return inside

@@ -1,7 +1,7 @@
-"""From the file's data to a checkpoint: the moving average's weights, and what it takes to build the network.
+"""From the data of a file to a checkpoint: weights of the moving average, and the arguments that build the network.
 
-The data is still a tangle that the file drew: its parts may be mentioned often, or contain themselves. All
-that is kept is copied out through one `Ledger`, which counts.
+The data may refer to the same part many times, or contain itself. Everything that is kept is copied by one `Copier`,
+which limits the total size.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from stablefield.interop.edm.forms import read_file
-from stablefield.interop.edm.names import (
+from stablefield.interop.edm.allowlist import (
     PRECONDITIONERS,
+    EDMCheckpointError,
     Object,
-    RefusedCheckpoint,
     TensorView,
     expect,
+    not_allowed,
     printable,
-    refusal,
 )
+from stablefield.interop.edm.containers import read_file
 
-# What malformed files make the disassembler, zipfile, torch and the table's functions raise.
+__all__ = ["DAMAGE", "Copier", "EDMCheckpoint", "read"]
+
+# Errors that pickletools, zipfile, torch and the functions of the allow-list raise on damaged files.
 DAMAGE = (
     ValueError,
     TypeError,
     LookupError,
     ArithmeticError,
-    RuntimeError,  # also zipfile's, of encrypted or unsupported records, and Python's, of endless nesting
+    RuntimeError,  # also zipfile's for encrypted or unsupported records, and Python's for too deep recursion
     EOFError,
     struct.error,
     zipfile.BadZipFile,
@@ -47,21 +49,21 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class EDMCheckpoint:
-    """What an EDM or STF checkpoint says, as data.
+    """Contents of an EDM or STF checkpoint, as plain data.
 
-    Args:
-        kind: Which of the two files it is.
-        precond: Class name of the preconditioner, one of `PRECONDITIONERS`.
-        arguments: What the preconditioner was constructed with (`model_type`, `img_resolution`, ...), as JSON
-            would have it.
-        state: Parameters and buffers of the exponential moving average under EDM's names (`model.enc...`),
-            on the CPU, contiguous and independent of the file.
-        loss: Class name and constructor arguments of the loss (`{"class_name": "EDMLoss"}`), where present.
-        augment: The same of the augmentation, where present.
-        dataset_kwargs: How the training set was opened, where present.
-        step: The training state's step, where present.
-        optimizer_state: The optimiser's `state_dict` (training states only). It belongs to the network that
-            was being trained, which is one step past the average in `state`.
+    Attributes:
+        kind: which of the two kinds of file it is.
+        precond: class name of the preconditioner, one of `PRECONDITIONERS`.
+        arguments: constructor arguments of the preconditioner (`model_type`, `img_resolution`, ...), as after a round
+            trip through JSON.
+        state: parameters and buffers of the exponential moving average under EDM's names (`model.enc...`), on the CPU,
+            contiguous and independent of the file.
+        loss: class name and constructor arguments of the loss (`{"class_name": "EDMLoss"}`), if present.
+        augment: class name and constructor arguments of the augmentation, if present.
+        dataset_kwargs: arguments with which the training set was opened, if present.
+        step: step of the training state, if present.
+        optimizer_state: `state_dict` of the optimiser (training states only). It belongs to the network that was being
+            trained, which is one step ahead of the average in `state`.
     """
 
     kind: Literal["network-snapshot", "training-state"]
@@ -76,66 +78,83 @@ class EDMCheckpoint:
 
 
 def read(path: str | os.PathLike[str]) -> EDMCheckpoint:
-    """Reads `network-snapshot-*.pkl` or `training-state-*.pt` as published by EDM and STF.
+    """Read `network-snapshot-*.pkl` or `training-state-*.pt` as published by EDM and STF, without unpickling.
 
     Args:
-        path: The file: a pickle (protocol 2 or later), or either of `torch.save`'s formats.
+        path: the file: a pickle (protocol 2 or later), or either of `torch.save`'s formats.
 
     Returns:
-        The moving average's weights, and what it takes to build the network.
+        The weights of the moving average, and the arguments that build the network.
 
     Raises:
-        RefusedCheckpoint: If the file is damaged, or names anything that is not on the allow-list. It is a
-            ValueError.
-        OSError: If the file cannot be opened.
+        EDMCheckpointError: the file is damaged, or contains a name that is not on the allow-list (a ValueError).
+        OSError: the file cannot be opened.
 
     References:
-        | Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
-        | Stable Target Field for Reduced Variance Score Estimation in Diffusion Models (Xu et al., 2023)
+        Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022)
+        Stable Target Field for Reduced Variance Score Estimation in Diffusion Models (Xu et al., 2023)
     """
-
     path = Path(path)
     try:
-        return checkpoint(expect(read_file(path), dict), Ledger(path.stat().st_size))
-    except RefusedCheckpoint as error:
-        raise RefusedCheckpoint(f"{path.name}: {error}") from error
+        return _checkpoint(expect(read_file(path), dict), Copier(path.stat().st_size))
+    except EDMCheckpointError as error:
+        raise EDMCheckpointError(f"{path.name}: {error}") from error
     except DAMAGE as error:
         reason = f"{type(error).__name__}: {printable(str(error))}"
-        raise RefusedCheckpoint(f"{path.name}: is damaged, or no EDM checkpoint ({reason})") from error
+        raise EDMCheckpointError(f"{path.name}: the file is damaged or not an EDM checkpoint ({reason})") from error
 
 
-def checkpoint(data: dict[str, Any], ledger: Ledger) -> EDMCheckpoint:
+def _checkpoint(data: dict[str, Any], copier: Copier) -> EDMCheckpoint:
     if "ema" not in data:
-        raise RefusedCheckpoint("has no `ema`; read the network-snapshot-*.pkl that was written beside it")
+        raise EDMCheckpointError(
+            "there is no moving average (`ema`); read the network-snapshot-*.pkl of the same run instead"
+        )
     network = expect(data["ema"], Object)
     if network.kind not in PRECONDITIONERS:
-        raise RefusedCheckpoint(f"has as `ema` a {network.kind}, and not one of {sorted(PRECONDITIONERS)}")
+        raise EDMCheckpointError(f"`ema` is a {network.kind}, not one of {', '.join(sorted(PRECONDITIONERS))}")
     optimizer, step = data.get("optimizer_state"), data.get("step")
     return EDMCheckpoint(
         kind="network-snapshot" if optimizer is None else "training-state",
         precond=network.kind,
-        arguments=ledger.arguments(network),
-        state=dict(ledger.state(network)),
-        loss=ledger.part(data.get("loss_fn")),
-        augment=ledger.part(data.get("augment_pipe")),
-        dataset_kwargs=ledger.json(data.get("dataset_kwargs") or {}) or None,
+        arguments=copier.arguments(network),
+        state=dict(copier.state(network)),
+        loss=copier.class_and_arguments(data.get("loss_fn")),
+        augment=copier.class_and_arguments(data.get("augment_pipe")),
+        dataset_kwargs=copier.json(data.get("dataset_kwargs") or {}) or None,
         step=None if step is None else expect(step, int),
-        optimizer_state=None if optimizer is None else ledger.plain(expect(optimizer, dict)),
+        optimizer_state=None if optimizer is None else copier.plain(expect(optimizer, dict)),
     )
 
 
 @dataclass
-class Ledger:
-    """Copies what is wanted, while it does not outweigh the file; a number or a letter weighs one byte."""
+class Copier:
+    """Copies data out of a file within a size budget, so that a small file cannot expand to a large one.
 
-    left: int
+    Attributes:
+        budget: bytes that may still be copied; a number or a character counts as one byte.
+    """
+
+    budget: int
 
     def charge(self, octets: int) -> None:
-        self.left -= octets
-        if self.left < 0:
-            raise RefusedCheckpoint("unfolds to more than a file of its size can hold")
+        """Subtract from the budget.
+
+        Args:
+            octets: bytes about to be copied.
+
+        Raises:
+            EDMCheckpointError: the budget is exceeded.
+        """
+        self.budget -= octets
+        if self.budget < 0:
+            raise EDMCheckpointError("the data expand to more than the size of the file")
 
     def tensor(self, view: TensorView) -> Shaped[Tensor, " *size"]:
+        """A contiguous copy of a tensor.
+
+        Args:
+            view: where its elements are.
+        """
         dtype, extent = view.storage.dtype, view.extent
         self.charge(1 + max(extent, view.numel) * dtype.itemsize)
         if extent == 0:
@@ -145,12 +164,17 @@ class Ledger:
         return elements.as_strided(view.size, view.stride).contiguous()
 
     def state(self, module: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """The names and tensors of `Module.state_dict`."""
+        """Names and tensors as in `Module.state_dict`.
+
+        Args:
+            module: the `Object` of a module.
+            prefix: start of all names.
+        """
         fields = expect(expect(module, Object).state, dict)
         for part in ("_parameters", "_buffers", "_modules"):
             for name, value in expect(fields[part], dict).items():
                 if not re.fullmatch(r"\w{1,100}", expect(name, str), re.ASCII):
-                    raise refusal(name)
+                    raise not_allowed(name)
                 self.charge(len(prefix) + len(name))
                 if part == "_modules" and value is not None:
                     yield from self.state(value, f"{prefix}{name}.")
@@ -158,7 +182,11 @@ class Ledger:
                     yield prefix + name, self.tensor(expect(value, TensorView))
 
     def plain(self, value: object) -> Any:
-        """Containers, strings, numbers and tensors; anything else is refused."""
+        """A copy of containers, strings, numbers and tensors; anything else is refused.
+
+        Args:
+            value: data of the file.
+        """
         self.charge(1 + len(value) if isinstance(value, str) else 1)
         match value:
             case dict():
@@ -170,22 +198,37 @@ class Ledger:
             case None | str() | int() | float():
                 return value
             case _:
-                raise refusal(value.kind if isinstance(value, Object) else type(value).__name__)
+                raise not_allowed(value.kind if isinstance(value, Object) else type(value).__name__)
 
     def json(self, value: object) -> dict[str, Any]:
-        """As it will be after a round through JSON: tuples become lists, and a tensor is a TypeError."""
+        """A dictionary as after a round trip through JSON: tuples become lists, and a tensor is a TypeError.
+
+        Args:
+            value: data of the file.
+        """
         return expect(json.loads(json.dumps(self.plain(value))), dict)
 
-    def arguments(self, thing: Object) -> dict[str, Any]:
-        """What `thing` was constructed with. All preconditioners begin with the same four arguments."""
-        fields = expect(thing.state, dict)
-        unnamed, named = expect(fields["_init_args"], tuple), expect(fields["_init_kwargs"], dict)
-        names = ("img_resolution", "img_channels", "label_dim", "use_fp16")
-        if len(unnamed) > (len(names) if thing.kind in PRECONDITIONERS else 0):
-            raise RefusedCheckpoint(f"constructs a {thing.kind} with {len(unnamed)} arguments that have no name")
-        return self.json(dict(zip(names, unnamed, strict=False)) | named)
+    def arguments(self, instance: Object) -> dict[str, Any]:
+        """Constructor arguments by name; the first four are the same for all preconditioners.
 
-    def part(self, thing: object) -> dict[str, Any] | None:
-        if thing is None:
+        Args:
+            instance: an object with EDM's `_init_args` and `_init_kwargs`.
+        """
+        fields = expect(instance.state, dict)
+        positional, keyword = expect(fields["_init_args"], tuple), expect(fields["_init_kwargs"], dict)
+        names = ("img_resolution", "img_channels", "label_dim", "use_fp16")
+        if len(positional) > (len(names) if instance.kind in PRECONDITIONERS else 0):
+            raise EDMCheckpointError(
+                f"a {instance.kind} has {len(positional)} positional arguments, whose names are unknown"
+            )
+        return self.json(dict(zip(names, positional, strict=False)) | keyword)
+
+    def class_and_arguments(self, instance: object) -> dict[str, Any] | None:
+        """Class name and constructor arguments, or None if there is no such object.
+
+        Args:
+            instance: an `Object` or None.
+        """
+        if instance is None:
             return None
-        return {"class_name": expect(thing, Object).kind, **self.arguments(expect(thing, Object))}
+        return {"class_name": expect(instance, Object).kind, **self.arguments(expect(instance, Object))}

@@ -1,0 +1,195 @@
+"""Resolution of a configuration: every key gets a value, and every mistake is reported."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tomli_w
+import torch
+from pydantic import ValidationError
+
+from stablefield.config.classes import Allowed, close_match, component_class, schema
+from stablefield.config.components import COMPONENTS, KIND_DEFAULTS, PROCESS_DEFAULTS, RUNTIME_ARGUMENTS, SIGMA_DATA
+from stablefield.config.text import ConfigError, add_checksum, kind_of
+from stablefield.config.training import Training
+
+__all__ = ["Config", "resolve"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved configuration, in which every key has a value; it makes the components that its sections name.
+
+    Attributes:
+        sections: values of plain types by key, by section.
+        allowed: classes outside this package that the configuration may name, as passed to `resolve`.
+    """
+
+    sections: dict[str, dict[str, Any]]
+    allowed: tuple[Allowed, ...] = field(default=(), compare=False)
+
+    def __getitem__(self, section: str) -> dict[str, Any]:
+        return self.sections[section]
+
+    def make(self, section: str, **runtime: Any) -> Any:
+        """The component of a section.
+
+        Args:
+            section: name of the section.
+            runtime: arguments that are not configured, such as `pool`, `shape` or `grid`.
+        """
+        values = {key: value for key, value in self.sections[section].items() if key != "kind"}
+        component = component_class(section, self.sections[section].get("kind", section), self.allowed)
+        return component(**dict(schema(component).model_validate(values)), **runtime)
+
+    @property
+    def training(self) -> Training:
+        """The section `training`, which has no kinds."""
+        return self.make("training")
+
+    def toml(self) -> str:
+        """Text of a config.toml that resolves to this configuration; its last line is a checksum of the others."""
+        values_given = {
+            section: {key: value for key, value in values.items() if value is not None}
+            for section, values in self.sections.items()
+        }
+        return add_checksum(tomli_w.dumps(values_given))
+
+    def differences(self, other: "Config") -> list[str]:
+        """Keys whose values differ, sorted, each as `section.key`.
+
+        Args:
+            other: the configuration to compare with.
+        """
+        keys = {(section, key) for config in (self, other) for section in config.sections for key in config[section]}
+        return sorted(f"{section}.{key}" for section, key in keys if self[section].get(key) != other[section].get(key))
+
+
+def resolve(raw: Mapping[str, Any], *, allow: Iterable[Allowed] = ()) -> Config:
+    """Resolve a configuration: check its values, and give every other key its default.
+
+    Args:
+        raw: sections with the values that differ from the defaults.
+        allow: classes outside this package that the configuration may name, each as `module:Class` (which is imported
+            if the configuration names it) or as the class itself. Any other such name is refused.
+
+    Raises:
+        ConfigError: unknown sections, kinds or keys (the message suggests the nearest), wrong types, values out of
+            range, names of classes that are not allowed, or components that do not fit together. All mistakes are
+            reported at once.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"a configuration is a table of sections, not {raw!r}")
+    mistakes: list[str] = []
+    allowed = (allow,) if isinstance(allow, str | type) else tuple(allow)
+    for section in raw.keys() - COMPONENTS.keys():
+        mistakes.append(f"{section}: there is no such section{_suggestion(section, COMPONENTS)}")
+    kinds = PROCESS_DEFAULTS.get(kind_of(raw, "process", "ve"), PROCESS_DEFAULTS["ve"])
+    defaults = _common_defaults(raw)
+    sections = {name: _section(name, raw.get(name, {}), kinds, defaults, allowed, mistakes) for name in COMPONENTS}
+    if not mistakes:
+        mistakes += _conflicts(Config(sections, allowed))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return Config(sections, allowed)
+
+
+def _common_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Defaults of keys of any section that depend on the data or the augmentation."""
+    sigma_data = SIGMA_DATA.get(kind_of(raw, "data", "digits"))
+    augmentation: Any = COMPONENTS["augmentation"].get(kind_of(raw, "augmentation", "none"))
+    augment_dim = augmentation.augment_dim if augmentation else 0
+    defaults = {"sigma_data": sigma_data, "augment_dim": augment_dim or None}
+    return {key: value for key, value in defaults.items() if value is not None}
+
+
+def _section(
+    section: str,
+    given: Any,
+    default_kinds: Mapping[str, str],
+    common_defaults: Mapping[str, Any],
+    allowed: Collection[Allowed],
+    mistakes: list[str],
+) -> dict[str, Any]:
+    """One section with a value for every key; its mistakes are added to `mistakes`."""
+    if not isinstance(given, dict):
+        mistakes.append(f"{section}: must be a section of keys, not {given!r}")
+        return {}
+    kinds = COMPONENTS[section]
+    has_kinds = section not in kinds
+    kind = given.get("kind", default_kinds.get(section, next(iter(kinds)))) if has_kinds else section
+    try:
+        component = component_class(section, kind, allowed)
+    except ConfigError as error:
+        mistakes.append(str(error))
+        return {}
+    values = {key: value for key, value in given.items() if key != "kind" or not has_kinds}
+    try:
+        keys = schema(component)
+        defaults = {key: value for key, value in common_defaults.items() if key in keys.model_fields}
+        valid = keys.model_validate(defaults | KIND_DEFAULTS.get(kind, {}) | values)
+        if not RUNTIME_ARGUMENTS & inspect.signature(component).parameters.keys():
+            component(**dict(valid))  # it checks the ranges of its values itself
+    except ValidationError as error:
+        mistakes += [_mistake(section, kind, found, component) for found in error.errors()]
+        return {}
+    except ValueError as error:
+        mistakes.append(f"{section}: {error}")
+        return {}
+    resolved = valid.model_dump(mode="json")
+    return {"kind": kind, **resolved} if has_kinds else resolved
+
+
+def _mistake(section: str, kind: str, found: Any, component: Callable[..., Any]) -> str:
+    """A mistake that pydantic found, as one line."""
+    place = ".".join(str(step) for step in (section, *found["loc"]))
+    if found["type"] == "extra_forbidden":
+        known, key = schema(component).model_fields, str(found["loc"][0])
+        others = [
+            other
+            for other in COMPONENTS[section]
+            if other != kind and key in schema(component_class(section, other)).model_fields
+        ]
+        if others and not close_match(key, known):
+            return f"{place}: {kind!r} has no such key; set {section}.kind too, to one that has it: {', '.join(others)}"
+        return f"{place}: {kind!r} has no such key{_suggestion(key, known, section + '.')}"
+    if found["type"] == "missing":
+        option = ", with --data PATH at the terminal" if place == "data.path" else ""
+        return f"{place}: has no default and must be set{option}"
+    return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {found['input']!r}"
+
+
+def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    known = list(known)
+    all_known = f"; there are {', '.join(prefix + k for k in known)}" if known else ""
+    return close_match(name, known, prefix) or all_known
+
+
+def _conflicts(config: Config) -> list[str]:
+    """Mistakes of components that are valid by themselves but do not fit together."""
+    found = []
+    process, times = config.make("process"), config.make("times")
+    latest = float(times.quantile(torch.tensor([1 - 1e-9], dtype=torch.float64)))
+    if latest > process.t_max:
+        found.append(
+            f"times.kind: {config['times']['kind']!r} reaches t = {latest:.3g}, but the process "
+            f"{config['process']['kind']!r} ends at t = {process.t_max:g}; use uniform or logitnormal"
+        )
+    augment_dim = config.make("augmentation").augment_dim
+    if augment_dim and config["network"].get("augment_dim", augment_dim) != augment_dim:
+        found.append(
+            f"network.augment_dim: the augmentation {config['augmentation']['kind']!r} has labels of length "
+            f"{augment_dim}, but the network takes {config['network']['augment_dim']}; set augment_dim={augment_dim} "
+            "or leave it out (augmentation.kind=mirror has no labels)"
+        )
+    try:
+        config.make("sampler", grid=config.make("grid"))
+    except ValueError as error:
+        return [*found, f"sampler: {error}"]
+    try:
+        config.make("grid").within(process, config["sampler"]["steps"], config.make("preconditioning").noise_range)
+    except ValueError as error:
+        found.append(f"grid: {error}")
+    return found

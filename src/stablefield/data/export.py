@@ -1,0 +1,121 @@
+"""Export of data for other programs: a ZIP file in the layout of EDM and StyleGAN, or an `.npz` archive of arrays.
+
+The files are complete or absent, as stores are, and equal data give equal bytes.
+"""
+
+import io
+import json
+import os
+import secrets
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from stablefield.data.contents import Contents, Progress, silent
+from stablefield.data.decode import Pixels
+from stablefield.data.images import to_pil
+from stablefield.data.store import refuse_existing
+
+__all__ = ["write_npz", "write_zip"]
+
+_ALTERNATIVE = "write a store (DEST without a suffix) or .npz instead"
+
+
+def write_zip(path: Path, contents: Contents, *, progress: Progress = silent) -> None:
+    """Write images as PNG files `00000/img00000000.png` ..., a thousand per folder, and `dataset.json` with the labels.
+
+    Args:
+        path: the ZIP file.
+        contents: the images to write, block by block.
+        progress: called with (images written, total).
+
+    Raises:
+        ValueError: the path exists already, or the data are not images in bytes with 256 levels and one or three
+            channels.
+    """
+    if contents.num_levels != 256:
+        raise ValueError(
+            f"a ZIP file can only contain images with 256 levels, not {contents.num_levels}; {_ALTERNATIVE}"
+        )
+    names: list[str] = []
+    with _atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for block in contents.blocks():
+            if block.dtype == np.uint8 and contents.values == "float":
+                raise ValueError(
+                    f"a ZIP file can only contain images, not bytes {block.shape[1:]} with values=float; {_ALTERNATIVE}"
+                )
+            for pixels in block:
+                name = f"{len(names) // 1000:05d}/img{len(names):08d}.png"
+                archive.writestr(zipfile.ZipInfo(name), _encode_png(pixels))
+                names.append(name)
+            progress(len(names), contents.count)
+        archive.writestr(zipfile.ZipInfo("dataset.json"), _labels_json(names, contents))
+
+
+def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) -> None:
+    """Write the arrays `data`, `num_levels` and `values`, and, if there are any, `labels` and the names of `classes`.
+
+    Args:
+        path: the `.npz` file.
+        contents: the data to write, block by block.
+        progress: called with (data points read, total).
+
+    Raises:
+        ValueError: the path exists already.
+    """
+    refuse_existing(path)
+    blocks, done = [], 0
+    for block in contents.blocks():
+        blocks.append(block)
+        done += len(block)
+        progress(done, contents.count)
+    arrays = {"data": np.concatenate(blocks), "num_levels": np.array(contents.num_levels)}
+    if contents.values is not None:
+        arrays["values"] = np.array(contents.values)
+    if contents.labels is not None:
+        arrays["labels"] = contents.labels
+    if contents.classes:
+        arrays["classes"] = np.array(contents.classes)
+    with _atomic_file(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy assumes that numpy's own flag may be among the names
+
+
+def _encode_png(pixels: Pixels) -> bytes:
+    """An image as a PNG file."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) not in (1, 3):
+        raise ValueError(
+            f"a ZIP file can only contain images in bytes with 1 or 3 channels, not {pixels.dtype} {pixels.shape}; "
+            f"{_ALTERNATIVE}"
+        )
+    file = io.BytesIO()
+    to_pil(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def _labels_json(names: list[str], contents: Contents) -> str:
+    """The content of `dataset.json`."""
+    if contents.labels is None:
+        return json.dumps({"labels": None})
+    labels = [[name, int(label)] for name, label in zip(names, contents.labels, strict=True)]
+    # names of classes are an extension that other readers of this layout ignore
+    return json.dumps({"labels": labels, **({"classes": list(contents.classes)} if contents.classes else {})})
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """New file that appears at its path when it is complete."""
+    refuse_existing(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

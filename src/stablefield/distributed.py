@@ -1,0 +1,205 @@
+"""Ranks: the processes that train or sample together, and their collective operations.
+
+`torchrun` and `accelerate launch` start one process per device, on one machine or several, and give each its rank.
+Without them there is a single rank, no process group is created, and every operation here is the identity.
+"""
+
+import os
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+# The functions of this module keep the process group that exists at import as a default argument. DDP and optimizers
+# import it when they are created; it would then keep our group alive after its end, with threads that sometimes abort
+# the interpreter at exit.
+import torch.distributed.nn.functional
+from accelerate import PartialState
+from accelerate.utils import gather
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.distributed import DistError
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Ranks", "no_sync", "process_group"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, its device, and its collective operations with the other ranks.
+
+    Every collective operation must be called on all ranks.
+
+    Attributes:
+        device: device that this rank computes on.
+        rank: number of this process, from 0.
+        world_size: number of processes.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, the one that writes files and prints."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all ranks have reached this point."""
+        if self.world_size > 1:
+            PartialState().wait_for_everyone()
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """Tensors of all ranks, concatenated in the order of the ranks, on every rank's device.
+
+        Args:
+            values: tensor of this rank (b, ...), of the same shape on all ranks.
+        """
+        # tensors must be on the GPU for GPUs to exchange them
+        return gather(values.to(self.device)) if self.world_size > 1 else values
+
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of work that can be divided: every `world_size`-th item, beginning at `rank`.
+
+        Args:
+            items: the whole work, the same on all ranks.
+        """
+        return items[self.rank :: self.world_size]
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Objects of all ranks in the order of the ranks, on the main rank; an empty list on the others.
+
+        Args:
+            value: object of this rank, which must be picklable.
+        """
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.gather_object(value, values if self.is_main else None)
+        return values if self.is_main else []
+
+    def any(self, condition: bool) -> bool:
+        """True if the condition holds on any rank.
+
+        Args:
+            condition: the condition on this rank.
+        """
+        return bool(self.all_gather_int(condition).any())
+
+    def all_gather_int(self, value: int) -> Int[Tensor, "world_size"]:
+        """The integers of all ranks, in the order of the ranks, on the CPU.
+
+        Args:
+            value: integer of this rank.
+        """
+        # on the CPU a single rank does not wait for its device
+        device = self.device if self.world_size > 1 else "cpu"
+        return self.all_gather(torch.tensor([int(value)], device=device)).cpu()
+
+    def on_main(self, function: Callable[[], object]) -> None:
+        """Call a function on the main rank while the others wait; if it fails, all ranks end.
+
+        Args:
+            function: called without arguments.
+
+        Raises:
+            Exception: on the main rank, the exception of `function`.
+            SystemExit: on the others, which end without a message.
+        """
+        failure: Exception | None = None
+        try:
+            function() if self.is_main else None
+        except Exception as error:
+            failure = error
+        if self.any(failure is not None):
+            raise failure or SystemExit(1)
+
+    def broadcast_object(self, function: Callable[[], T]) -> T:
+        """Result of a function that is called on the main rank, on every rank; if it fails, all ranks end.
+
+        Args:
+            function: called without arguments; its result must be picklable.
+
+        Raises:
+            Exception: on the main rank, the exception of `function`.
+            SystemExit: on the others, which end without a message.
+        """
+        results: list[Any] = [None]
+        self.on_main(lambda: results.__setitem__(0, function()))
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(results, src=0)
+        result: T = results[0]
+        return result
+
+    @contextmanager
+    def reraise_lost_rank(self) -> Iterator[None]:
+        """Context in which the failure of a collective operation is raised as a clear error.
+
+        Raises:
+            ConnectionError: another rank has ended or cannot be reached.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
+                raise ConnectionError(
+                    f"rank {self.rank} of {self.world_size} has lost the others; resume the run from its checkpoint"
+                ) from error
+            raise
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """Module whose gradients are averaged over all ranks, and whose weights are those of the main rank.
+
+        Args:
+            module: a module on `device`; returned as it is for a single rank.
+        """
+        return DistributedDataParallel(module, broadcast_buffers=False) if self.world_size > 1 else module
+
+
+def no_sync(module: nn.Module) -> AbstractContextManager[object]:
+    """Context in which gradients are accumulated without being averaged over the ranks.
+
+    Args:
+        module: as `Ranks.wrap` returned it.
+    """
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[Ranks]:
+    """Context with the process group of all ranks, which is destroyed at the end.
+
+    Args:
+        device: device to compute on; with several GPUs each rank uses its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks(device)
+        return
+    state = PartialState(cpu=device.type == "cpu")
+    try:
+        with warnings.catch_warnings():
+            for harmless in ("Grad strides do not match", ".*broadcast_buffers. is deprecated"):
+                warnings.filterwarnings("ignore", harmless)
+            yield Ranks(state.device, state.process_index, state.num_processes)
+    except BaseException as error:
+        _forget(error)
+        raise
+    finally:
+        state.destroy_process_group()
+        PartialState._reset_state()  # so that another group can be created in this process
+
+
+def _forget(error: BaseException | None) -> None:
+    """Clear the local variables in an error's traceback: a wrapped module there would keep the group alive."""
+    seen = set[int]()  # errors can be each other's cause, where a cause is raised again
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

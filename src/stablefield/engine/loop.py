@@ -1,0 +1,225 @@
+"""The training loop: a generator that yields after every step, so that the caller saves, logs and samples.
+
+There is one clock, the number of images seen. It determines the next batch, its noise and the learning rate. Draws for
+an example (its noise, its augmentation) are seeded by its image number, draws shared by the batch (times, references)
+by the step. So a run that continues from a saved `TrainState` resumes bit for bit, and several ranks compute together
+what one would compute, except for the order of summation and for dropout.
+
+Targets do not depend on the weights. So `Prefetched` targets of several steps are computed in one call, and the groups
+of steps are the same wherever a run was stopped.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stablefield.augmentation import permutes
+from stablefield.data import BatchSource
+from stablefield.distributed import Ranks, no_sync
+from stablefield.engine.state import TrainState
+from stablefield.kernel.accumulator import Posterior
+from stablefield.objective import LossReport, Objective
+from stablefield.process import NoisyBatch
+from stablefield.schedule import LearningRate
+from stablefield.seeding import derive, generator
+from stablefield.targets import Prefetched
+from stablefield.times import TimeDistribution
+
+__all__ = ["Optimization", "StepReport", "perturb", "train"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepReport:
+    """Result of a training step.
+
+    Attributes:
+        images: images seen at the end of the step, over all ranks.
+        report: loss, times and effective sample sizes of this rank's examples, without gradient.
+        learning_rate: the learning rate of the step.
+        gradient_norm: norm of the whole gradient before clipping; not finite if the step was skipped.
+        step_taken: True if the gradient was finite and the weights were updated.
+        fraction_dsm: share of this rank's examples that keep their own x as target because references cannot be seen
+            through their augmentation; None if the network is not conditioned on augmentations.
+    """
+
+    images: int
+    report: LossReport
+    learning_rate: float
+    gradient_norm: Float[Tensor, ""]
+    step_taken: bool
+    fraction_dsm: Float[Tensor, ""] | None = None
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Hyperparameters of the update of the weights.
+
+    Attributes:
+        learning_rate: schedule of the learning rate.
+        gradient_clip: norm above which gradients are scaled down to it; None turns clipping off.
+        micro_batch_size: examples of a rank that pass through the network at once, to save memory; all by default. It
+            changes results only by rounding and by dropout.
+        patience: number of consecutive steps that may be skipped because their gradient is not finite.
+    """
+
+    learning_rate: LearningRate = field(default_factory=LearningRate)
+    gradient_clip: float | None = None
+    micro_batch_size: int | None = None
+    patience: int = 25
+
+
+def train(
+    state: TrainState,
+    objective: Objective,
+    batches: BatchSource,
+    *,
+    images: int,
+    seed: int = 0,
+    optimization: Optimization | None = None,
+    ranks: Ranks | None = None,
+) -> Iterator[StepReport]:
+    """Train until a number of images has been seen.
+
+    Args:
+        state: the state, trained in place; a restored one resumes where it was saved.
+        objective: the training objective.
+        batches: the batches of the run, such as `data.ShuffledBatches`.
+        images: images to see in the whole run, over all ranks; training ends with the first step that reaches them.
+        seed: seed of times, noise, references and dropout.
+        optimization: learning rate, clipping and micro-batches; `Optimization()` by default.
+        ranks: this process and those it trains with; a single process by default.
+
+    Yields:
+        A report after every step.
+
+    Raises:
+        FloatingPointError: the gradient was not finite in more than `patience` consecutive steps. None of them has
+            changed the weights.
+    """
+    optimization, ranks = optimization or Optimization(), ranks or Ranks(state.device)
+    model = ranks.wrap(state.denoiser)
+    state.denoiser.train()
+    training_batches = _training_batches(state, objective, batches, seed, batches.size // ranks.world_size)
+    while state.images < images:
+        noisy, target = next(training_batches)
+        dropout_seed = derive(seed, "dropout", ranks.rank)
+        report = _compute_gradient(state, model, objective, noisy, target, optimization.micro_batch_size, dropout_seed)
+        learning_rate = optimization.learning_rate(state.images + batches.size)
+        gradient_norm, step_taken = _update_weights(state, learning_rate, optimization.gradient_clip)
+        state.end_step(batches.size, step_taken)
+        fraction_dsm = None if noisy.augment_label is None else (~permutes(noisy.augment_label)).float().mean()
+        yield StepReport(state.images, report, learning_rate, gradient_norm, step_taken, fraction_dsm)
+        if state.skipped_in_a_row > optimization.patience:
+            raise FloatingPointError(
+                f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to {state.images} images "
+                f"(loss {report.loss.item():g}); none of them changed the weights: lower the learning rate, raise the "
+                "precision, or look for outliers in the data"
+            )
+
+
+def _training_batches(
+    state: TrainState, objective: Objective, batches: BatchSource, seed: int, batch_size: int
+) -> Iterator[tuple[NoisyBatch, Posterior]]:
+    """The noisy batch of each step from now on and its targets; those of several steps may be computed together.
+
+    Steps are counted from the first of the run, so that it does not matter where a run was stopped.
+    """
+    target = objective.target
+    together = target.steps(batch_size) if isinstance(target, Prefetched) else 1
+
+    def group(first: int) -> list[tuple[NoisyBatch, Posterior]]:
+        steps = [first + step * batches.size for step in range(together)]
+        noisy = [perturb(state, objective.times, batches, images, seed) for images in steps]
+        # all ranks draw the same references, whichever examples they hold
+        generators = [generator(seed, "references", images) for images in steps]
+        if isinstance(target, Prefetched):
+            return list(zip(noisy, target.several(noisy, generators[0]), strict=True))
+        return [(batch, target(batch, generator=draws)) for batch, draws in zip(noisy, generators, strict=True)]
+
+    done = state.images // batches.size % together
+    first = state.images - done * batches.size
+    yield from group(first)[done:]
+    while True:
+        first += together * batches.size
+        yield from group(first)
+
+
+def perturb(state: TrainState, times: TimeDistribution, batches: BatchSource, images: int, seed: int) -> NoisyBatch:
+    """The noisy batch of a training step, with times drawn for the step and noise drawn for each image.
+
+    Args:
+        state: the state, for the process and the device of its model.
+        times: distribution of t.
+        batches: the batches of the run.
+        images: images seen before the step, over all ranks.
+        seed: seed of times and noise.
+    """
+    batch = batches(images).to(state.device)
+    t = times.draw(batches.size, generator(seed, "times", images))[batch.image_number - images]
+    shape, dtype = batch.x.shape[1:], batch.x.dtype
+    noise = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in batch.generators(seed, "noise")])
+    return state.denoiser.process.perturb(
+        batch.x,
+        t.to(batch.x),
+        noise.to(batch.x.device),
+        label=batch.label,
+        index=batch.index,
+        augment_label=batch.augment_label,
+        image_number=batch.image_number,
+    )
+
+
+def _compute_gradient(
+    state: TrainState,
+    model: nn.Module,
+    objective: Objective,
+    noisy: NoisyBatch,
+    target: Posterior,
+    micro_batch_size: int | None,
+    dropout_seed: int,
+) -> LossReport:
+    """Compute the gradient of the mean loss, one micro-batch at a time; the losses of all examples."""
+    state.optimizer.zero_grad(set_to_none=True)
+    size = micro_batch_size or len(noisy)
+    reports = []
+    for start in range(0, len(noisy), size):
+        part, last = slice(start, start + size), start + size >= len(noisy)
+        with (
+            nullcontext() if last else no_sync(model),
+            _seeded_dropout(derive(dropout_seed, state.images, start), state.device),
+        ):
+            with torch.autocast(state.device.type, state.precision, enabled=state.precision != torch.float32):
+                report = objective.loss(model, state.denoiser.process, noisy.select(part), target.select(part))
+            state.scaler.scale(report.losses.sum() / len(noisy)).backward()
+        reports.append(report)
+    losses, t, ess = (torch.cat([getattr(r, name).detach() for r in reports]) for name in ("losses", "t", "ess"))
+    return LossReport(losses.mean(), losses, t, ess)
+
+
+def _update_weights(state: TrainState, learning_rate: float, clip: float | None) -> tuple[Tensor, bool]:
+    """Update the weights, unless the gradient is not finite; the norm of the gradient, and if the step was taken."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.denoiser.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    step_taken = bool(torch.isfinite(norm))
+    state.complete = False  # until `end_step`
+    if step_taken:
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    return norm, step_taken
+
+
+@contextmanager
+def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
+    """Context in which dropout follows from a seed: modules can only draw from the global generator."""
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        yield

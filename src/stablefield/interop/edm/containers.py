@@ -1,0 +1,126 @@
+"""The three file formats of the checkpoints, and the archive that is embedded in the first.
+
+plain pickle   one pickle; each tensor's numbers are a byte string, itself an archive in the legacy format
+ZIP            {name}/data.pkl, and each storage as the record {name}/data/{key}
+legacy         pickles of a magic number, a version, the system, the data and the list of keys;
+               then for each key the count of its numbers (8 bytes), and the numbers
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import re
+import zipfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from stablefield.interop.edm.allowlist import ALL_NAMES, STORAGE_TYPES, EDMCheckpointError, Storage, expect, not_allowed
+from stablefield.interop.edm.unpickler import Stream, Unpickler
+
+__all__ = ["read_embedded_storage", "read_file"]
+
+MAGIC = 0x1950A86A20F9469CFC6C
+VERSION = 1001
+
+
+def read_file(path: Path) -> object:
+    """The data of a checkpoint in any of the three formats.
+
+    Args:
+        path: the file.
+
+    Raises:
+        EDMCheckpointError: the file is damaged or contains something that is not allowed. Damaged files may raise other
+            errors too, see `checkpoint.DAMAGE`.
+        OSError: the file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            return _read_zip(path)
+        if path.stat().st_size == 0:
+            raise EDMCheckpointError("the file is empty")
+        return _read_pickle(Stream(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))))
+
+
+def read_embedded_storage(data: bytes) -> Storage:
+    """The storage in an archive within a pickle; the only names allowed in it are those of storage types.
+
+    Args:
+        data: the archive, in the legacy format.
+
+    Raises:
+        EDMCheckpointError: the archive is damaged or holds anything but one storage.
+    """
+    stream = Stream(memoryview(data))
+    if Unpickler(stream).run() != MAGIC:
+        raise EDMCheckpointError("an embedded archive has an unknown format")
+    storage = expect(_read_legacy(stream, STORAGE_TYPES), Storage)
+    if stream.remaining:
+        raise EDMCheckpointError(
+            f"an embedded archive has more than one storage: {stream.remaining} bytes follow the first"
+        )
+    return storage
+
+
+def _read_pickle(stream: Stream) -> object:
+    """Data of a plain pickle, or of the legacy format if it starts with the magic number."""
+    first = Unpickler(stream, ALL_NAMES, load_archive=read_embedded_storage).run()
+    data = _read_legacy(stream, ALL_NAMES, load_archive=read_embedded_storage) if first == MAGIC else first
+    if stream.remaining:
+        raise EDMCheckpointError(f"{stream.remaining} bytes follow the end of the data")
+    return data
+
+
+def _read_legacy(
+    stream: Stream, names: Collection[str], load_archive: Callable[[bytes], object] | None = None
+) -> object:
+    """Data of the legacy format, of which the magic number has been read."""
+    version, system = Unpickler(stream).run(), expect(Unpickler(stream).run(), dict)
+    if version != VERSION or system.get("little_endian") is not True:
+        raise EDMCheckpointError("an archive has an unknown version, or is from a big-endian machine")
+
+    storages: dict[str, Storage] = {}
+    data = Unpickler(stream, names, storages, load_archive).run()
+    keys = [expect(key, str) for key in expect(Unpickler(stream).run(), list)]
+    if sorted(keys) != sorted(storages):
+        raise EDMCheckpointError(f"an archive refers to {len(storages)} storages, but {len(keys)} follow")
+
+    for key in keys:
+        count = int.from_bytes(stream.take(8), "little")
+        storages[key].fill(stream.take(count * storages[key].dtype.itemsize))
+    return data
+
+
+def _read_zip(path: Path) -> object:
+    storages: dict[str, Storage] = {}
+    try:
+        records = _read_records(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise EDMCheckpointError("a record of the ZIP file begins before the file") from error
+    if records.get("byteorder", b"little") != b"little":
+        raise EDMCheckpointError("the file is from a big-endian machine")
+    data = Unpickler(Stream(memoryview(records["data.pkl"])), ALL_NAMES, storages, read_embedded_storage).run()
+    for key, storage in storages.items():
+        storage.fill(memoryview(records[f"data/{key}"]))
+    return data
+
+
+def _read_records(path: Path) -> dict[str, bytes]:
+    """Records of a ZIP file by name, without the name of the folder that holds them all."""
+    with zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
+        folders = {info.filename.partition("/")[0] for info in infos}
+        records = {info.filename.partition("/")[2]: info for info in infos}
+        if len(folders) != 1 or len(records) != len(infos):
+            raise EDMCheckpointError("the ZIP file has more than one folder, or two records of one name")
+        for name in records:
+            if not re.fullmatch(r"data\.pkl|version|byteorder|data/\d+|\.\w[\w./]*", name):
+                raise not_allowed(name)
+        # torch does not compress its records; compressed or overlapping ones could expand to any size
+        stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
+        if not stored or sum(info.file_size for info in infos) > path.stat().st_size:
+            raise EDMCheckpointError("the ZIP file has compressed or overlapping records")
+        return {name: archive.read(info) for name, info in records.items()}

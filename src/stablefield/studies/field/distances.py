@@ -1,0 +1,85 @@
+"""Distances in a data set: at which noise only one source is possible, and at which all are about equally likely.
+
+A data point at distance d from the source is more likely than the source with probability P(z > d / (2 sigma)),
+z ~ N(0, 1): practically never below sigma = d / 10, and often for all data points above the largest distance.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from stablefield.kernel.accumulator import PosteriorAccumulator, chunk_size
+from stablefield.pool import NULL_LABEL, Pool
+from stablefield.process import Process
+from stablefield.seeding import generator
+
+__all__ = ["DataDistances"]
+
+
+@dataclass(frozen=True)
+class DataDistances:
+    """Smallest and largest distance found in a data set, in units of x.
+
+    Attributes:
+        nearest: smallest distance found between two different data points, over a random part of the data.
+        farthest: largest distance found between two data points, by going repeatedly to the farthest data points.
+    """
+
+    nearest: float
+    farthest: float
+
+    @classmethod
+    def from_pool(cls, pool: Pool, *, examples: int = 64, sweeps: int = 3, seed: int = 0) -> "DataDistances":
+        """Distances of a random part of the data to all data, then of the farthest of these to all, and so on.
+
+        Args:
+            pool: the data.
+            examples: number of data points drawn at random to start from.
+            sweeps: number of passes over the data, each from the data points that were farthest in the pass before.
+            seed: seed of the random draw.
+
+        Raises:
+            ValueError: all data points are the same.
+        """
+        index = torch.randint(len(pool), (examples,), generator=generator(seed, "extent"))
+        nearest, farthest, index = _extremes(pool, index)
+        least, most = nearest, farthest
+        for _ in range(sweeps - 1):
+            _, farthest, index = _extremes(pool, index.unique())
+            most = max(most, farthest)
+        if most == 0:
+            raise ValueError(f"all {len(pool):,} data points are the same; distances need at least two different ones")
+        return cls(min(least, most), most)
+
+    def noise_levels(self, count: int, process: Process) -> Float[Tensor, "{count}"]:
+        """Noise levels sigma / alpha from a tenth of the nearest to the farthest distance, evenly spaced in log.
+
+        Levels that the process does not reach are cut off.
+
+        Args:
+            count: number of noise levels.
+            process: the process, which limits the highest level.
+        """
+        low, high = (torch.tensor(value, dtype=torch.float64) for value in (self.nearest / 10, self.farthest))
+        alpha, sigma = process.scales(torch.tensor(min(process.t_max, 1e300), dtype=torch.float64))
+        high = torch.minimum(high, 0.999 * sigma / alpha)
+        return torch.logspace(float(torch.minimum(low, high / 10).log10()), float(high.log10()), count).double()
+
+
+def _extremes(pool: Pool, index: Int[Tensor, "B"]) -> tuple[float, float, Int[Tensor, "B"]]:
+    """Smallest distance above 0 and largest distance from data points to all data, and the farthest from each."""
+    x = pool.take(index).double()
+    accumulator = PosteriorAccumulator(x, 1.0)
+    norm = accumulator.query.square().sum(1)
+    least, most = torch.full_like(norm, torch.inf), torch.zeros_like(norm)
+    farthest, start = torch.zeros_like(index), 0
+    for block in pool.blocks(NULL_LABEL, chunk_size(x)):
+        squares = accumulator.compare(block)[2] + norm[:, None]
+        differ = squares > 1e-12 * norm[:, None]  # between copies, rounding may leave 1e-15 of ||x||^2
+        least = torch.minimum(least, torch.where(differ, squares, torch.inf).amin(1))
+        far, position = torch.where(differ, squares, 0.0).max(1)
+        farthest = torch.where((far > most).cpu(), position.cpu() + start, farthest)
+        most, start = torch.maximum(most, far), start + len(block)
+    return float(least.min().sqrt()), float(most.max().sqrt()), farthest

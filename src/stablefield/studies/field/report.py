@@ -1,0 +1,273 @@
+"""Consequences of a measured field for a training: where target variance is, and how much of it enters the loss.
+
+Training draws t from its distribution and weighs squared errors by w(t). So the variance of its targets adds
+
+    E_t w(t) V(t) / D
+
+to its loss. Between the measured noise levels, V in noise units is interpolated linearly in log(sigma / alpha); below
+the lowest level it is taken as 0, above the highest as constant.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stablefield.objective import LossWeight
+from stablefield.process import Process
+from stablefield.studies.field.linear import LinearDenoiser
+from stablefield.studies.field.record import Field
+from stablefield.times import TimeDistribution
+
+__all__ = ["VarianceReport", "phases_of"]
+
+Range = tuple[float, float]
+POINTS = 8192  # quantiles that represent the distribution of t
+
+
+@dataclass(frozen=True)
+class VarianceReport:
+    """Target variance as a training meets it, for a distribution of t and a loss weight.
+
+    All noise levels are sigma / alpha. "Share of the training noise" means the probability of the distribution of t.
+
+    Attributes:
+        phases: noise levels between which several sources compete. Below the first, one source explains most x_t; above
+            the second, the posterior is close to the prior. None where that is outside the measured levels.
+        high: range in which V_DSM is at least half its maximum, in noise units.
+        high_share: share of the training noise in that range.
+        competing_share: share of the training noise where several sources compete.
+        central: range that contains the middle 90 % of the variance in the loss; None if there is no variance.
+        central_share: share of the training noise in that range.
+        dsm: contribution of V_DSM to the loss, weighted, per dimension.
+        stf: contribution of V_STF for every size of the support, in the same unit.
+        linear_loss: loss of the best linear denoiser (variance included), in the same unit.
+        mean_share_of_loss: ratio of V_DSM to the loss of the best linear denoiser, averaged over the training noise.
+            Loss weights that emphasize small noise hide large noise in the sum; here all noise levels count equally.
+        num_data_points: N, the number of data points.
+        times: the distribution of t, as text.
+    """
+
+    phases: tuple[float | None, float | None]
+    high: Range
+    high_share: float
+    competing_share: float
+    central: Range | None
+    central_share: float
+    dsm: float
+    stf: dict[int, float]
+    linear_loss: float
+    mean_share_of_loss: float
+    num_data_points: int
+    times: str
+
+    @classmethod
+    def from_field(
+        cls, field: Field, process: Process, times: TimeDistribution, weight: LossWeight, linear: LinearDenoiser
+    ) -> "VarianceReport":
+        """Report for a training with a distribution of t and a loss weight.
+
+        Args:
+            field: the measured field.
+            process: the process of the training.
+            times: distribution of t (noise distribution) of the training.
+            weight: loss weight of the training.
+            linear: the linear denoiser of the data.
+        """
+        t = times.quantile((torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS)
+        alpha, sigma = process.scales(t)
+        noise_level = sigma / alpha
+        factor = weight(process, t) / field.dim
+        variance, error = _interpolated(field, field.dsm.value, noise_level), linear.squared_error(noise_level)
+        weighted = factor * variance
+        high, phases = _high(field), phases_of(field)
+        central = _central(noise_level, weighted)
+        return cls(
+            phases,
+            high,
+            _share(noise_level, high),
+            _share(noise_level, (phases[0] or 0.0, phases[1] or math.inf)),
+            central,
+            _share(noise_level, central) if central else 0.0,
+            float(weighted.mean()),
+            {
+                n: float((factor * _interpolated(field, e.variance.value, noise_level)).mean())
+                for n, e in field.stf.items()
+            },
+            float((factor * error).mean()),
+            float((variance / error).mean()),
+            field.num_data_points,
+            repr(times),
+        )
+
+    @property
+    def share_of_loss(self) -> float:
+        """Ratio of the contribution of V_DSM to the loss of the best linear denoiser."""
+        return self.dsm / self.linear_loss
+
+    def size_for(self, factor: float) -> tuple[float, bool]:
+        """Size of the support for which V_STF is smaller than V_DSM by a factor, and whether it was measured.
+
+        Between measured sizes, log V is interpolated linearly in log n. Beyond the largest, the last line is extended
+        and multiplied by (N - n) / (N - 1), the share of data points left out: where V ~ 1 / (n - 1), this is the law
+        of draws without replacement, and it is 0 for n = N.
+
+        Args:
+            factor: how many times smaller V_STF must be.
+
+        Returns:
+            The size, and False if it was extrapolated.
+        """
+        goal = self.dsm / factor
+        points = [(1, self.dsm), *((n, v) for n, v in self.stf.items() if n > 1)]
+        for (n, v), (m, u) in pairwise(points):
+            if u <= goal:
+                return n * (m / n) ** (math.log(v / goal) / math.log(v / max(u, 1e-300))), True
+        (n, v), (m, u) = points[-2:] if len(points) > 1 else (points[0], (2, self.dsm))
+        slope = math.log(v / u) / math.log(m / n)
+        beyond = torch.logspace(math.log10(m), math.log10(self.num_data_points), 2000, dtype=torch.float64)
+        rest = self.num_data_points - beyond
+        enough = u * (beyond / m) ** -slope * rest / (self.num_data_points - m) <= goal
+        return float(beyond[int(enough.long().argmax())]) if enough.any() else float(self.num_data_points), False
+
+    def lines(self) -> list[str]:
+        """The report as lines of text."""
+        return [*self._where(), *self._training(), *self._sizes(), *self._verdict()]
+
+    def summary(self) -> list[str]:
+        """The most important results in two or three lines of text."""
+        one, prior = (f"{level:.2g}" if level else "?" for level in self.phases)
+        lines = [f"several sources compete at sigma = {one} to {prior}, {self.competing_share:.1%} of this noise"]
+        for n, variance in self.stf.items():
+            reduction = f"; {n:,} references remove {1 - variance / self.dsm:.0%} of it" if self.dsm > 0 else ""
+            share = _percent(self.share_of_loss)
+            lines.append(f"the variance of DSM targets is {share} of the loss of a linear denoiser{reduction}")
+        return lines
+
+    def _where(self) -> Iterator[str]:
+        one, prior = self.phases
+        yield f"DSM targets vary most at sigma = {_span(self.high)} (at least half the maximum, in noise units)."
+        if one is not None:
+            yield f"Below sigma = {one:.2g} most x_t have one likely source, and there is nothing to average."
+        if prior is not None:
+            yield f"Above sigma = {prior:.2g} the posterior is close to the prior, and a few references suffice."
+
+    def _training(self) -> Iterator[str]:
+        yield f"Of the training noise, {self.times}, {self.high_share:.1%} is where DSM targets vary most,"
+        yield f"  and {self.competing_share:.1%} where several sources compete."
+        if self.central:
+            yield f"90% of the variance in the loss comes from sigma = {_span(self.central)},"
+            yield f"  where {self.central_share:.1%} of the training noise is."
+
+    def _sizes(self) -> Iterator[str]:
+        if not self.dsm > 0:
+            return
+        yield f"Variance of targets in the weighted loss, per dimension: {self.dsm:.3g} with DSM targets,"
+        for n, variance in self.stf.items():
+            yield f"  {variance:.3g} with {n:,} references ({_times_less(self.dsm, variance)}),"
+        yield "  0 with all data (target.kind=exact --set target.missing_mass=0)."
+        size, measured = self.size_for(10)
+        extrapolated = "" if measured else " (extrapolated from smaller sizes)"
+        if size > 0.9 * self.num_data_points:
+            yield "A 10 times smaller variance needs all data."
+        else:
+            yield f"A 10 times smaller variance needs about {_rounded(size):,} references{extrapolated}."
+
+    def _verdict(self) -> Iterator[str]:
+        share, mean_share = _percent(self.share_of_loss), _percent(self.mean_share_of_loss)
+        yield f"The variance of DSM targets is {share} of the loss of a linear denoiser, {self.linear_loss:.3g};"
+        yield f"  averaged over the training noise, it is {mean_share} of that loss at each noise level."
+        yield "  A network's loss is smaller, so its shares are larger; other gradient variance is not measured."
+        if max(self.share_of_loss, self.mean_share_of_loss) < 0.01:
+            yield "Expect no gain from stable targets in this training: almost every x_t has one likely source."
+        elif self.stf:
+            reduction = 1 - min(self.stf.values()) / self.dsm
+            yield f"{max(self.stf):,} references remove {reduction:.0%} of that variance, all data remove all of it."
+
+
+def phases_of(field: Field) -> tuple[float | None, float | None]:
+    """Noise levels between which several sources compete.
+
+    Above the first level, less than half of the x_t have one likely source; above the second, the effective sample size
+    is more than half of N. None where that is outside the measured levels.
+
+    Args:
+        field: the measured field.
+    """
+    order = field.noise_level.argsort()
+    log_level = field.noise_level.log()[order]
+    several, ess_share = 1 - field.single_source.value[order], field.ess_share.value[order]
+    return _crossing(log_level, several), _crossing(log_level, ess_share)
+
+
+def _interpolated(field: Field, variance: Float[Tensor, "L"], noise_level: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+    """Variance at other noise levels than the measured ones, in units of x squared."""
+    measured, order = field.noise_level.log().sort()
+    in_noise = (variance / field.noise_level.square())[order]
+    at = noise_level.log().clamp(measured[0], measured[-1])
+    right = (
+        torch.searchsorted(measured, at.contiguous()).clamp(1, len(measured) - 1)
+        if len(measured) > 1
+        else torch.zeros_like(at).long()
+    )
+    left = (right - 1).clamp(min=0)
+    step = measured[right] - measured[left]
+    share = torch.where(step > 0, (at - measured[left]) / step.clamp(min=1e-300), torch.ones_like(step))
+    in_noise = in_noise[left] + share * (in_noise[right] - in_noise[left])
+    result = in_noise * noise_level.square().clamp(max=float(measured[-1].exp()) ** 2)
+    return torch.where(noise_level.log() < measured[0], 0.0, result)
+
+
+def _high(field: Field) -> Range:
+    """Range of the measured noise levels at which V_DSM is at least half its maximum, in noise units."""
+    values = field.in_noise_units(field.dsm).value
+    inside = field.noise_level[values >= values.max() / 2]
+    return float(inside.min()), float(inside.max())
+
+
+def _crossing(log_level: Float[Tensor, "L"], rising: Float[Tensor, "L"]) -> float | None:
+    """Noise level at which a share exceeds one half, interpolated linearly in log; None if it does not."""
+    beyond = rising > 0.5
+    if bool(beyond[0]) or not bool(beyond.any()):
+        return None
+    after = int(beyond.long().argmax())
+    step = (0.5 - rising[after - 1]) / (rising[after] - rising[after - 1])
+    return float(torch.lerp(log_level[after - 1], log_level[after], step).exp())
+
+
+def _central(noise_level: Float[Tensor, "P"], amount: Float[Tensor, "P"], share: float = 0.9) -> Range | None:
+    """Range of noise levels that contains the middle part of an amount; None if the amount is 0."""
+    noise_level, order = noise_level.sort()
+    below = amount[order].cumsum(0)
+    if not below[-1] > 0:
+        return None
+    ends = torch.searchsorted(below, below[-1] * torch.tensor([(1 - share) / 2, (1 + share) / 2], dtype=torch.float64))
+    low, high = noise_level[ends.clamp(max=len(noise_level) - 1)].tolist()
+    return low, high
+
+
+def _share(noise_level: Float[Tensor, "P"], ends: Range) -> float:
+    """Share of the noise levels that are in a range."""
+    return float(((noise_level >= ends[0]) & (noise_level <= ends[1])).double().mean())
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}" if share > 1e-4 or share == 0 else f"{share:.1g}"
+
+
+def _span(ends: Range) -> str:
+    return f"{ends[0]:.2g} to {ends[1]:.2g}"
+
+
+def _times_less(before: float, after: float) -> str:
+    return f"{before / after:.3g} times less" if after > 0 else "none left"
+
+
+def _rounded(n: float) -> int:
+    """A size rounded up to two digits; more are not significant."""
+    digits = max(0, math.floor(math.log10(n)) - 1)
+    return math.ceil(n / 10**digits) * 10**digits

@@ -1,0 +1,166 @@
+"""The Stable Target Field: the source joined by a reference batch (Xu, Tong & Jaakkola 2023, algorithm 1).
+
+One ordered draw r_1 .. r_n without replacement serves all examples of a step. An example whose source is among
+r_1 .. r_(n-1) uses all n; any other uses r_1 .. r_(n-1) and its source. So every support holds the source and n - 1
+other data points, each choice of others equally likely; n = 1 is DSM bit for bit, n = N the exact target. (Drawing with
+replacement and dropping the source's repeats would be biased.)
+
+The draw is random or, for data that are slow to read at random, consists of the n data points that the run has seen
+last.
+
+Why recent data points are unbiased references. Let b be the number of a step's first image. Walk backwards through the
+order of the run from image b - 1: r_1, r_2, ... are the distinct data points as they first appear. The order of each
+epoch is a uniformly random permutation. So exchanging s and s' in all of them shows P(support is S | source s) =
+P(support is S | source s') for all s, s' in S. Given x_t and S, then, each element of S is the source with probability
+proportional to its weight, and the weighted mean over S is the conditional mean of the source: over the random order
+the target is exactly unbiased. The rule may use positions in the order only, and must have the source in S. So it holds
+within an epoch (where the source is never among the last seen) and across its ends (where it may be), and for the data
+points of one class among r_1 .. r_n, exchanging only those of that class. As for the order itself, the mean is over
+orders: given what was seen in this epoch already, the next source is one of the others, for every kind of target.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from stablefield.kernel.accumulator import Posterior, chunk_size
+from stablefield.kernel.gaussian import stream
+from stablefield.pool import NULL_LABEL, Pool, unique_in_order
+from stablefield.process import NoisyBatch, per_example
+from stablefield.targets.base import PerLabelTarget, check_index
+
+__all__ = ["ImageOrder", "STFTarget"]
+
+
+@runtime_checkable
+class ImageOrder(Protocol):
+    """The order in which a run sees its data, such as `stablefield.data.ShuffledBatches`."""
+
+    @property
+    def size(self) -> int:
+        """Images per step, over all ranks."""
+
+    def order(self, number: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
+        """Data points that are these images of the run.
+
+        Args:
+            number: consecutive numbers of images; negative ones are before the first image.
+        """
+
+
+@dataclass(frozen=True)
+class STFTarget(PerLabelTarget):
+    """The Stable Target Field: the weighted mean over the source and size - 1 references. Unbiased for every size.
+
+    Attributes:
+        pool: the data.
+        size: number of candidates in the support, including the source. Clamped to the number of data points, and to
+            the size of the class for examples with a label.
+        references: "dataset" draws references anew for every step; "recent" uses the data points that the run has seen
+            last, so that a step reads only its own images. The latter needs `order`, and `image_number` in the batch.
+        order: the order in which the run sees its data; only for recent references.
+
+    Raises:
+        ValueError: a size below 1, unknown references, or recent references without an order.
+    """
+
+    pool: Pool
+    size: int = 1024
+    references: Literal["dataset", "recent"] = "dataset"
+    order: ImageOrder | None = field(default=None, repr=False)
+    _bank: "_Bank" = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1 (the source alone), not {self.size}")
+        if self.references not in ("dataset", "recent"):
+            raise ValueError(f'references must be "dataset" or "recent", not {self.references!r}')
+        if self.references == "recent" and self.order is None:
+            raise ValueError('references="recent" needs the order in which the run sees its data: pass order=')
+        object.__setattr__(self, "_bank", _Bank(self.pool))
+
+    @override
+    def estimate(self, noisy: NoisyBatch, label: int, generator: torch.Generator | None) -> Posterior:
+        if self.references == "dataset":
+            return _mean_over(noisy, self.pool, self.pool.draw(self.size, label, generator), self.pool.take)
+        recent = self._bank.hold(self._first_image(noisy), self.recent, noisy.x.device)
+        if label != NULL_LABEL:
+            recent = recent[torch.isin(recent, self.pool.indices(label))]
+        return _mean_over(noisy, self.pool, recent, self._bank.take)
+
+    def recent(self, images: int) -> Int[Tensor, "n"]:
+        """The last `size` distinct data points seen before image number `images`, the latest first.
+
+        The result is a function of the order alone, so that a resumed run needs no saved state. Before the first image
+        of the run, the order continues backwards with the epoch that would have preceded it.
+
+        Args:
+            images: number of images seen before, which is the number of the next image.
+        """
+        assert self.order is not None
+        size = min(self.size, len(self.pool))
+        # twice as many images suffice: at least half of them are in one epoch, which has no repeats
+        return unique_in_order(self.order.order(torch.arange(images - 2 * size, images)).flip(0))[:size]
+
+    def _first_image(self, noisy: NoisyBatch) -> int:
+        """Number of the first image of the examples' step, on whatever rank it is."""
+        assert self.order is not None
+        if noisy.image_number is None:
+            raise ValueError(
+                "recent references need to know which images of the run the examples are: set image_number"
+            )
+        steps = (noisy.image_number // self.order.size).unique()
+        if len(steps) > 1:
+            raise ValueError(
+                f"the examples belong to {len(steps)} steps of {self.order.size} images; pass those of one step"
+            )
+        return int(steps) * self.order.size
+
+
+def _mean_over(noisy: NoisyBatch, pool: Pool, drawn: Int[Tensor, "n"], take: Callable[[Tensor], Tensor]) -> Posterior:
+    """Posterior over an ordered draw r_1 .. r_n of distinct data points, which `take` looks up, and the source."""
+    shared = drawn[:-1]
+    # the one candidate that is not shared by all examples: r_n if the source is among the shared ones, else the source
+    is_shared, own = torch.isin(check_index(noisy, pool), shared), noisy.x
+    if is_shared.any():
+        own = torch.where(per_example(is_shared.to(own.device), own), take(drawn[-1:]).to(own), own)
+    blocks = ((take(part), None) for part in shared.split(chunk_size(noisy.x_t)))
+    return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, source=own)
+
+
+class _Bank:
+    """The recent data points, held as they are stored; a step reads only those that are new."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.images: int | None = None
+        self.wanted = self.index = torch.empty(0, dtype=torch.int64)
+        self.stored = torch.empty(0)
+
+    def hold(self, images: int, recent: Callable[[int], Int[Tensor, "n"]], device: torch.device) -> Int[Tensor, "n"]:
+        """Hold the recent data points before an image, and return their indices; called for each class of a step."""
+        if images != self.images:
+            self.wanted = recent(images)
+            self._fill(self.wanted, device)
+            self.images = images
+        return self.wanted
+
+    def take(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n *D"]:
+        """Held data points as floating data."""
+        held, position = self.index.sort()
+        return self.pool.decode(self.stored[position[torch.searchsorted(held, index)].to(self.stored.device)])
+
+    def _fill(self, wanted: Int[Tensor, "n"], device: torch.device) -> None:
+        """Read the data points that are not held yet into the memory of those that are not wanted any more."""
+        if len(self.index) == 0:
+            self.index, self.stored = wanted.clone(), self.pool.stored(wanted).to(device)
+            return
+        missing = wanted[~torch.isin(wanted, self.index)]
+        free = (~torch.isin(self.index, wanted)).nonzero().flatten()
+        self.stored[free.to(self.stored.device)] = self.pool.stored(missing).to(self.stored.device)
+        self.index[free] = missing

@@ -1,0 +1,322 @@
+"""Several ranks compute what a single rank computes, up to the order of summation."""
+
+import os
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from stablefield import VE, Objective, Pool, Preconditioned, STFTarget, TrainState
+from stablefield.build import build
+from stablefield.checkpoint import read
+from stablefield.config import Config, override, resolve
+from stablefield.data import ShuffledBatches
+from stablefield.distributed import Ranks, _forget, process_group
+from stablefield.engine import Optimization, train
+from stablefield.engine.fit import fit, make_optimization
+from stablefield.networks import UNet
+from stablefield.objective import EDMWeight
+from stablefield.preconditioning import EDMPreconditioning
+from stablefield.run import RunFolder
+from stablefield.schedule import LearningRate
+from stablefield.targets import ExactTarget, Prefetched, Shard, Sharded
+from stablefield.targets.isolation import nearest_distances
+from stablefield.times import LogNormal, Stratified
+
+POOL = Pool(torch.randn(50, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(50) % 3)
+
+
+def losses(ranks: Ranks, *, steps: int = 6, micro_batch_size: int | None = None) -> torch.Tensor:
+    """Losses of all examples of the first steps (steps, batch), with the norm of the gradient as one more column."""
+    torch.manual_seed(1 + ranks.rank)  # the ranks start with different weights: those of the main rank must be used
+    denoiser = Preconditioned(UNet(POOL.shape, num_classes=3, channels=8), VE(), EDMPreconditioning(), 3)
+    objective = Objective(Stratified(LogNormal()), STFTarget(POOL, 16), EDMWeight())
+    batches = ShuffledBatches(POOL, 16, seed=3, rank=ranks.rank, world_size=ranks.world_size)
+    optimization = Optimization(LearningRate(1e-3), gradient_clip=1.0, micro_batch_size=micro_batch_size)
+    results = []
+    state = TrainState(denoiser)
+    for step in train(state, objective, batches, images=16 * steps, seed=3, optimization=optimization, ranks=ranks):
+        results.append(torch.cat([ranks.all_gather(step.report.losses), step.gradient_norm.reshape(1)]))
+    return torch.stack(results)
+
+
+def on_ranks(world_size: int, out: Path, function: str = "losses", **options: object) -> torch.Tensor:
+    """The result of a function of this module when it is called on several ranks."""
+    done = launched(world_size, out, function, **options)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out / "result.pt")
+
+
+def launched(world_size: int, out: Path, function: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """Call a function of this module on several ranks, and save the result of the main rank."""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    script = (
+        "import sys, torch, weakref; sys.path.insert(0, sys.argv[1]); import test_distributed as t\n"
+        "from stablefield.distributed import process_group\n"
+        "torch.set_num_threads(1)\n"
+        "try:\n"
+        "    with process_group(torch.device('cpu')) as ranks:\n"
+        "        group = weakref.ref(torch.distributed.group.WORLD)\n"
+        f"        result = t.{function}(ranks, {arguments})\n"
+        "        assert ranks.any(ranks.rank == 1) and not ranks.any(False)\n"
+        "        if ranks.is_main: torch.save(result, sys.argv[2])\n"
+        "finally:\n"
+        "    assert group() is None, 'the process group still exists'\n"
+    )
+    (out / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
+    return subprocess.run(
+        [*launch, str(out / "script.py"), str(Path(__file__).parent), str(out / "result.pt")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_two_ranks_have_the_losses_of_one(tmp_path):
+    single = losses(Ranks(torch.device("cpu")))
+    torch.testing.assert_close(on_ranks(2, tmp_path, micro_batch_size=3), single, rtol=1e-5, atol=1e-6)
+
+
+def fail_at_the_end(ranks: Ranks) -> None:
+    """Fail on the main rank, in a frame that holds a module wrapped for all ranks."""
+    module = ranks.wrap(torch.nn.Linear(2, 2))
+    module(torch.ones(3, 2)).sum().backward()
+
+    def fail() -> None:
+        raise OSError("no space left")
+
+    try:
+        ranks.on_main(fail)
+    except OSError as error:
+        raise ValueError("cannot write") from error
+
+
+def test_the_process_group_is_destroyed_even_if_ranks_fail(tmp_path):
+    done = launched(2, tmp_path, "fail_at_the_end")
+    assert done.returncode != 0
+    assert done.stderr.count("ValueError: cannot write") == 1, done.stderr
+    assert "still exists" not in done.stderr
+    assert "SIGABRT" not in done.stderr
+
+
+def test_frames_of_errors_that_are_each_others_cause_are_cleared_once():
+    def fail():
+        value = torch.ones(3)
+        references.append(weakref.ref(value))
+        raise OSError("no space left")
+
+    references = []
+    with pytest.raises(OSError, match="no space left") as raised:
+        fail()
+    # as `raise error.__cause__` leaves them
+    raised.value.__context__ = ValueError()
+    raised.value.__context__.__cause__ = raised.value
+    assert references[0]() is not None
+    _forget(raised.value)
+    assert references[0]() is None
+
+
+@pytest.mark.slow
+def test_four_ranks_have_the_losses_of_one(tmp_path):
+    single = losses(Ranks(torch.device("cpu")))
+    torch.testing.assert_close(on_ranks(4, tmp_path), single, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_parts_of_all_ranks_make_the_batch(world_size):
+    whole = ShuffledBatches(POOL, 16, seed=3)(40)  # beyond the end of an epoch
+    parts = [ShuffledBatches(POOL, 16, seed=3, rank=rank, world_size=world_size)(40) for rank in range(world_size)]
+    for name in ("x", "index", "image_number", "label"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+
+
+def test_a_batch_that_cannot_be_divided_evenly_is_refused():
+    with pytest.raises(ValueError, match="16 cannot be divided evenly among 3 ranks"):
+        ShuffledBatches(POOL, 16, world_size=3)
+
+
+def test_with_a_single_rank_every_operation_is_the_identity(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group(torch.device("cpu")) as ranks:
+        values, module = torch.arange(3), torch.nn.Linear(1, 1)
+        assert ranks.all_gather(values) is values
+        assert ranks.wrap(module) is module
+        assert ranks.any(True)
+        assert not ranks.any(False)
+        ranks.barrier()
+
+
+def exact_means(ranks: Ranks, sigma: float) -> torch.Tensor:
+    """Exact targets of 32 examples, computed by each rank for its own part, with sharded data."""
+    shard = Shard(ranks.rank, ranks.world_size, ranks.all_gather)
+    g = torch.Generator().manual_seed(5)
+    index = torch.randint(50, (32,), generator=g)
+    noise, level = torch.randn(32, *POOL.shape, generator=g), torch.full((32,), sigma)
+    noisy = VE().perturb(POOL.take(index), level, noise, index=index, label=POOL.label(index))
+    exact = ExactTarget(POOL, lambda label: nearest_distances(POOL, label), projection_dims=8)
+    own = torch.arange(32).chunk(ranks.world_size)[ranks.rank]
+    return ranks.all_gather(Sharded(exact, shard)(noisy.select(own)).mean)
+
+
+@pytest.mark.slow
+def test_sharded_exact_targets_on_two_ranks_equal_those_on_one(tmp_path):
+    for sigma in (0.5, 2.0, 8.0):
+        single = exact_means(Ranks(torch.device("cpu")), sigma)
+        torch.testing.assert_close(on_ranks(2, tmp_path, "exact_means", sigma=sigma), single, rtol=0, atol=1e-6)
+
+
+# ---- targets of sharded data
+
+DIGITS = ["network.kind=mlp", "network.width=16", "network.layers=1", "training.batch_size=32", "training.images=192"]
+SHARDED = {
+    "exact": ["target.kind=exact"],
+    "streamed": ["target.kind=exact", "target.missing_mass=0"],
+    "labels": ["target.kind=exact", "training.conditional=true", "training.label_dropout=0.3"],
+    "streamed labels": ["target.kind=exact", "target.missing_mass=0", "training.conditional=true"],
+    "mirrored": ["target.kind=exact", "augmentation.kind=mirror"],
+    "augmentation labels": ["target.kind=exact", "augmentation.kind=edm", "augmentation.p=0.3"],
+}
+
+
+def sharded(kind: str) -> Config:
+    return resolve(override({}, [*DIGITS, *SHARDED[kind], "training.target_sharding=true"]))
+
+
+def sharded_losses(ranks: Ranks, kind: str) -> torch.Tensor:
+    """Losses and effective sample sizes of all examples, with sharded data and micro-batches of 5."""
+    config = sharded(kind)
+    components = build(config, ranks=ranks)
+    training = config.training
+    optimization = Optimization(make_optimization(training).learning_rate, micro_batch_size=5)
+    results = []
+    for step in train(
+        TrainState(components.denoiser),
+        components.objective,
+        components.batches,
+        images=training.images,
+        seed=training.seed,
+        optimization=optimization,
+        ranks=ranks,
+    ):
+        results.append(ranks.all_gather(torch.stack([step.report.losses, step.report.ess], 1)))
+    target, pool = components.objective.target, components.pool
+    assert isinstance(target, Prefetched)
+    assert isinstance(target.target, Sharded)
+    own = target.target._own_part.own
+    assert len(own) == len(Shard(ranks.rank, ranks.world_size).own(pool)) <= -(-len(pool) // ranks.world_size)
+    return torch.stack(results)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k != "labels")) for k in SHARDED])
+def test_two_ranks_with_sharded_data_have_the_losses_of_one_rank(tmp_path, kind):
+    single = sharded_losses(Ranks(torch.device("cpu")), kind)
+    assert (single[:, :, 1] > 1.01).any()  # some targets differ from the source
+    result = on_ranks(2, tmp_path, "sharded_losses", kind=kind)
+    torch.testing.assert_close(result[:, :, 0], single[:, :, 0], rtol=1e-5, atol=1e-6)
+    # examples computed together use the same number of digits, and log weights are accurate to about 1e-6
+    torch.testing.assert_close(result[:, :, 1], single[:, :, 1], rtol=3e-5, atol=0)
+
+
+def test_sharding_changes_nothing_on_a_single_rank():
+    plain = resolve(override({}, [*DIGITS, *SHARDED["exact"]]))
+    components = [build(config) for config in (plain, sharded("exact"))]
+    one, other = (each.objective.target for each in components)
+    assert not isinstance(one.target, Sharded)
+    assert other.target.shard.total == 1
+    assert other.target._own_part.own is other.target._own_part.pool
+    noisy = VE().perturb(
+        components[0].pool.take(torch.arange(8)), torch.full((8,), 2.0), torch.zeros(8, 1, 8, 8), index=torch.arange(8)
+    )
+    assert torch.equal(one(noisy).mean, other(noisy).mean)
+
+
+def test_ranks_with_batches_of_different_sizes_are_refused():
+    x = POOL.take(torch.arange(3))
+    noisy = VE().perturb(x, torch.ones(3), torch.zeros_like(x), index=torch.arange(3))
+    shard = Shard(0, 2, lambda values: torch.cat([values, values + 1]))
+    for missing_mass in (0.0, 1e-8):
+        with pytest.raises(ValueError, match=r"equally many examples each, not \[3, 4\]"):
+            Sharded(ExactTarget(POOL, missing_mass=missing_mass), shard)(noisy)
+
+
+def test_more_ranks_than_data_points_are_refused():
+    with pytest.raises(ValueError, match="50 data points cannot be sharded over 51 ranks"):
+        Shard(0, 51).own(POOL)
+
+
+DYING = ["training.images=1000000", "training.save_every=64", "training.log_every=32"]
+
+
+def die_in_a_target(ranks: Ranks, folder: str, gathers: int, victim: int) -> torch.Tensor:
+    """Train until one rank is killed before its n-th collective operation within a target."""
+    config = resolve(override(sharded("exact").sections, DYING))
+    components = build(config, ranks=ranks)
+    calls = 0
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == gathers and ranks.rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ranks.all_gather(values)
+
+    object.__setattr__(components.objective.target.target.shard, "gather", gather)
+    fit(config, components, RunFolder(Path(folder)), ranks=ranks)
+    raise AssertionError("no rank was killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gathers", "victim"), [(100, 0), (103, 1), (105, 0), (108, 1)])
+def test_a_run_resumes_after_a_rank_is_killed_within_a_target(tmp_path, gathers, victim):
+    folder = tmp_path / "run"
+    done = launched(2, tmp_path, "die_in_a_target", folder=str(folder), gathers=gathers, victim=victim)
+    assert done.returncode != 0
+    # the survivor reports it, unless torchrun ends it first
+    message = f"ConnectionError: rank {1 - victim} of 2 has lost the others"
+    assert message in done.stderr or "closing signal SIGTERM" in done.stderr, done.stderr
+    saved = read(RunFolder(folder).checkpoint).images
+    assert saved > 0
+    config = resolve(override(sharded("exact").sections, [*DYING, f"training.images={saved + 64}"]))
+    assert fit(config, build(config), RunFolder(folder)) == 0
+    assert read(RunFolder(folder).checkpoint).images == saved + 64
+
+
+@pytest.mark.slow
+def test_the_command_line_shards_data(tmp_path):
+    settings = [*DIGITS, "training.log_every=32", "target.kind=exact", "training.target_sharding=true"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "stablefield", "train", "--out"]
+    done = subprocess.run(
+        [*launch, *command, str(tmp_path / "two"), *flags], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Sharded(target=" in done.stdout
+    config = resolve(override({}, settings))
+    fit(config, build(config), RunFolder(tmp_path / "one"))
+    one, two = (RunFolder(tmp_path / name).history() for name in ("one", "two"))
+    assert len(one) == 6
+    for of_one, of_two in zip(one, two, strict=True):
+        for name in ("loss/loss", "target/ess", "loss/gradient_norm"):
+            assert of_two[name] == pytest.approx(of_one[name], rel=1e-5)
+    # the sharding of the data can be changed when resuming
+    more = [
+        "--resume",
+        str(tmp_path / "two"),
+        "--set",
+        "training.target_sharding=false",
+        "--set",
+        "training.images=256",
+    ]
+    done = subprocess.run(
+        [sys.executable, *command[:-1], *more],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
