@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stablefield import VE, VP, Cosine, Flow, SubVP, stable_target
+from stablefield import VE, VP, Cosine, Flow, SubVP
 from stablefield.objective import PredictionWeight
 from stablefield.preconditioning import NoPreconditioning
 from stablefield.prediction import (
@@ -18,6 +18,7 @@ from stablefield.prediction import (
     canonical_prediction_type,
     coefficients,
     convert,
+    stable_target,
 )
 from stablefield.process import NoisyBatch, Process, per_example
 from stablefield.times import LogitNormal, LogNormal, LogUniform, Stratified, TimeDistribution, Uniform

@@ -22,7 +22,7 @@ FLOORS = (
     {"process", "networks", "seeding", "schedule"},
     {"times", "prediction", "kernel", "pool", "augmentation"},
     {"targets", "preconditioning", "denoise"},
-    {"objective", "sample", "likelihood"},
+    {"objective", "sample", "likelihood", "stable"},
     {"config", "checkpoint", "data", "distributed", "recipes"},
     {"run", "build", "interop"},
     {"engine", "evaluate"},

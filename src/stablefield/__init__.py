@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from stablefield.kernel import Posterior, posterior
     from stablefield.objective import Objective
     from stablefield.pool import Pool
-    from stablefield.prediction import stable_target
     from stablefield.process import VE, VP, Cosine, Flow, NoisyBatch, SubVP
     from stablefield.run import load
     from stablefield.sample import Heun, Sampler
+    from stablefield.stable import StableTarget
     from stablefield.targets import DSMTarget, ExactTarget, KNNTarget, STFTarget, TargetEstimator
 
 __version__ = "0.1.0"
@@ -53,12 +53,12 @@ __all__ = [
     "Preconditioned",
     "STFTarget",
     "Sampler",
+    "StableTarget",
     "SubVP",
     "TargetEstimator",
     "TrainState",
     "load",
     "posterior",
-    "stable_target",
     "train",
 ]
 
@@ -68,10 +68,10 @@ _HOMES = {
     "kernel": ("Posterior", "posterior"),
     "objective": ("Objective",),
     "pool": ("Pool",),
-    "prediction": ("stable_target",),
     "process": ("VE", "VP", "Cosine", "Flow", "NoisyBatch", "SubVP"),
     "run": ("load",),
     "sample": ("Heun", "Sampler"),
+    "stable": ("StableTarget",),
     "targets": ("DSMTarget", "ExactTarget", "KNNTarget", "STFTarget", "TargetEstimator"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

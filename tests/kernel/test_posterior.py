@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from noisy_data import assert_equal_posteriors
 from torch import Tensor
 
-from stablefield import VE, VP, Cosine, Flow, Posterior, SubVP, posterior, stable_target
+from stablefield import VE, VP, Cosine, Flow, Posterior, SubVP, posterior
 from stablefield.kernel.accumulator import PosteriorAccumulator, chunk_size, float64_device
 from stablefield.kernel.gaussian import stream
+from stablefield.prediction import stable_target
 from stablefield.process import Process, per_example
 
 PROCESSES = [VE(), VP(), SubVP(), Cosine(), Flow()]

@@ -26,10 +26,10 @@ from stablefield import (
     SubVP,
     TargetEstimator,
     posterior,
-    stable_target,
 )
 from stablefield.kernel.accumulator import chunk_size
 from stablefield.pool import NULL_LABEL, draw_without_replacement
+from stablefield.prediction import stable_target
 from stablefield.process import Process
 
 PROCESSES = [VE(), VP(), SubVP(), Cosine(), Flow()]

@@ -8,6 +8,8 @@ set, the exact E[x | x_t]. The support arrives in blocks and is summed by an onl
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size
 
-__all__ = ["Block", "posterior", "stream"]
+__all__ = ["Block", "check_tensor", "posterior", "stream"]
 
 Block = tuple[Tensor, Tensor | None]
 
@@ -64,9 +66,7 @@ def posterior(
         ValueError: shapes, types or devices do not fit; the support is empty, or an example is allowed no candidate;
             sigma is negative; a value is not finite.
     """
-    for name, value in (("x_t", x_t), ("support", support), ("source", source)):
-        if not isinstance(value, Tensor | None):
-            raise ValueError(f"{name} must be a tensor, not {type(value).__name__}; convert it with torch.as_tensor")
+    _check_types(x_t, support, sigma, alpha, source, allowed)
     _check(x_t, support, source, allowed)
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 candidate per block, not {chunk}")
@@ -110,6 +110,45 @@ def stream(
     if not _valid(sums):
         raise ValueError(_complaint(x_t, sums))
     return found
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Refuse what is not a dense tensor of real numbers.
+
+    Args:
+        name: the argument, for the error.
+        value: its value.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, Tensor):
+        given = "None" if value is None else type(value).__name__
+        way = "" if value is None else "; convert it with torch.as_tensor"
+        raise ValueError(f"{name} must be a tensor, not {given}{way}")
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} must be dense, not {value.layout}; pass {name}.to_dense()")
+    if value.is_complex():
+        raise ValueError(f"{name} must be real, not {value.dtype}; pass its parts as torch.view_as_real gives them")
+
+
+def _check_types(x_t: Any, support: Any, sigma: Any, alpha: Any, source: Any, allowed: Any) -> None:
+    for name, value in (("x_t", x_t), ("support", support), *([] if source is None else [("source", source)])):
+        check_tensor(name, value)
+    for name, value in (("sigma", sigma), ("alpha", alpha)):
+        if isinstance(value, Tensor):
+            check_tensor(name, value)
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+            raise ValueError(f"{name} must be a number or a tensor, not {type(value).__name__}")
+        if isinstance(value, Tensor) and value.dtype == torch.bool:
+            raise ValueError(f"{name} must hold numbers, not torch.bool")
+    if isinstance(allowed, tuple):
+        if len(allowed) != 2:
+            raise ValueError(f"allowed must be a mask or two tensors of labels, not a tuple of {len(allowed)}")
+        for name, value in zip(("allowed[0]", "allowed[1]"), allowed, strict=True):
+            check_tensor(name, value)
+    elif allowed is not None:
+        check_tensor("allowed", allowed)
 
 
 def _blocks(support: Tensor, allowed: Tensor | tuple[Tensor, Tensor] | None, chunk: int, own: bool) -> Iterator[Block]:
