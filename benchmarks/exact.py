@@ -39,7 +39,8 @@ from stablefield import (
 )
 from stablefield.build import build
 from stablefield.config import override, resolve
-from stablefield.data import IDX, Digits, NeighbourDistances, Store
+from stablefield.data import IDX, Digits, Store
+from stablefield.data.distances import NeighbourDistances
 from stablefield.data.sources import as_tensor, map_array
 from stablefield.distributed import Ranks
 from stablefield.engine import TrainState, train

@@ -119,7 +119,7 @@ def products(device: str, repeats: int) -> None:
                 narrow_np[2] @ narrow_np[1],
             )
         except ImportError:
-            print("  (faiss is not installed: pip install 'stablefield[bench]')")
+            print("  (faiss is not installed: pip install '.[faiss]')")
     candidates["stablefield, complete"] = lambda: posterior(x_t, support, sigma=1.0)
     flops = 4 * BATCH * 1024 * DIM
     for name, work in candidates.items():

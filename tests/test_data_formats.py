@@ -228,5 +228,5 @@ def test_an_unknown_column_is_refused_with_the_names_of_all_columns(hub):
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'stablefield\[datasets\]'"):
+    with pytest.raises(ValueError, match=r"pip install '\.\[datasets\]'"):
         HuggingFace("mnist").load()

@@ -10,7 +10,7 @@ from stablefield import ExactTarget, Pool
 from stablefield.build import build
 from stablefield.checkpoint import read, save
 from stablefield.config import resolve
-from stablefield.data import NeighbourDistances
+from stablefield.data.distances import NeighbourDistances
 from stablefield.targets import Prefetched
 from stablefield.targets.isolation import nearest_distances
 

@@ -80,11 +80,16 @@ _SUBMODULES = {module.name for module in iter_modules(__path__)} - {"__main__"}
 
 def __getattr__(name: str) -> object:
     """Import a public name, or a submodule, when it is first used (PEP 562)."""
-    if name in _HOME:
-        return getattr(import_module(f"stablefield.{_HOME[name]}"), name)
-    if name in _SUBMODULES:
-        return import_module(f"stablefield.{name}")
-    raise AttributeError(f"module 'stablefield' has no attribute {name!r}")
+    if name not in _HOME and name not in _SUBMODULES:
+        raise AttributeError(f"module 'stablefield' has no attribute {name!r}")
+    try:
+        module = import_module(f"stablefield.{_HOME.get(name, name)}")
+    except ModuleNotFoundError as error:
+        extras = import_module("stablefield.extras")
+        if error.name not in extras.TRAIN:
+            raise
+        raise ModuleNotFoundError(extras.how_to_install(f"stablefield.{name}"), name=error.name) from error
+    return getattr(module, name) if name in _HOME else module
 
 
 def __dir__() -> list[str]:

@@ -14,13 +14,13 @@ from stablefield.data import (
     Augmentation,
     BatchSource,
     LabelDropout,
-    NeighbourDistances,
     Progress,
     ShuffledBatches,
     Source,
     silent,
     split,
 )
+from stablefield.data.distances import NeighbourDistances
 from stablefield.denoise import Denoiser, Preconditioned
 from stablefield.distributed import Ranks
 from stablefield.kernel.accumulator import float64_device

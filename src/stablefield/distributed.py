@@ -18,12 +18,12 @@ import torch
 # import it when they are created; it would then keep our group alive after its end, with threads that sometimes abort
 # the interpreter at exit.
 import torch.distributed.nn.functional
-from accelerate import PartialState
-from accelerate.utils import gather
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed import DistError
 from torch.nn.parallel import DistributedDataParallel
+
+from stablefield.extras import how_to_install
 
 __all__ = ["Ranks", "no_sync", "process_group"]
 
@@ -54,6 +54,8 @@ class Ranks:
     def barrier(self) -> None:
         """Wait until all ranks have reached this point."""
         if self.world_size > 1:
+            from accelerate import PartialState
+
             PartialState().wait_for_everyone()
 
     def all_gather(self, values: Tensor) -> Tensor:
@@ -62,8 +64,11 @@ class Ranks:
         Args:
             values: tensor of this rank (b, ...), of the same shape on all ranks.
         """
-        # tensors must be on the GPU for GPUs to exchange them
-        return gather(values.to(self.device)) if self.world_size > 1 else values
+        if self.world_size == 1:
+            return values
+        from accelerate.utils import gather
+
+        return gather(values.to(self.device))  # tensors must be on the GPU for GPUs to exchange them
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of work that can be divided: every `world_size`-th item, beginning at `rank`.
@@ -178,10 +183,17 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
 
     Args:
         device: device to compute on; with several GPUs each rank uses its own.
+
+    Raises:
+        ModuleNotFoundError: there are several ranks, and accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(device)
         return
+    try:
+        from accelerate import PartialState  # imported here, because a single rank does not need it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(how_to_install("training with several ranks"), name=error.name) from error
     state = PartialState(cpu=device.type == "cpu")
     try:
         with warnings.catch_warnings():

@@ -11,7 +11,6 @@ from stablefield.data.augmentation import (
 from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
 from stablefield.data.contents import Contents, DataSummary, Progress, content_hash, silent
-from stablefield.data.distances import NeighbourDistances
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
@@ -38,7 +37,6 @@ __all__ = [
     "Images",
     "LabelDropout",
     "Mirror",
-    "NeighbourDistances",
     "NoAugmentation",
     "Progress",
     "ShuffledBatches",

@@ -16,6 +16,7 @@ from typing_extensions import override
 from stablefield.data.contents import Contents
 from stablefield.data.files import class_labels
 from stablefield.data.images import ImageSource, require_same_shape
+from stablefield.extras import how_to_install
 
 __all__ = ["HuggingFace"]
 
@@ -71,9 +72,7 @@ class HuggingFace(ImageSource):
         try:
             import datasets
         except ImportError:
-            raise ValueError(
-                "data sets of the Hugging Face hub require the extra `datasets`: pip install 'stablefield[datasets]'"
-            ) from None
+            raise ValueError(how_to_install("a data set of the Hugging Face hub", "datasets")) from None
         self._refuse_code(datasets)
         if (Path(self.path) / "state.json").is_file() or (Path(self.path) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(self.path)

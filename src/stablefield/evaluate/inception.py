@@ -71,7 +71,7 @@ def _load_extractor(weights: Path | None) -> Any:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ValueError(
-            f"FID needs torch-fidelity ({error}): pip install 'stablefield[fidelity]'; {_ALTERNATIVES}"
+            f"FID needs torch-fidelity ({error}): pip install '.[fidelity]' in a clone; {_ALTERNATIVES}"
         ) from None
     except Exception as error:  # it imports torchvision, which raises various errors if it does not match torch
         raise ValueError(f"torch-fidelity cannot be imported here ({error}); {_ALTERNATIVES}") from None

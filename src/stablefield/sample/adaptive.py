@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
+from stablefield.extras import how_to_install
 from stablefield.sample.base import BoundDenoiser, DrawNoise, Sampler
 
 __all__ = ["RK45", "integrate", "velocity"]
@@ -88,8 +89,14 @@ def integrate(
         start: time of the initial state.
         end: time of the result, before or after `start`.
         tolerance: relative and absolute error allowed in a step.
+
+    Raises:
+        ModuleNotFoundError: torchdiffeq is not installed.
     """
-    from torchdiffeq import odeint  # imported here, because it imports scipy, which no other sampler needs
+    try:
+        from torchdiffeq import odeint  # imported here, because no other sampler needs it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(how_to_install("the adaptive solver"), name=error.name) from error
 
     times = torch.stack([start, end]).to(state)
 
