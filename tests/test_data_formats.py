@@ -170,7 +170,7 @@ def test_a_pickle_cannot_change_the_replacements_of_names():
 
 def test_arrays_of_objects_or_of_a_wrong_length_are_refused():
     for array in (np.array([{}, []], object), np.zeros(3), np.zeros(3, ">i4")):
-        with pytest.raises(ValueError, match="x is damaged: an array in it is not of bytes"):
+        with pytest.raises(ValueError, match="x is damaged: an array in it is not uint8"):
             read_pickle(pickle.dumps({b"data": array}, 2), "x")
     content = pickle.dumps({b"data": noise(2, 77)}, 2)
     (place,) = (at for opcode, arg, at in pickletools.genops(content) if opcode.name == "BININT1" and arg == 77)

@@ -362,7 +362,7 @@ def test_samplers_that_add_noise_need_seeds_beside_latents(sampler):
         ({"latents": torch.zeros(3, 2), "seeds": []}, r"= \(0, 2\), not \(3, 2\)"),
         ({"latents": torch.zeros(3, 2), "shape": (3,)}, r"= \(3, 3\), not \(3, 2\)"),
         ({"latents": torch.zeros(3, 2)}, "4 classes: give a label, or seeds to draw one from"),
-        ({"latents": torch.zeros(3, 2), "label": torch.tensor([0, 1])}, "3 samples need one label, or one each"),
+        ({"latents": torch.zeros(3, 2), "label": torch.tensor([0, 1])}, "3 samples need one label or one per sample"),
     ],
 )
 def test_latents_seeds_shapes_and_labels_that_do_not_match_are_refused(arguments, message):

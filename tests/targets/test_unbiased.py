@@ -24,7 +24,7 @@ def weights(x_t: Tensor, data: Tensor, sigma: float) -> Tensor:
     return torch.softmax(-(x_t[:, None] - data).square().sum(2) / (2 * sigma**2), 1)
 
 
-# ---- the cell law, enumerated
+# ---- the mean over the cell of the source, enumerated
 
 
 def averaged(x_t: Tensor, sigma: float, target: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:

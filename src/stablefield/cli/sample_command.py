@@ -64,7 +64,7 @@ Set = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a key of sampler.* or grid.*; may be repeated."),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images per batch; samples do not depend on it.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")]
 
 
 def sample(

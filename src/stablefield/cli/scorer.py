@@ -63,7 +63,7 @@ Take = Callable[[Sequence[int]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """Scores of samples against a reference; computed by all ranks, printed and written by the main rank.
+    """Scores of samples against a reference: all ranks compute features, the main rank prints and writes the scores.
 
     Every method must be called on all ranks.
 

@@ -180,7 +180,7 @@ def as_setting(key: str, value: Any) -> str:
 
 
 def toml_value(value: Any) -> str:
-    """A value as TOML on one line.
+    """Format a value as TOML on one line.
 
     Args:
         value: a number, string, boolean, list or table.

@@ -169,15 +169,15 @@ class EDMAugmentation(Augmentation):
 
 @dataclass(frozen=True, eq=False)
 class AugmentationParameters:
-    """Parameters of the transformations of B images, as in `augmentation.affine`; 0 where a kind is not applied.
+    """Parameters of the transformations of B images (see `stablefield.augmentation`); 0 where a kind is not applied.
 
     Attributes:
         flips: 1 for a flip in x (column 0) and y (column 1).
-        scale: w of the scaling.
+        scale: w of the scaling by 2^(0.2 w).
         angle: angle of the rotation, in radians.
-        stretch: w of the anisotropy.
-        axis: angle of its axis, in radians.
-        shift: (w_x, w_y) of the translation.
+        stretch: w of the anisotropic scaling, by 2^(0.2 w) along its axis and 2^(-0.2 w) across it.
+        axis: angle of that axis, in radians.
+        shift: (w_x, w_y) of the translation by 0.125 w of the width and height.
     """
 
     flips: Float64[Tensor, "B 2"]

@@ -156,7 +156,7 @@ class _Array:
             name: name of the file in errors.
 
         Raises:
-            ValueError: the array is not of bytes, or its shape does not fit their number.
+            ValueError: the data type is not uint8, or the shape does not match the number of bytes.
         """
         try:
             _, shape, dtype, fortran, content = self.state
@@ -164,7 +164,7 @@ class _Array:
                 raise ValueError(f"{dtype.name} {shape} and {len(content)} bytes")
             return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{name} is damaged: an array in it is not of bytes, or incomplete: {error}") from None
+            raise ValueError(f"{name} is damaged: an array in it is not uint8, or is incomplete ({error})") from None
 
 
 class _DType:

@@ -106,7 +106,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
     if not match:
-        raise ValueError(f"a resolution is WIDTHxHEIGHT, such as 64x64, not {text!r}")
+        raise ValueError(f"a resolution has the form WIDTHxHEIGHT, such as 64x64, not {text!r}")
     return int(match[1]), int(match[2])
 
 

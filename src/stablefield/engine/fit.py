@@ -245,8 +245,8 @@ class StopRequest:
     """Signal handler that records the first signal, so that the current step can end.
 
     Attributes:
-        number: number of the signal; 0 as long as none has arrived.
-        time: when it arrived, in seconds of the monotonic clock.
+        number: number of the first signal; 0 until one arrives.
+        time: time at which it arrived, in seconds of the monotonic clock.
     """
 
     number = 0
@@ -260,7 +260,7 @@ class StopRequest:
             frame: the interrupted frame, which is not used.
 
         Raises:
-            KeyboardInterrupt: a signal arrived more than a second ago.
+            KeyboardInterrupt: this is a second signal, more than a second after the first.
         """
         # launchers that forward Ctrl-C deliver it to a process twice at once, which must not count as the second signal
         if self.number and monotonic() - self.time > 1:

@@ -72,7 +72,7 @@ class TensorBoardWriter:
 
         Args:
             metrics: values by name; progress and timestamp are left out, since every event has its own.
-            images: images seen, the step of the event.
+            images: number of training images seen, the step of the event.
 
         Raises:
             OSError: the disk is full or cannot be written.
@@ -82,11 +82,11 @@ class TensorBoardWriter:
         self._write(summary=self.summary(value=values), step=images)
 
     def add_sheet(self, x: Float[Tensor, "n C H W"], images: int) -> None:
-        """Write samples as a sheet: a PNG file in the folder of the run, and an event.
+        """Write samples side by side as one image (a sheet): a PNG file in the folder of the run, and an image event.
 
         Args:
             x: the samples, in [-1, 1].
-            images: images seen, the step of the event and the name of the file.
+            images: number of training images seen: the step of the event, and the name of the file.
 
         Raises:
             OSError: the disk is full or cannot be written.

@@ -124,7 +124,7 @@ class ExportedNetwork(Features):
 
     def __init__(self, path: Path, device: str | torch.device = "cpu", *, trusted: bool = False) -> None:
         if not path.is_file():
-            raise ValueError(f"there is no file {path}; features are pixels, classifier, inception or a file")
+            raise ValueError(f"there is no file {path}; choose pixels, classifier, inception or the file of a network")
         content = path.read_bytes()
         self.name = path.name
         self.identity = f"{path.name}:{hashlib.sha256(content).hexdigest()[:16]}"

@@ -48,7 +48,7 @@ def read_image(path: Path) -> Float[Tensor, "C H W"]:
 
 
 def save_sheet(path: Path, x: Float[Tensor, "n C H W"], *, columns: int | None = None, side: int = 48) -> None:
-    """Write a sheet of samples: images row by row, separated by thin lines.
+    """Write a sheet: many images in one file, row by row, separated by thin lines.
 
     Args:
         path: the file; its suffix decides the format.

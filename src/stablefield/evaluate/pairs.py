@@ -17,7 +17,7 @@ _BLOCK = 1024
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
-    """Refuse values that are not finite; comparisons would count them as near or as far without an error.
+    """Refuse NaN and infinite values, which comparisons of distances would silently count as near or as far.
 
     Args:
         name: what the values are, in the plural; the error begins with it.

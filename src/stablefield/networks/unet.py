@@ -91,8 +91,8 @@ class UNet(nn.Module):
         """Output of the network before preconditioning, with the shape of x.
 
         Args:
-            x: noisy input, scaled to unit variance (c_in x_t).
-            c_noise: noise level as the network sees it, one value per example.
+            x: noisy input, scaled by the preconditioning (c_in x_t).
+            c_noise: noise level, transformed by the preconditioning, one value per example.
             label_one_hot: one-hot labels; a row of zeros, or None for all, is the null label.
             augment_label: augmentation labels; zeros, or None for all, mean that no augmentation was applied.
         """

@@ -234,7 +234,7 @@ def _labels(
         return None
     labels = torch.as_tensor(label, device=device)
     if labels.shape not in ((), (count,)):
-        raise ValueError(f"{count} samples need one label, or one each, not labels of shape {tuple(labels.shape)}")
+        raise ValueError(f"{count} samples need one label or one per sample, not labels of shape {tuple(labels.shape)}")
     labels = labels.expand(count)
     if (unknown := (labels < NULL_LABEL) | (labels >= num_classes)).any():
         raise ValueError(

@@ -1,15 +1,15 @@
 """Interface of the target estimators, and their handling of labels and augmentations.
 
-Why the estimators are unbiased. Given x_t, the source is distributed as the posterior. Averaging over it within any
-cell of the data that was chosen without looking at which data point is the source changes no mean and lowers the
-variance (Rao-Blackwell). So an estimator may look at t, the label, x_t and the data, but never at which data point is
-the source, except to ask whether it lies in the cell.
+Why the estimators are unbiased. Given x_t, the source is distributed as the posterior. Partition the data
+into cells by a rule that does not depend on which data point is the source. Replacing the source by the posterior mean
+over the cell that contains it keeps the expectation and does not increase the variance (Rao-Blackwell). So the rule may
+depend on t, the label, x_t and the data, but never on the source, which only selects the cell.
 
 Labels confine the support: an example whose label is given to the network has only data points of that class as
 candidates. Each label in a batch gets a draw of its own.
 
 So do augmentations that the network is given as a condition: the references must be seen through the same map as the
-example. A flip is undone on x_t, the plain references are averaged, and the flip is redone on the mean (distances do
+example. A flip is undone on x_t, the unaugmented references are averaged, and the mean is flipped (distances do
 not change when both are flipped). An example under any other map keeps its own x as target, which is unbiased under any
 map. The choice between the two depends on the augmentation vector alone, which is drawn without looking at the source.
 """

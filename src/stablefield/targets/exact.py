@@ -1,18 +1,18 @@
-"""The exact posterior mean over the whole data set, without the work that cannot change it visibly.
+"""The posterior mean over the whole data set, without the data points of negligible posterior probability.
 
-Two partitions of the data, neither of which looks at which data point is the source, make cells; the target of an
-example is the mean over the cell of its source, and so unbiased for any thresholds (the cell law,
-`stablefield.targets.base`):
+Two partitions divide the data into cells, by rules that do not depend on which data point is the source. The target of
+an example is the posterior mean over the cell that contains its source, which is unbiased for any thresholds
+(`stablefield.targets.base`):
 
-1. *Isolation.* At each t, every data point so far from all others that noise could hardly hide it (`isolation`) is a
-   cell of its own. An example with such a source needs no work: its target is the source.
-2. *Screening.* Of the others, those that the coordinates of x_t in a few directions leave a chance (`screening`) form
-   one cell S(x_t), and each of the rest a cell of its own. An example needs the exact arithmetic over S(x_t) only.
+1. *Isolation.* At each t, every data point that is so far from all others that its x_t almost surely identifies it
+   (`isolation`) is a cell of its own. An example with such a source needs no work: its target is the source.
+2. *Screening.* Of the others, those that are not improbable given the projection of x_t onto a few directions
+   (`screening`) form one cell S(x_t), and each of the rest is a cell of its own. Only S(x_t) has to be summed over.
 
 What a cell leaves out is the error of the target. On average over x_t that is at most `missing_mass` of the posterior:
 a third for the others of an isolated source; by symmetry (exchange the source and a second draw from the posterior) a
 third for the isolated others of a source that is not; a third for what is screened out. By Markov's inequality more
-than p of the mass is missing for at most a share missing_mass / p of the examples.
+than p of the mass is missing for at most a fraction missing_mass / p of the examples.
 """
 
 import math

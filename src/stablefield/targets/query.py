@@ -1,8 +1,9 @@
-"""Noisy examples as the exact target multiplies them: around a centre, in units of stored values.
+"""Noisy examples in the coordinates of the exact target's inner products: centred, in units of stored values.
 
-A stored value b stands for x = scale b + shift. With the norms ||x - c||^2 / scale^2 known beforehand, energies differ
-from those of x_t and x by what is the same for all candidates of an example. So bytes are multiplied as they are, and
-what float32 rounds is the noise times a candidate, not the brightness of all images.
+A stored value b stands for x = scale b + shift. The norms ||x - c||^2 / scale^2 are computed beforehand.
+The energies then differ from those of x_t and x by a constant per example, which cancels in the posterior. So stored
+bytes are multiplied without conversion, and the inner products that float32 rounds do not contain the part that all
+data points have in common.
 """
 
 import math
@@ -23,7 +24,7 @@ __all__ = ["Query", "uses_int8"]
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """Examples of a batch around alpha times a centre c, in units of stored values.
+    """Examples of a batch, centred at alpha c and in units of stored values.
 
     Attributes:
         x_t: (x_t - alpha c) / scale, (B, D), float64.
@@ -32,8 +33,8 @@ class Query:
         like: the x_t of the batch.
         source: the x of the batch.
         centre: c, (D,), float64.
-        scale: of stored values.
-        shift: of stored values.
+        scale: factor from stored values to x.
+        shift: x of the stored value 0.
     """
 
     x_t: Float[Tensor, "B D"]
@@ -51,8 +52,8 @@ class Query:
 
         Args:
             noisy: the batch.
-            affine: (scale, shift) such that a value that is multiplied stands for scale * value + shift.
-            centre: point c that is subtracted, (D,).
+            affine: (scale, shift), with x = scale * stored value + shift.
+            centre: the centre c, (D,).
         """
         (scale, shift), centre, alpha = affine, centre.double(), noisy.alpha.double()
         x_t = (noisy.x_t.flatten(1).double() - alpha[:, None] * centre) / scale
@@ -69,22 +70,23 @@ class Query:
 
     @property
     def narrow(self) -> torch.dtype:
-        """The narrowest type that anything is computed in: float32, or x_t's own where that is wider."""
+        """Lowest precision of any computation: float32, or the data type of x_t if that is wider."""
         return torch.promote_types(self.like.dtype, torch.float32)
 
     def accumulator(self, energies: torch.dtype = torch.float64) -> PosteriorAccumulator:
-        """Empty sums over candidates in floating point.
+        """An empty accumulator whose inner products are computed in floating point.
 
         Args:
-            energies: the type of the inner products.
+            energies: data type of the inner products.
         """
         matmul = partial(FloatMatmul, types=(energies, self.narrow))
         return PosteriorAccumulator(self.x_t, self.sigma, self.alpha, matmul)
 
     def int8_accumulator(self, square: Float[Tensor, "m"]) -> PosteriorAccumulator:
-        """Empty sums over bytes, multiplied in integers; weights are relative to the source at first.
+        """An empty accumulator for candidates stored as bytes, whose inner products are exact integer matmuls.
 
-        Where the sums begin changes nothing but how soon most candidates of a block need not be summed.
+        Its reference energy starts at the source's, so that candidates of negligible weight can be skipped from the
+        first block. Where it starts does not change the result, only the speed.
 
         Args:
             square: squared distances of the candidates from the centre.
@@ -98,10 +100,11 @@ class Query:
         return sums
 
     def digits(self, square: Float[Tensor, "m"]) -> int:
-        """Number of int8 digits of x_t that leave log weights as they are, to about 1e-6.
+        """Number of base-256 digits of x_t for which the error of the log weights is about 1e-6.
 
-        k digits round an entry of x_t to at most about 256^-k of the largest, evenly; so the product with a candidate
-        at distance r from the centre is off by a third of that times r, and what all candidates share does not count.
+        With k digits, the error of an entry of x_t is uniform and at most about 256^-k times the largest entry. So the
+        error of the inner product with a candidate at distance r from the centre is about a third of that times r;
+        errors that all candidates have in common cancel.
 
         Args:
             square: squared distances of the candidates from the centre.

@@ -1,4 +1,4 @@
-"""One process's part of a data set that several processes hold together.
+"""One process's shard of a data set that is distributed over several processes.
 
 The posterior consists of sums over candidates (the smallest energy, the normaliser, the weighted sum), and sums of
 parts merge (log-sum-exp). So each process sums over its own data points for the examples of all, and the sums are
@@ -28,18 +28,18 @@ def _unchanged(pool: Pool) -> Pool:
 
 @dataclass(frozen=True)
 class Shard:
-    """One process's place among those that share a data set; data point i is held by rank i modulo total.
+    """Rank of a process and number of processes; data point i belongs to the shard of rank i % total.
 
     Attributes:
         rank: number of this process, from 0.
         total: number of processes.
-        gather: concatenates equally many rows of every process, in the order of ranks, on every process
+        gather: all-gather: concatenates equally many rows of every process, in the order of ranks, on every process
             (`Ranks.all_gather`); the identity for one process.
-        keep: applied once to the data points that this process holds, such as moving them to its device. Data mapped
-            from a file may stay there: processes of one machine share its pages.
+        keep: function applied once to the shard of a larger data set, for example to copy it to the device. The default
+            leaves the view unchanged, which suits memory-mapped data: processes of one machine share the memory.
 
     Raises:
-        ValueError: a rank that is not below total.
+        ValueError: the rank is not in 0 .. total - 1.
     """
 
     rank: int = 0
@@ -52,10 +52,10 @@ class Shard:
             raise ValueError(f"rank must be between 0 and {self.total - 1}, not {self.rank}")
 
     def own(self, pool: Pool) -> Pool:
-        """The data points that this process holds: number i is number rank + total * i of all.
+        """The shard of this process; its data point i is data point rank + total * i of the whole data set.
 
         Args:
-            pool: all data; copied only if `keep` does.
+            pool: the whole data set. The shard is a view of it, unless `keep` copies it.
 
         Raises:
             ValueError: more processes than data points.
@@ -65,7 +65,7 @@ class Shard:
         return pool if self.total == 1 else self.keep(pool.subset(torch.arange(self.rank, len(pool), self.total)))
 
     def position(self, index: Int[Tensor, "n"]) -> Int[Tensor, "n"]:
-        """Positions of data points in this process's own; -1 for those that others hold.
+        """Positions of data points in this process's shard; -1 for those in other shards.
 
         Args:
             index: data points of the whole pool.

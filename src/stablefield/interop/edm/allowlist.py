@@ -83,7 +83,7 @@ def expect(value: object, kind: type[T]) -> T:
 
 @dataclass(frozen=True)
 class Name:
-    """A name in the file, as pickle writes it.
+    """A global that a pickle refers to: the name of a class or function, which is never imported.
 
     Attributes:
         path: module and name, separated by a space.

@@ -149,7 +149,7 @@ class Evaluator:
 
 @contextmanager
 def no_stage_progress(title: str) -> Iterator[Progress]:
-    """Progress of stages that is not shown.
+    """Stage progress that displays nothing; the default of `make_evaluator`.
 
     Args:
         title: ignored.

@@ -56,7 +56,8 @@ class DataDistances:
     def noise_levels(self, count: int, process: Process) -> Float[Tensor, "{count}"]:
         """Noise levels sigma / alpha from a tenth of the nearest to the farthest distance, evenly spaced in log.
 
-        Levels that the process does not reach are cut off.
+        If the process does not reach the farthest distance, the range ends at its highest noise level. The range spans
+        at least a factor of ten; the number of levels is always `count`.
 
         Args:
             count: number of noise levels.

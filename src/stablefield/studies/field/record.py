@@ -19,7 +19,7 @@ class STFErrors:
         variance: V_STF, the mean squared distance to E[x | x_t] with the source in the support. It is all variance,
             because that target is unbiased.
         squared_bias: squared bias with the source in the support; 0 up to chance.
-        error_without_source: mean squared distance to E[x | x_t] if the support is drawn without regard to the source.
+        error_without_source: mean squared distance to E[x | x_t] if the support is drawn independently of the source.
         squared_bias_without_source: squared bias without the source, a part of `error_without_source`.
     """
 
@@ -45,8 +45,8 @@ class Field:
         rounding: squared error of the exact posterior mean when rounded to the data type of the data, in the same unit.
         ess_share: effective sample size 1 / sum w^2 of the posterior, divided by N.
         kl: KL divergence of the posterior from the prior, sum w log(N w), in nats.
-        divergence: the paper's D(t), sum w f(1 / (N w)), without unit (Xu et al. 2023, section 4).
-        single_source: share of the x_t for which one data point has at least 99 % of the posterior.
+        divergence: the paper's D(t), sum w f(1 / (N w)), dimensionless (Xu et al. 2023, section 4).
+        single_source: fraction of the x_t for which one data point has at least 99 % of the posterior.
         stf: errors of the STF target by size of the support.
     """
 

@@ -110,17 +110,17 @@ class VarianceReport:
         return self.dsm / self.linear_loss
 
     def size_for(self, factor: float) -> tuple[float, bool]:
-        """Size of the support for which V_STF is smaller than V_DSM by a factor, and whether it was measured.
+        """Size of the support for which V_STF is smaller than V_DSM by a factor, and whether it is interpolated.
 
-        Between measured sizes, log V is interpolated linearly in log n. Beyond the largest, the last line is extended
-        and multiplied by (N - n) / (N - 1), the share of data points left out: where V ~ 1 / (n - 1), this is the law
-        of draws without replacement, and it is 0 for n = N.
+        Between measured sizes, log V is interpolated linearly in log n. Beyond the largest measured size m, the last
+        segment is extrapolated and multiplied by (N - n) / (N - m), the finite population correction of draws without
+        replacement, so that V is 0 for n = N.
 
         Args:
             factor: how many times smaller V_STF must be.
 
         Returns:
-            The size, and False if it was extrapolated.
+            The size; True if it is between measured sizes, False if it is extrapolated.
         """
         goal = self.dsm / factor
         points = [(1, self.dsm), *((n, v) for n, v in self.stf.items() if n > 1)]
