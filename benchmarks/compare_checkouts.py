@@ -232,7 +232,7 @@ def measure_field(folder: Path, names: Names, steps: int) -> Arrays:
 
 
 def sorted_numbers(value: object) -> np.ndarray:
-    """All floating-point numbers in JSON values in ascending order, whatever their names."""
+    """Floating-point numbers in JSON values, in ascending order and without their names."""
 
     def numbers(part: object) -> Iterator[float]:
         if isinstance(part, dict):
@@ -300,7 +300,7 @@ def digest(arrays: Arrays) -> str:
 
 
 def difference(before: Arrays, after: Arrays) -> str:
-    """How two items differ, in a few words."""
+    """Description of the difference between two items."""
     if before.keys() != after.keys():
         return f"DIFFERENT  names: {sorted(before.keys() ^ after.keys())[:6]}"
     changed = {key for key in before if digest({key: before[key]}) != digest({key: after[key]})}

@@ -27,8 +27,7 @@ NEVER = {
     r"\b(NoiseWeight|HeadWeight)\b|\bMinSNR\b": "SNRWeight, PredictionWeight, MinSNRWeight",
     r"\b(FloatProducts|ByteProducts)\b": "FloatMatmul, Int8Matmul",
     r"(?<![.\w])assemble\(|\bimport [\w, ]*\bassemble\b|\bmake_(denoiser|sampler|yardstick)\b": "build",
-    r"\branks\.(lead|told|company|apart|first|total)\b": "on_main, broadcast_object, reraise_lost_rank, no_sync, "
-    "is_main, world_size",
+    r"\branks\.(lead|told|company|apart|first|total)\b": "on_main, reraise_lost_rank, no_sync, is_main, world_size",
     r"\blabel_dim\b": "num_classes",
     # names of configurations, metrics and options that no longer exist
     r"target\.kind ?= ?\W?(single|reference|rolling|neighbours|found|full|pruned|auto)\b": "dsm, stf, knn, exact",

@@ -126,23 +126,6 @@ class Ranks:
         if self.any(failure is not None):
             raise failure or SystemExit(1)
 
-    def broadcast_object(self, function: Callable[[], T]) -> T:
-        """Result of a function that is called on the main rank, on every rank; if it fails, all ranks end.
-
-        Args:
-            function: called without arguments; its result must be picklable.
-
-        Raises:
-            Exception: on the main rank, the exception of `function`.
-            SystemExit: on the others, which end without a message.
-        """
-        results: list[Any] = [None]
-        self.on_main(lambda: results.__setitem__(0, function()))
-        if self.world_size > 1:
-            torch.distributed.broadcast_object_list(results, src=0)
-        result: T = results[0]
-        return result
-
     @contextmanager
     def reraise_lost_rank(self) -> Iterator[None]:
         """Context in which the failure of a collective operation is raised as a clear error.
