@@ -22,7 +22,7 @@ FLOORS = (
     {"process", "networks", "seeding", "schedule", "extras", "kinds"},
     {"times", "prediction", "kernel", "pool", "augmentation"},
     {"targets", "preconditioning", "denoise"},
-    {"objective", "sample", "likelihood", "stable"},
+    {"objective", "sample", "likelihood", "stable", "floor"},
     {"config", "checkpoint", "data", "distributed", "recipes"},
     {"run", "build", "interop"},
     {"engine", "evaluate"},
