@@ -17,6 +17,19 @@ from stablefield.kinds import BASES, KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS
 __all__ = ["Key", "KindEntry", "describe_config", "list_keys", "markdown_reference", "text_reference"]
 
 
+_PREAMBLE = """\
+# All configuration keys
+
+`stablefield config --markdown` writes this page; `stablefield config SECTION` or `SECTION.KIND` prints a part of it.
+
+A configuration is a TOML file of sections, or `--set section.key=value` at the terminal. In a section, `kind` chooses a
+class, and the other keys are its own. A kind can also be [a class of your own](extending.md), written `module:Class`.
+The first kind of a section is its default, except where the process decides:
+
+| `process.kind` | `times.kind` | `weight.kind` | `grid.kind` |
+|---|---|---|---|"""
+
+
 @dataclass(frozen=True)
 class Key:
     """A key of a section.
@@ -110,18 +123,7 @@ def markdown_reference() -> str:
 
 
 def _markdown_lines() -> Iterator[str]:
-    yield from (
-        "# All configuration keys",
-        "",
-        "`stablefield config --markdown` writes this page; `stablefield config SECTION` or `SECTION.KIND` prints a part.",
-        "",
-        "A configuration is a TOML file of sections, or `--set section.key=value` at the terminal. In a section, `kind`",
-        "chooses a class, and the other keys are its own. A kind can also be [a class of your own](extending.md), written",
-        "`module:Class`. The first kind of a section is its default, except where the process decides:",
-        "",
-        "| `process.kind` | `times.kind` | `weight.kind` | `grid.kind` |",
-        "|---|---|---|---|",
-    )
+    yield _PREAMBLE
     for process, kinds in PROCESS_DEFAULTS.items():
         yield f"| `{process}` | `{kinds['times']}` | `{kinds['weight']}` | `{kinds['grid']}` |"
     section = ""
