@@ -8,8 +8,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic_core import PydanticUndefined
-
 from stablefield.config.classes import close_match, component_class, import_name, schema
 from stablefield.config.text import ConfigError, toml_value
 from stablefield.kinds import BASES, KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS
@@ -76,8 +74,9 @@ def list_keys(section: str, kind: str) -> KindEntry:
     meanings = _meanings(component)
     keys = []
     for name, field in schema(section, component).model_fields.items():
-        default = of_kind.get(name, field.get_default(call_default_factory=True))
-        keys.append(Key(name, _type_text(field.annotation), _default_text(default), meanings.get(name, "")))
+        required = field.is_required() and name not in of_kind
+        default = "" if required else _default_text(of_kind.get(name, field.get_default(call_default_factory=True)))
+        keys.append(Key(name, _type_text(field.annotation), default, meanings.get(name, "")))
     summary = inspect.getdoc(component) or ""
     return KindEntry(section, kind, " ".join(summary.partition("\n\n")[0].split()), tuple(keys))
 
@@ -176,6 +175,4 @@ def _type_text(annotation: Any) -> str:
 
 
 def _default_text(default: Any) -> str:
-    if default is PydanticUndefined:
-        return ""
     return "none" if default is None else toml_value(str(default) if isinstance(default, Path) else default)
