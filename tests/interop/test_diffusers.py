@@ -131,4 +131,4 @@ def test_its_unet_is_trained_and_sampled_by_the_command_line(tmp_path, monkeypat
     assert result.exit_code == 0, result.output
     result = CliRunner().invoke(app, ["sample", "runs/unet2d"])
     assert result.exit_code != 0
-    assert "--allow" in result.output
+    assert "--allow" in str(result.exception)

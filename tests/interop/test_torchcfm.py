@@ -126,7 +126,7 @@ def test_one_candidate_keeps_the_bits_of_the_loop(matcher: object, dtype: torch.
 def test_mistakes_are_refused(matcher: object) -> None:
     u_t, x_t, x_1, t, index = batch(matcher)
     for wrong in ((-u_t, x_t, x_1, t), (u_t, x_t, x_1, 1 - t), (u_t.flip(0), x_t, x_1, t), (u_t, x_t, x_1.flip(0), t)):
-        with pytest.raises(ValueError, match="is not|is another"):
+        with pytest.raises(ValueError, match=r"is not|is another"):
             StableFlow(matcher, DATA)(*wrong, index=index)
 
 

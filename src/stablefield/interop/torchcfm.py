@@ -9,7 +9,7 @@ function of x_t and x_1, and `StableTarget` applies as it is. Where s > 0 the no
     E[u_t | x_t, x_1] = a' x_1 + b' (b / S^2) (x_t - a x_1)
 
 has the slope a' - a b b' / S^2 in x_1. The stable target adds this slope times (E[x_1 | x_t] - x_1) to u_t. It is
-unbiased; what u_t carries of e stays in it, or is averaged too: then the target is E[u_t | x_t, x_1] at the mean of x_1.
+unbiased. What u_t carries of e stays in it, or is averaged too: then the target is E[u_t | x_t, x_1] at that mean.
 """
 
 from typing import Any
