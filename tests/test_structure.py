@@ -23,7 +23,7 @@ FLOORS = (
     {"times", "prediction", "kernel", "pool", "augmentation"},
     {"targets", "preconditioning", "denoise"},
     {"objective", "sample", "likelihood", "stable", "floor"},
-    {"config", "checkpoint", "data", "distributed", "recipes"},
+    {"config", "checkpoint", "data", "distributed", "files", "pickles", "recipes"},
     {"run", "build", "interop"},
     {"engine", "evaluate"},
     {"studies"},

@@ -21,7 +21,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stablefield.build import Components
-from stablefield.checkpoint import atomic_path
 from stablefield.config import Config
 from stablefield.distributed import Ranks
 from stablefield.engine.metrics import NoiseBins
@@ -227,8 +226,7 @@ class LossFigure:
     def draw(self) -> None:
         """Write the figure, if the excess was measured."""
         if any("loss/excess" in line for line in self.lines):
-            with atomic_path(self.folder.loss_figure) as beside:
-                plot_excess(beside, self.lines, f"Loss and excess of {self.folder.path.name}")
+            plot_excess(self.folder.loss_figure, self.lines, f"Loss and excess of {self.folder.path.name}")
 
 
 def _has_noise_of_edm(objective: Objective, process: Process) -> bool:

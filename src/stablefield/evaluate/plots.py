@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from stablefield.files import atomic_path
 from stablefield.floor import ByNoise
 
-__all__ = ["label", "plot_excess", "plot_floor", "plot_loss"]
+__all__ = ["label", "plot_excess", "plot_floor", "plot_loss", "save_figure"]
 
 
 def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title: str) -> None:
@@ -32,7 +33,18 @@ def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title:
     axes.plot(images, _smooth(loss), color="black", linewidth=1.6, label="running mean")
     axes.set_ylim(0, 1.05 * sorted(loss)[int(0.98 * (len(loss) - 1))])
     axes.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure.
+
+    Args:
+        figure: the figure.
+        path: the file; its suffix decides the format.
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
 
 
 def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -75,7 +87,7 @@ def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> N
     below.tick_params(axis="x", labelrotation=30, labelsize=8)
     below.set_ylim(bottom=0)
     below.legend(frameon=False, fontsize=8)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def plot_floor(path: Path, floors: Mapping[str, ByNoise], title: str, excess: ByNoise | None = None) -> None:
@@ -103,7 +115,7 @@ def plot_floor(path: Path, floors: Mapping[str, ByNoise], title: str, excess: By
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _middles(ends: Tensor) -> Tensor:
