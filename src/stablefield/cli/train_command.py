@@ -43,7 +43,7 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         metavar="MODULE:CLASS",
-        help="Allow a file to name this network; importing it runs its code. May be repeated.",
+        help="Allow a file to name this class of yours; importing it runs its code. May be repeated.",
     ),
 ]
 
@@ -126,13 +126,12 @@ def train(
 
 
 def allow_option(config: Config) -> str:
-    """The `--allow` option that later commands need for a run whose network is the user's own; else nothing.
+    """The `--allow` options that later commands need for a run with classes of the user's own; else nothing.
 
     Args:
         config: configuration of the run.
     """
-    kind = config["network"]["kind"]
-    return f" --allow {kind}" if ":" in kind else ""
+    return "".join(f" --allow {name}" for name in config.own_classes)
 
 
 def merge_layers(raw: dict[str, Any], recipe: str | None, config: Path | None, data: str | None) -> dict[str, Any]:
