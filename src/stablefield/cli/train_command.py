@@ -303,5 +303,12 @@ def progress_text(line: Mapping[str, Any]) -> str:
     parts = [f"{1000 / line['timing/sec_per_kimg']:,.0f} img/s"]
     if "loss/loss" in line:
         averaged = f"ESS > 1.01: {line['target/fraction_ess_above_1.01']:.0%}"
-        parts += [f"loss {line['loss/loss']:.4f}", f"ESS {line['target/ess']:.1f}", averaged]
+        parts += [f"loss {line['loss/loss']:.4f}{_over_floor(line)}", f"ESS {line['target/ess']:.1f}", averaged]
     return "  ".join([*parts, *([f"{line['steps/skipped']} skipped"] if line["steps/skipped"] else [])])
+
+
+def _over_floor(line: Mapping[str, Any]) -> str:
+    """The excess and the floor that were measured last; nothing before."""
+    if "loss/floor" not in line:
+        return ""
+    return f", excess {line['loss/excess']:.4f}, floor {line['loss/floor']:.4f} ({line['target/name']})"
