@@ -50,7 +50,7 @@ def calls(names: dict[str, Any]) -> int:
 
 
 def check(page: str, number: int, steps: int = 50) -> None:
-    """Both sides of a diff run at least so many steps; with one candidate they train the same weights."""
+    """Both sides of a diff run at least `steps` steps; with one candidate they train the same weights."""
     before, after, names = list(scripts(page))[number]
     plain = run(before, names)
     stable = run(after, names)

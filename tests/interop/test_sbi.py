@@ -20,7 +20,8 @@ def test_the_scripts_of_the_page_keep_their_weights_with_one_candidate(number: i
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("unchecked")
-def test_a_trained_estimator_samples_the_posterior_of_its_observation() -> None:
+def test_a_trained_estimator_samples_the_posterior_of_its_observation(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # sbi writes its logs there
     from sbi.inference import FMPE
 
     _, after, names = next(scripts("sbi.md"))
