@@ -25,6 +25,7 @@ FLOORS = (
     {"objective", "sample", "likelihood", "stable"},
     {"config", "checkpoint", "data", "distributed", "recipes"},
     {"run", "build", "interop"},
+    {"generate"},
     {"engine", "evaluate"},
     {"studies"},
     {"cli"},

@@ -14,7 +14,7 @@ from torch import Tensor
 from stablefield.checkpoint import atomic_path
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
-from stablefield.evaluate.images import save_sheet
+from stablefield.generate.images import save_sheet
 from stablefield.run import RunFolder
 from stablefield.sample import Sampler
 
