@@ -18,6 +18,7 @@ from stablefield.config import Config, override, resolve
 from stablefield.data import Progress
 from stablefield.evaluate import cached_classifier, evaluate
 from stablefield.evaluate.plots import plot_loss
+from stablefield.files import write_text
 from stablefield.generate import SamplingPlan, generate_samples
 from stablefield.generate.images import save_sheet
 from stablefield.pool import Pool
@@ -53,7 +54,7 @@ def demo(
     x = _sample(folder, samples)
     save_sheet(sheet, x[:100])
     scores = _score(components.data, x.float())
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     _plot_variance(variance, components.data, config)
     print(
         f"Frechet distance of {samples} samples to the digits: {scores['samples']:.2f} "

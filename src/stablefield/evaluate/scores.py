@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stablefield.evaluate.estimate import Estimate
 from stablefield.evaluate.frechet import Statistics
+from stablefield.files import append, sweep
 from stablefield.generate.images import save_sheet
 
 __all__ = ["ScoreTable", "Scores"]
@@ -62,12 +63,9 @@ class ScoreTable:
         Raises:
             OSError: the file cannot be written.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(self.record()) + "\n")
-        except OSError as error:
-            raise OSError(f"could not write {path} ({error.strerror or error}); choose another --out") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sweep(path.parent)
+        append(path, json.dumps(self.record()) + "\n")
 
     def save_pairs(self, path: Path) -> None:
         """Write the sheet of the samples most like copies, four pairs in a row.

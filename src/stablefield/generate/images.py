@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from stablefield.checkpoint import atomic_path
 from stablefield.data.png import encode_png
+from stablefield.files import atomic_path
 
 __all__ = ["read_image", "save_sheet", "to_bytes", "to_pixels"]
 

@@ -6,17 +6,14 @@
             evaluations.txt    network evaluations per sample, one line per batch
     samples.png                a sheet of the first samples, beside the folder and not in it
 
-Files are written without waiting for the disk, each under a temporary name first: a killed process leaves only complete
-files. After a power failure a file may be cut short; its last bytes show it, and its sample is made again.
+Files are written without waiting for the disk and renamed when they are complete, so a killed process leaves only
+complete files. After a power failure a file may be cut short; its last bytes show it, and its sample is made again.
 """
 
 import io
 import json
 import os
-import re
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +24,9 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from stablefield.checkpoint import atomic_path, write_text_atomically
 from stablefield.config import ConfigError
 from stablefield.data.png import encode_png
+from stablefield.files import append, atomic_path, sweep, temporary_folder, write_text
 from stablefield.generate.images import read_image, save_sheet, to_pixels
 from stablefield.sample import Samples
 
@@ -97,6 +94,7 @@ class SampleStore:
         store = cls.at(out, images)
         try:
             store.folder.mkdir(parents=True, exist_ok=True)
+            sweep(store.out.parent, store.folder, *store.folder.glob("[0-9]*"))
             store._claim(identity)
         except OSError as error:
             reason = error.strerror or error
@@ -113,7 +111,7 @@ class SampleStore:
         elif any(self.folder.iterdir()) or (not self.png and self.out.exists()):
             raise ConfigError(f"{self.out} exists and was not written by this command; choose another --out")
         else:
-            write_text_atomically(self.identity_file, json.dumps(identity))
+            write_text(self.identity_file, json.dumps(identity))
 
     @property
     def identity_file(self) -> Path:
@@ -176,14 +174,17 @@ class SampleStore:
         Raises:
             OSError: a sample cannot be written, for example because the disk is full.
         """
-        with (self.folder / "evaluations.txt").open("a") as file:
-            file.write(f"{samples.evaluations}\n")
+        append(self.folder / "evaluations.txt", f"{samples.evaluations}\n")
         x = to_pixels(samples.x) if self.images else samples.x.float().cpu().numpy()
         labels = [-1] * len(seeds) if samples.label is None else samples.label.tolist()
-        for folder in {seed - seed % 1000 for seed in seeds}:
-            (self.folder / f"{folder:06d}").mkdir(exist_ok=True)
-        for seed, sample, label in zip(seeds, x, labels, strict=True):
-            _write(f"{self.folder}/{self._name(seed)}", self._encode(sample, label))
+        with temporary_folder(self.path(seeds[0])) as folder:
+            for start in {seed - seed % 1000 for seed in seeds}:
+                self.path(start).parent.mkdir(exist_ok=True)
+            for seed, sample, label in zip(seeds, x, labels, strict=True):
+                temporary = f"{folder}/{seed}"
+                with open(temporary, "wb") as file:  # paths as text: pathlib takes longer than the system
+                    file.write(self._encode(sample, label))
+                os.replace(temporary, f"{self.folder}/{self._name(seed)}")
 
     def _encode(self, sample: np.ndarray, label: int) -> bytes:
         """Content of the file of a sample."""
@@ -225,12 +226,11 @@ class SampleStore:
         Raises:
             OSError: the files cannot be written.
         """
-        self._sweep()
         if self.png:
             every = self.seeds()
             labels = self.labels(every)
             pairs = None if labels is None else [[self._name(seed), labels[i]] for i, seed in enumerate(every)]
-            write_text_atomically(self.folder / "dataset.json", json.dumps({"labels": pairs}))
+            write_text(self.folder / "dataset.json", json.dumps({"labels": pairs}))
             save_sheet(self.sheet, self.take(seeds[:_SHEET]))
             return
         parts = [np.load(self.path(seed)) for seed in seeds]
@@ -243,29 +243,9 @@ class SampleStore:
             else:
                 np.savez(file, **arrays)
 
-    def _sweep(self) -> None:
-        """Remove temporary files of a process that was killed while it wrote them."""
-        for file in self.folder.glob("*/.*"):
-            if re.fullmatch(r"\.\d+\.\d+\.(png|npz)", file.name) and time.time() - file.stat().st_mtime > 60:
-                file.unlink(missing_ok=True)
-
     def _read_array(self, seed: int) -> Tensor:
         array = torch.from_numpy(np.load(self.path(seed))["x"])
         return array.movedim(-1, 0).float() / 127.5 - 1 if array.dtype == torch.uint8 else array
-
-
-def _write(path: str, content: bytes) -> None:
-    """Write a file under a temporary name, and rename it."""
-    folder, _, name = path.rpartition("/")
-    temporary = f"{folder}/.{os.getpid()}.{name}"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise OSError(f"could not write {path} ({error.strerror or error})") from None
 
 
 def _is_complete(path: Path) -> bool:
