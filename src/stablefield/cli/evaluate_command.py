@@ -213,7 +213,7 @@ def _write_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def _kept(file: Path) -> str:
-    """What an interrupted evaluation leaves behind, as text for the user."""
+    """Text for the user on the files of an interrupted evaluation."""
     return f"samples that were made are kept{f', and scores are in {file}' if file.exists() else ''}"
 
 

@@ -97,7 +97,7 @@ class Evaluation:
             yield table
 
     def _score(self, features: Features) -> ScoreTable | None:
-        """All scores in one feature space."""
+        """The scores in one feature space."""
         title = f"samples, {features.name}"
         sets = [self._feature_set(features, keys, self.samples.take, title) for keys in self.samples.repeats]
         repeats = [found for found in sets if found]
