@@ -1,5 +1,6 @@
 """Data sets: reading, storing and exporting them, augmentation, and the order in which a run sees its data."""
 
+from stablefield.data.arrays import Arrays
 from stablefield.data.augmentation import (
     Augmentation,
     AugmentedBatches,
@@ -16,7 +17,7 @@ from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, ImageSource
-from stablefield.data.sources import Arrays, Digits, Source, UnknownData, split
+from stablefield.data.sources import Digits, Source, UnknownData, split
 from stablefield.data.store import Store, write_store
 
 __all__ = [

@@ -48,6 +48,7 @@ class Contents:
         classes: names of the classes, as far as they are known.
         num_levels: number of values of quantized (uint8) data; 256 for photographs.
         values: "image" or "float", as in `Pool`; by default the type and shape decide.
+        notes: lines that say what was changed or passed over; complete when all blocks have been read.
     """
 
     count: int
@@ -56,6 +57,7 @@ class Contents:
     classes: tuple[str, ...] = field(default=())
     num_levels: int = 256
     values: Values | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def from_pool(cls, pool: Pool, classes: tuple[str, ...] = ()) -> "Contents":
