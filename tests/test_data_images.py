@@ -173,13 +173,11 @@ def test_the_orientation_that_a_camera_noted_is_applied(form, orientation, tmp_p
     exif = Image.Exif()
     exif[0x0112] = orientation
     image.save(tmp_path / "a", form, exif=exif)
-    from PIL import ImageOps
-
-    with Image.open(tmp_path / "a") as opened:
-        expected = np.asarray(ImageOps.exif_transpose(opened).convert("L"))
+    x = np.asarray(image).astype(int)
+    upright = [x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.T, x.T[:, ::-1], x.T[::-1, ::-1], x.T[::-1]][orientation - 1]
     found = one(tmp_path, (tmp_path / "a").read_bytes(), "a.png", mode="grey")[0]
-    assert found.shape == ((16, 32) if orientation < 5 else (32, 16))
-    assert np.array_equal(found, expected)
+    assert found.shape == upright.shape
+    assert np.abs(found - upright).max() <= {"JPEG": 3, "WEBP": 40}.get(form, 0)
 
 
 def test_floating_pixels_and_several_frames_are_refused_by_name(tmp_path):

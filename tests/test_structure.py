@@ -22,7 +22,7 @@ FLOORS = (
     {"process", "networks", "seeding", "schedule", "extras"},
     {"times", "prediction", "kernel", "pool", "augmentation"},
     {"targets", "preconditioning", "denoise"},
-    {"objective", "sample", "likelihood", "stable"},
+    {"objective", "sample", "likelihood", "stable", "floor"},
     {"config", "checkpoint", "data", "distributed", "files", "pickles", "recipes"},
     {"run", "build", "interop"},
     {"engine", "evaluate"},
