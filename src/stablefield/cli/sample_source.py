@@ -15,7 +15,7 @@ from torch import Tensor
 from stablefield.cli.data_command import progress_bar
 from stablefield.cli.sample_store import SampleStore
 from stablefield.config import ConfigError, resolve
-from stablefield.data import Source, content_hash, guess_kind
+from stablefield.data import Source, content_hash, guess_kind, range_question, say
 from stablefield.evaluate import Statistics
 from stablefield.pool import Pool
 from stablefield.run import checkpoint_of
@@ -158,7 +158,10 @@ def open_samples(path: str) -> SampleSource:
 def _load(source: Source) -> Pool:
     """Load a data set, with a progress bar if images must be decoded."""
     with progress_bar("decoding") as progress:
-        return source.load(progress)
+        pool = source.load(progress)
+    if question := range_question(pool):
+        say(f"{source.where}: {question}")
+    return pool
 
 
 def _data_source(path: str) -> Source:

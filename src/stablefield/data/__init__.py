@@ -12,11 +12,14 @@ from stablefield.data.augmentation import (
 from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
 from stablefield.data.contents import Contents, DataSummary, Progress, content_hash, silent
+from stablefield.data.conversion import Converted, Inspection, convert, inspect
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, ImageSource
+from stablefield.data.printable import printable, say
+from stablefield.data.ranges import range_question
 from stablefield.data.sources import Digits, Source, UnknownData, split
 from stablefield.data.store import Store, write_store
 
@@ -30,12 +33,14 @@ __all__ = [
     "BatchSource",
     "CelebA",
     "Contents",
+    "Converted",
     "DataSummary",
     "Digits",
     "EDMAugmentation",
     "HuggingFace",
     "ImageSource",
     "Images",
+    "Inspection",
     "LabelDropout",
     "Mirror",
     "NoAugmentation",
@@ -45,7 +50,12 @@ __all__ = [
     "Store",
     "UnknownData",
     "content_hash",
+    "convert",
     "guess_kind",
+    "inspect",
+    "printable",
+    "range_question",
+    "say",
     "silent",
     "split",
     "write_npz",

@@ -60,7 +60,7 @@ class Arrays(Source):
 
     def _load(self) -> tuple[Pool, Classes]:
         """The data, and their classes; those of data without labels are empty."""
-        where = printable(self.path)
+        where = self.where
         if not self.path.is_file():
             raise ValueError(f"there is no file {where}")
         with self.path.open("rb") as file:
@@ -93,7 +93,7 @@ class Arrays(Source):
 
     def _data(self, array: np.ndarray, values: str | None) -> np.ndarray:
         """The data as uint8 or float32, with the channels first."""
-        where = printable(self.path)
+        where = self.where
         if array.dtype != np.uint8 and array.dtype.kind != "f":
             raise ValueError(
                 f"{where} contains {array.dtype}; data must be uint8 or floating: convert them, for example with "

@@ -151,9 +151,16 @@ class DataSummary:
         moments, ends = zip(*(_moments(block.double()) for block in pool.blocks(NULL_LABEL, _BLOCK)), strict=True)
         total = len(pool) * math.prod(pool.shape)
         first, second = (float(moment) / total for moment in torch.stack(moments).sum(0))
-        counts = () if pool.labels is None else tuple(torch.bincount(pool.labels).tolist())
+        counts = () if pool.labels is None else _class_counts(pool.labels)
         low, high = float(torch.stack(ends)[:, 0].min()), float(torch.stack(ends)[:, 1].max())
         return cls(first, max(0.0, second - first**2) ** 0.5, low, high, counts)
+
+
+def _class_counts(labels: Tensor, most: int = 2**20) -> tuple[int, ...]:
+    """Number of data points of each class; labels are refused that would need more memory than data."""
+    if int(labels.max()) >= most:
+        raise ValueError(f"labels must be below {most:,}, not {int(labels.max()):,}; number the classes from 0")
+    return tuple(torch.bincount(labels).tolist())
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:

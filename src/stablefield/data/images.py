@@ -96,11 +96,6 @@ class ImageSource(Source):
         recipe = json.dumps([type(self).__name__, options, _DECODING, self.fingerprint()], default=str)
         return cached(recipe, self.contents, source=repr(self), progress=progress)
 
-    @property
-    def where(self) -> str:
-        """Where the data are, for notes and errors."""
-        return printable(getattr(self, "path", type(self).__name__))
-
     @abstractmethod
     def fingerprint(self) -> str:
         """A string that changes whenever the data of the source change.

@@ -45,13 +45,15 @@ def class_labels(labels: Any, path: object, names: Sequence[str] = ()) -> Int64[
         array = np.asarray(labels)
     except (ValueError, OverflowError):
         raise ValueError(f"{where} vectors of different lengths; --no-labels (labels=false) ignores them") from None
+    if array.ndim == 0:
+        raise ValueError(f"{where} a single value, not one for each data point")
     if array.ndim == 2 and array.dtype.kind in "iuf" and np.isin(array, (0, 1)).all() and (array.sum(1) == 1).all():
         return array.argmax(1).astype(np.int64)
-    wrong = _not_classes(array)
+    wrong = _not_classes(array, labels)
     if len(wrong) == 0:
         return array.astype(np.int64)
     first = int(wrong[0])
-    example = printable(repr(array[first].tolist() if array.ndim else array.tolist()), 60)
+    example = printable(repr(labels[first] if isinstance(labels, list) else array.tolist()[first]), 60)
     name = printable(names[first]) if names else f"data point {first}"
     raise ValueError(
         f"{where} {array.dtype} {array.shape} and not classes: they must be whole numbers from 0, or one-hot vectors, "
@@ -72,7 +74,8 @@ def number_classes(labels: Int64[np.ndarray, "N"], names: Sequence[str], path: o
     if len(present) == 0 or (present[0] == 0 and present[-1] == len(present) - 1):
         return Classes(labels, names)
     kept = tuple(names[label] if label < len(names) else str(label) for label in present.tolist())
-    shown = ", ".join(map(str, present[:3].tolist())) + (f", ..., {present[-1]}" if len(present) > 3 else "")
+    few = present.tolist() if len(present) <= 4 else [*present[:3].tolist(), "...", int(present[-1])]
+    shown = ", ".join(map(str, few))
     note = (
         f"{printable(path)}: the {len(present):,} labels that occur ({shown}) are numbered 0 to {len(present) - 1}; "
         "each class keeps its name or its former number as its name"
@@ -80,14 +83,15 @@ def number_classes(labels: Int64[np.ndarray, "N"], names: Sequence[str], path: o
     return Classes(numbered.astype(np.int64).reshape(-1), kept, note)
 
 
-def _not_classes(array: np.ndarray) -> Int64[np.ndarray, "m"]:
+def _not_classes(array: np.ndarray, labels: Any) -> Int64[np.ndarray, "m"]:
     """Indices of the labels that are not whole numbers from 0 that fit into 63 bits."""
-    if array.ndim != 1:
-        return np.arange(max(1, len(array) if array.ndim else 1))
-    if array.dtype.kind in "iu":
-        wrong = (array < 0) | (array > 2**63 - 1) if array.dtype == np.uint64 else array < 0
-    elif array.dtype.kind == "f":
+    if array.ndim != 1 or len(array) == 0:
+        return np.arange(len(array) if array.ndim else 0)
+    if array.dtype.kind not in "iuf" or (isinstance(labels, list) and bool in set(map(type, labels))):
+        entries = labels if isinstance(labels, list) else array.tolist()
+        return np.array([n for n, label in enumerate(entries) if type(label) is not int or not 0 <= label < 2**63])
+    if array.dtype.kind == "f":
         wrong = ~(np.isfinite(array) & (array >= 0) & (array < 2**53) & (array == np.floor(array)))
     else:
-        wrong = np.array([type(label) is not int or not 0 <= label < 2**63 for label in array.tolist()], bool)
+        wrong = array.astype(np.int64) < 0  # uint64 beyond 63 bits becomes negative
     return wrong.nonzero()[0]

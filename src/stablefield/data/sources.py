@@ -8,6 +8,7 @@ import torch
 from typing_extensions import override
 
 from stablefield.data.contents import Contents, Progress, silent
+from stablefield.data.printable import printable
 from stablefield.pool import Pool, Values
 from stablefield.seeding import generator
 
@@ -26,6 +27,11 @@ class Source(ABC):
     # not part of the repr, which identifies the data
     holdout: int = field(default=0, kw_only=True, repr=False)
     values: Values | None = field(default=None, kw_only=True, repr=False)
+
+    @property
+    def where(self) -> str:
+        """Where the data are, for notes and errors."""
+        return printable(getattr(self, "path", type(self).__name__))
 
     @abstractmethod
     def load(self, progress: Progress = silent) -> Pool:

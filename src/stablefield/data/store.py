@@ -81,12 +81,12 @@ class Store(Source):
         if metadata["labels"]:
             array = map_array(self._file("labels.npy"))
             self._compare("labels.npy", array, "int64", metadata["shape"][:1])
-            labels = torch.from_numpy(class_labels(array, self._where))
+            labels = torch.from_numpy(class_labels(array, self.where))
         values = self.values or metadata["values"]
         try:
             return Pool(as_tensor(data), labels, metadata["num_levels"], values=values), metadata
         except ValueError as error:
-            raise ValueError(f"{self._where}: {printable(error)}") from None
+            raise ValueError(f"{self.where}: {printable(error)}") from None
 
     @override
     def contents(self) -> Contents:
@@ -120,7 +120,7 @@ class Store(Source):
             metadata = read_json(file.read_bytes(), printable(file), 1000)
             if metadata["format"] != FORMAT:
                 raise ValueError(
-                    f"{self._where} has the format {printable(repr(metadata['format']))}, but this version reads "
+                    f"{self.where} has the format {printable(repr(metadata['format']))}, but this version reads "
                     f"{FORMAT!r}; convert the data again"
                 )
             entries = {name: metadata[name] for name in _ENTRIES} | {"notes": metadata.get("notes", [])}
@@ -132,16 +132,12 @@ class Store(Source):
             raise ValueError(f"{printable(file)} is damaged: its {wrong[0]} is not valid; convert the data again")
         return entries | {name: list(map(printable, entries[name])) for name in ("classes", "notes")}
 
-    @property
-    def _where(self) -> str:
-        return printable(self.path)
-
     def _compare_hash(self, pool: Pool, expected: str) -> None:
         """Refuse data and labels that have another hash than `store.json` says."""
         computed = content_hash(pool)
         if expected != computed:
             raise ValueError(
-                f"{self._where} is damaged: its data have the hash {computed[:16]}..., store.json says "
+                f"{self.where} is damaged: its data have the hash {computed[:16]}..., store.json says "
                 f"{printable(expected[:16])}...; remove the folder and convert the data again"
             )
 
@@ -149,7 +145,7 @@ class Store(Source):
         """Path of a file of the store, which must exist."""
         if not (self.path / name).is_file():
             raise ValueError(
-                f"{self._where} is not a complete store: {name} is missing; write one with `stablefield data convert`"
+                f"{self.where} is not a complete store: {name} is missing; write one with `stablefield data convert`"
             )
         return self.path / name
 
