@@ -240,8 +240,9 @@ def saved(tmp_path):
             known = {"ClassLabel": datasets.ClassLabel(names=["a", "b", "c"]), "int64": datasets.Value("int64")}
             columns, features = columns | {"label": labels}, features | {"label": known[kind]}
         made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        (datasets.DatasetDict({split: made}) if split else made).save_to_disk(tmp_path / "saved")
-        return HuggingFace(str(tmp_path / "saved"))
+        path = tmp_path / f"saved-{len(list(tmp_path.iterdir()))}"
+        (datasets.DatasetDict({split: made}) if split else made).save_to_disk(path)
+        return HuggingFace(str(path))
 
     return save, [{"bytes": png(image), "path": None} for image in pixels]
 
@@ -270,7 +271,7 @@ def test_hub_labels_splits_and_columns_are_refused_by_name(saved, caplog):
         save(images, split="training").load()
     assert save(images, [0, 1, 2, 0, 1, 2], "int64").load().labels is None
     assert "whole numbers are in label: data.label=COLUMN" in caplog.text
-    with pytest.raises(ValueError, match="column 'label' .* is not one of images"):
+    with pytest.raises(ValueError, match=r"column 'label' .* is not one of images"):
         replace(save(images, [0, 1, 2, 0, 1, 2]), image="label").load()
 
 

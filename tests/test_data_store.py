@@ -255,7 +255,7 @@ def test_without_locks_the_first_store_is_used_and_no_rank_fails(when, cache, mo
     monkeypatch.setattr(stablefield.files, "exclusive_lock", lambda path: nullcontext())
 
     def other_rank():
-        stores.cached("recipe", lambda: Contents.from_pool(pool), source="a test")
+        stores.cached_pool("recipe", lambda: Contents.from_pool(pool), source="a test")
 
     def contents():
         def blocks():
@@ -268,7 +268,7 @@ def test_without_locks_the_first_store_is_used_and_no_rank_fails(when, cache, mo
             other_rank()
         return Contents(len(pool), blocks, pool.labels.numpy())
 
-    assert same(stores.cached("recipe", contents, source="a test"), pool)
+    assert same(stores.cached_pool("recipe", contents, source="a test"), pool)
     assert len([place for place in cache.iterdir() if place.is_dir()]) == 1
 
 

@@ -124,7 +124,7 @@ def sync(path: Path) -> None:
         path: the file or folder.
 
     Raises:
-        OSError: a file cannot be written; that a file system cannot flush folders is no error.
+        OSError: a file cannot be written. Folders that cannot be flushed on this file system are passed over.
     """
     if path.is_dir():
         with suppress(OSError):

@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from stablefield.config import COMPONENTS, ConfigError, override, resolve
+from stablefield.config import ConfigError, override, resolve
 from stablefield.data import Inspection, Progress, Source, guess_kind, printable
 from stablefield.data import convert as convert_data
 from stablefield.data import inspect as inspect_data
 from stablefield.data.store import refuse_existing
 from stablefield.evaluate.images import save_sheet
+from stablefield.kinds import KINDS
 from stablefield.objective import EDMWeight
 from stablefield.pool import Pool
 from stablefield.process import VE
@@ -52,7 +53,7 @@ data = typer.Typer(
     rich_markup_mode=None,
 )
 
-_KINDS = [kind for kind in COMPONENTS["data"] if kind != "unknown"]
+_KINDS = [kind for kind in KINDS["data"] if kind != "unknown"]
 
 
 def _opens_source(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from stablefield.data.files import list_images, open_files, summarize
 from stablefield.data.labels import number_classes
 from stablefield.data.printable import printable
 from stablefield.data.sources import Source
-from stablefield.data.store import cached
+from stablefield.data.store import cached_pool
 from stablefield.pool import Pool
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ImageSource(Source):
         if self.values is None:
             del options["values"]
         recipe = json.dumps([type(self).__name__, options, _DECODING, self.fingerprint()], default=str)
-        return cached(recipe, self.contents, source=repr(self), progress=progress)
+        return cached_pool(recipe, self.contents, source=repr(self), progress=progress)
 
     @abstractmethod
     def fingerprint(self) -> str:

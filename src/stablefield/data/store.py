@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from stablefield import files
 from stablefield.data.arrays import as_tensor, map_array
 from stablefield.data.contents import Contents, Progress, begin_hash, content_hash, end_hash, silent
 from stablefield.data.integrity import check_once, remember, state_of
@@ -29,10 +28,10 @@ from stablefield.data.labels import class_labels
 from stablefield.data.limits import read_json
 from stablefield.data.printable import printable, say
 from stablefield.data.sources import Source
-from stablefield.files import atomic_folder, sweep
+from stablefield.files import atomic_folder, cached, sweep
 from stablefield.pool import Pool
 
-__all__ = ["FORMAT", "Store", "cached", "refuse_existing", "write_store"]
+__all__ = ["FORMAT", "Store", "cached_pool", "refuse_existing", "write_store"]
 
 FORMAT = "stablefield store 2"
 
@@ -194,7 +193,7 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"{path} exists already; choose another path, or remove it")
 
 
-def cached(recipe: str, contents: Callable[[], Contents], *, source: str, progress: Progress = silent) -> Pool:
+def cached_pool(recipe: str, contents: Callable[[], Contents], *, source: str, progress: Progress = silent) -> Pool:
     """Data from a store in the cache; they are decoded into it first if there is none.
 
     Args:
@@ -221,7 +220,7 @@ def cached(recipe: str, contents: Callable[[], Contents], *, source: str, progre
     def make(path: Path) -> None:
         write_store(path, contents(), source=source, progress=progress)
 
-    return files.cached(hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32], find, make)
+    return cached(hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32], find, make)
 
 
 def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any]:
