@@ -20,7 +20,7 @@ from stablefield.data import Inspection, Progress, Source, guess_kind, printable
 from stablefield.data import convert as convert_data
 from stablefield.data import inspect as inspect_data
 from stablefield.data.store import refuse_existing
-from stablefield.evaluate.images import save_sheet
+from stablefield.generate.images import save_sheet
 from stablefield.kinds import KINDS
 from stablefield.objective import EDMWeight
 from stablefield.pool import Pool

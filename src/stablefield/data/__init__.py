@@ -11,7 +11,7 @@ from stablefield.data.augmentation import (
 )
 from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
-from stablefield.data.contents import Contents, DataSummary, Progress, content_hash, silent
+from stablefield.data.contents import Contents, DataSummary, Progress, StageProgress, content_hash, silent, silent_stage
 from stablefield.data.conversion import Converted, Inspection, convert, inspect
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import guess_kind
@@ -47,6 +47,7 @@ __all__ = [
     "Progress",
     "ShuffledBatches",
     "Source",
+    "StageProgress",
     "Store",
     "UnknownData",
     "content_hash",
@@ -57,6 +58,7 @@ __all__ = [
     "range_question",
     "say",
     "silent",
+    "silent_stage",
     "split",
     "write_npz",
     "write_store",
