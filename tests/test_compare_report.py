@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stablefield.checkpoint import atomic_path
 from stablefield.config import override, resolve
+from stablefield.files import atomic_path
 from stablefield.studies.compare import Arm, Experiment, Results, summarize, write_report
 from stablefield.studies.compare.experiment import SUPPORT_SIZE_KEYS
 

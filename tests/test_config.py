@@ -6,9 +6,6 @@ import pytest
 from torch import nn
 
 from stablefield.config import (
-    COMPONENTS,
-    PROCESS_DEFAULTS,
-    SIGMA_DATA,
     ConfigError,
     Training,
     is_unedited,
@@ -17,6 +14,8 @@ from stablefield.config import (
     refuse_other_format,
     resolve,
 )
+from stablefield.config.classes import import_name
+from stablefield.kinds import KINDS, PROCESS_DEFAULTS, SIGMA_DATA
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -33,8 +32,8 @@ class Own(nn.Module):
 
 
 def test_a_resolved_configuration_is_restored_from_its_file():
-    for process in COMPONENTS["process"]:
-        config = resolve({"process": {"kind": process}, "training": {"seed": 3}})
+    for process in KINDS["process"]:
+        config = resolve({"process": {"kind": process, **NEEDS.get(process, {})}, "training": {"seed": 3}})
         assert resolve(tomllib.loads(config.toml())) == config
 
 
@@ -48,6 +47,8 @@ NEEDS = {
     "cifar": {"path": "cifar-10-python.tar.gz"},
     "huggingface": {"path": "mnist"},
     "prediction": {"prediction_type": "v"},
+    "tabulated": {"alphas_cumprod": [0.9, 0.1]},
+    "tabulated-ve": {"sigmas": [0.1, 10.0]},
     ("preconditioning", "none"): {"prediction_type": "v"},
 }
 GOES_WITH = {
@@ -57,7 +58,7 @@ GOES_WITH = {
 }
 
 
-@pytest.mark.parametrize(("section", "kind"), [(s, k) for s, kinds in COMPONENTS.items() for k in kinds if s != k])
+@pytest.mark.parametrize(("section", "kind"), [(s, k) for s, kinds in KINDS.items() for k in kinds if s != k])
 def test_every_kind_of_every_section_can_be_configured(section, kind):
     values = {"kind": kind, **NEEDS.get(kind, NEEDS.get((section, kind), {}))}
     config = resolve({section: values, **GOES_WITH.get((section, kind), {})})
@@ -67,15 +68,16 @@ def test_every_kind_of_every_section_can_be_configured(section, kind):
 
 def test_defaults_are_those_of_the_classes_and_suit_the_process():
     for process, kinds in PROCESS_DEFAULTS.items():
-        config = resolve({"process": {"kind": process}, "data": {"kind": "arrays", "path": "x.npz"}})
+        keys = {"kind": process, **NEEDS.get(process, {})}
+        config = resolve({"process": keys, "data": {"kind": "arrays", "path": "x.npz"}})
         for section, kind in kinds.items():
             assert config[section]["kind"] == kind
-            assert config.make(section) == COMPONENTS[section][kind]()
+            assert config.make(section) == import_name(KINDS[section][kind])()
 
 
 def test_sigma_data_is_the_standard_deviation_of_the_data():
     for data, sigma_data in SIGMA_DATA.items():
-        pool = COMPONENTS["data"][data]().load()
+        pool = import_name(KINDS["data"][data])().load()
         assert pool.decode(pool.data).std().item() == pytest.approx(sigma_data, rel=0.01)
         config = resolve({"data": {"kind": data}})
         assert config["preconditioning"]["sigma_data"] == config["weight"]["sigma_data"] == sigma_data

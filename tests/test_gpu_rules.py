@@ -1,4 +1,4 @@
-"""What a GPU asks of the package, on a GPU that is not there: no mixed devices, and few waits of the host."""
+"""Rules of a GPU, tested on one that is not there: no mixed devices, and few waits of the host."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -19,11 +19,11 @@ import stablefield
 
 HOUSE = Path(stablefield.__file__).parent
 FLOORS = (
-    {"process", "networks", "seeding", "schedule", "extras"},
+    {"process", "networks", "seeding", "schedule", "extras", "kinds"},
     {"times", "prediction", "kernel", "pool", "augmentation"},
     {"targets", "preconditioning", "denoise"},
-    {"objective", "sample", "likelihood", "stable"},
-    {"config", "checkpoint", "data", "distributed", "recipes"},
+    {"objective", "sample", "likelihood", "stable", "floor"},
+    {"config", "checkpoint", "data", "distributed", "files", "pickles", "recipes"},
     {"run", "build", "interop"},
     {"engine", "evaluate"},
     {"studies"},

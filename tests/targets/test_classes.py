@@ -41,10 +41,10 @@ def test_draws_hold_distinct_data_points_of_their_class_and_do_not_depend_on_oth
 
 def test_class_conditional_means_are_unbiased_over_all_random_orders(monkeypatch: pytest.MonkeyPatch) -> None:
     pool, sigma = Pool(SIX, LABELS), 0.7
-    members = pool.indices(1)
-    index = members.repeat(len(QUERIES))
+    of_class = pool.indices(1)
+    index = of_class.repeat(len(QUERIES))
     noisy = batch_at(QUERIES.repeat_interleave(4, 0), SIX, index, sigma, torch.ones_like(index))
-    weights = torch.softmax(-(QUERIES[:, None] - SIX[members]).square().sum(2) / (2 * sigma**2), 1)
+    weights = torch.softmax(-(QUERIES[:, None] - SIX[of_class]).square().sum(2) / (2 * sigma**2), 1)
     for size in (2, 3):
         means = []
         for order in permutations(range(4)):
@@ -53,7 +53,7 @@ def test_class_conditional_means_are_unbiased_over_all_random_orders(monkeypatch
             )
             means.append(STFTarget(pool, size)(noisy).mean.view(len(QUERIES), 4, 2))
         mean = (weights[:, :, None] * torch.stack(means).mean(0)).sum(1)
-        torch.testing.assert_close(mean, weights @ SIX[members], rtol=0, atol=1e-12)
+        torch.testing.assert_close(mean, weights @ SIX[of_class], rtol=0, atol=1e-12)
 
 
 def mixed_batch(examples: int = 60) -> tuple[Pool, Tensor]:

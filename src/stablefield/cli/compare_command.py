@@ -16,12 +16,12 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stablefield.build import Components, build, choose_device
-from stablefield.checkpoint import write_text_atomically
 from stablefield.cli.data_command import progress_bar
 from stablefield.cli.train_command import Allow, allow_option, merge_layers
 from stablefield.config import Allowed, Config, allowed_names, overlay, override, resolve
 from stablefield.engine.checkpoints import locked
 from stablefield.engine.fit import stop_signals
+from stablefield.files import write_text
 from stablefield.run import RunFolder
 from stablefield.seeding import parse_seeds
 from stablefield.studies.compare import Arm, Experiment, cached_evaluator, run_all, summarize, write_report
@@ -255,7 +255,7 @@ def _report(out: Path, summary: Path | None, allow: Iterable[Allowed]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _progress() -> Progress:

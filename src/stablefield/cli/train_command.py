@@ -43,7 +43,7 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         metavar="MODULE:CLASS",
-        help="Allow a file to name this network; importing it runs its code. May be repeated.",
+        help="Allow a file to name this class of yours; importing it runs its code. May be repeated.",
     ),
 ]
 
@@ -126,13 +126,12 @@ def train(
 
 
 def allow_option(config: Config) -> str:
-    """The `--allow` option that later commands need for a run whose network is the user's own; else nothing.
+    """The `--allow` options that later commands need for a run with classes of the user's own; else nothing.
 
     Args:
         config: configuration of the run.
     """
-    kind = config["network"]["kind"]
-    return f" --allow {kind}" if ":" in kind else ""
+    return "".join(f" --allow {name}" for name in config.own_classes)
 
 
 def merge_layers(raw: dict[str, Any], recipe: str | None, config: Path | None, data: str | None) -> dict[str, Any]:
@@ -282,5 +281,12 @@ def progress_text(line: Mapping[str, Any]) -> str:
     parts = [f"{1000 / line['timing/sec_per_kimg']:,.0f} img/s"]
     if "loss/loss" in line:
         averaged = f"ESS > 1.01: {line['target/fraction_ess_above_1.01']:.0%}"
-        parts += [f"loss {line['loss/loss']:.4f}", f"ESS {line['target/ess']:.1f}", averaged]
+        parts += [f"loss {line['loss/loss']:.4f}{_over_floor(line)}", f"ESS {line['target/ess']:.1f}", averaged]
     return "  ".join([*parts, *([f"{line['steps/skipped']} skipped"] if line["steps/skipped"] else [])])
+
+
+def _over_floor(line: Mapping[str, Any]) -> str:
+    """The excess and the floor that were measured last; nothing before."""
+    if "loss/floor" not in line:
+        return ""
+    return f", excess {line['loss/excess']:.4f}, floor {line['loss/floor']:.4f} ({line['target/name']})"

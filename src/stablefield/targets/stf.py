@@ -138,7 +138,8 @@ class STFTarget(PoolTarget):
 
 def _of_labels(recent: Int[Tensor, "n"], labels: Int[Tensor, "G"], pool: Pool) -> Int[Tensor, "G m"]:
     """The recent data points of each label in their order, filled up with -1."""
-    fits = pool.label(recent) == labels[:, None]
+    assert pool.labels is not None
+    fits = pool.labels[recent] == labels[:, None]
     order = (~fits).byte().argsort(stable=True)[:, : max(1, int(fits.sum(1).max()))]
     return recent[order].where(fits.gather(1, order), -1)
 

@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stablefield.checkpoint import write_text_atomically
 from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
 from stablefield.data import Progress, silent
 from stablefield.engine.checkpoints import RESUMABLE_KEYS
+from stablefield.files import write_text
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, fingerprint, refuse_other_data
 
@@ -230,8 +230,7 @@ class Experiment:
         Args:
             out: folder of the experiment, created if necessary.
         """
-        out.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(experiment_file(out), json.dumps(self.as_dict(), indent=2) + "\n")
+        write_text(experiment_file(out), json.dumps(self.as_dict(), indent=2) + "\n")
 
     def as_dict(self) -> dict[str, Any]:
         """The content of `experiment.json`: a format version and all attributes as plain values."""

@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from stablefield.checkpoint import atomic_path, finite, write_text_atomically
+from stablefield.checkpoint import finite
 from stablefield.config import Allowed
+from stablefield.files import atomic_path, write_text
 from stablefield.studies.compare.figures import Plot, plots
 from stablefield.studies.compare.results import Lines, Results
 from stablefield.studies.compare.runs import sheet_file
@@ -53,12 +54,12 @@ def write_report(out: Path, summary: Path | None = None, *, allow: Iterable[Allo
     results = Results.read(out, allow=allow)
     write_numbers(results, out)
     figures = plots(results)
-    write_text_atomically(out / "report.html", html_page(results, figures, out))
+    write_text(out / "report.html", html_page(results, figures, out))
     summary = summary or out / "summary.md"
     summary.parent.mkdir(parents=True, exist_ok=True)
     for plot in figures[:1]:
-        write_text_atomically(summary.with_suffix(".svg"), plot.svg.decode())
-    write_text_atomically(summary, markdown(results, figures, summary.with_suffix(".svg").name))
+        write_text(summary.with_suffix(".svg"), plot.svg.decode())
+    write_text(summary, markdown(results, figures, summary.with_suffix(".svg").name))
     return results
 
 
@@ -78,7 +79,7 @@ def write_numbers(results: Results, out: Path) -> None:
         "scores": _with_run(results.scores),
         "training": _with_run(results.training),
     }
-    write_text_atomically(out / "results.json", json.dumps(finite(content), indent=1) + "\n")
+    write_text(out / "results.json", json.dumps(finite(content), indent=1) + "\n")
     with atomic_path(out / "results.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["arm", "seed", "images", "name", "noise_level", "value"])

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from stablefield.build import build
-from stablefield.checkpoint import write_text_atomically
 from stablefield.distributed import Ranks
 from stablefield.engine import StepReport, train
 from stablefield.engine.checkpoints import CheckpointManager
 from stablefield.engine.fit import compile_network, initial_state, make_optimization
 from stablefield.evaluate.images import save_sheet
+from stablefield.files import write_text
 from stablefield.run import RunFolder
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
@@ -85,7 +85,7 @@ class Run:
         self.checkpoints.restore(self.state, Ranks(self.state.device))
         self.folder.rewind(self.images)
         compile_network(self.config, self.parts)
-        write_text_atomically(self.folder.config, self.config.toml())
+        write_text(self.folder.config, self.config.toml())
         # one iterator for the whole training, because prefetched targets may reach beyond the next switch point
         self.steps = train(
             self.state,
@@ -145,7 +145,6 @@ class Run:
         x, network_evaluations = evaluator.sample(self.state.average)
         if evaluator.pool.images:
             file = sheet_file(self.folder, self.images)
-            file.parent.mkdir(exist_ok=True)
             save_sheet(file, x[:SHEET_SAMPLES])
         gradient = gradient_variance(self.parts.denoiser, self.parts.objective, evaluator.gradient_batches)
         line = {
@@ -270,7 +269,7 @@ def _append(folder: RunFolder, line: dict[str, Any]) -> None:
     """Add the scores of an evaluation to the file of a run."""
     file = evaluations_file(folder)
     before = file.read_text() if file.exists() else ""
-    write_text_atomically(file, before + json.dumps(line) + "\n")
+    write_text(file, before + json.dumps(line) + "\n")
 
 
 def _rotated(runs: Sequence[Run], shift: int) -> Iterator[Run]:
