@@ -1,7 +1,7 @@
 """The base class of processes, and the record of a noisy batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["BatchRecord", "NoisyBatch", "Process", "move", "per_example"]
+__all__ = ["BatchRecord", "NoisyBatch", "Process", "draw_noise", "move", "per_example"]
 
 
 def per_example(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
@@ -126,6 +126,22 @@ def move(values: Shaped[Tensor, "*S"], device: torch.device) -> Shaped[Tensor, "
     if values.device.type == "cpu" and device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
+
+
+def draw_noise(
+    x: Float[Tensor, "B *D"], generators: torch.Generator | Iterable[torch.Generator] | None = None
+) -> Float[Tensor, "B *D"]:
+    """Standard normal noise for a batch. It is drawn on the CPU, so that it does not depend on the device.
+
+    Args:
+        x: clean data, for shape, type and device.
+        generators: one generator per example, or one for the batch; by default torch's global one.
+    """
+    if generators is None or isinstance(generators, torch.Generator):
+        noise = torch.randn(x.shape, generator=generators, dtype=x.dtype)
+    else:
+        noise = torch.stack([torch.randn(x.shape[1:], generator=each, dtype=x.dtype) for each in generators])
+    return move(noise, x.device)
 
 
 class Process(ABC):
