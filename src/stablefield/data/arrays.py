@@ -20,7 +20,7 @@ from typing_extensions import override
 from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.labels import Classes, class_labels, number_classes
 from stablefield.data.limits import refuse_unpacked
-from stablefield.data.printable import printable, say
+from stablefield.data.notices import printable, say
 from stablefield.data.sources import Source
 from stablefield.pool import Pool
 

@@ -23,7 +23,7 @@ from typing_extensions import override
 from stablefield.data.contents import Contents
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.limits import MAX_FILE, LimitError, Unpacked
-from stablefield.data.printable import printable
+from stablefield.data.notices import printable
 
 __all__ = ["CIFAR", "SPLITS", "read_files", "read_pickle"]
 
@@ -104,8 +104,8 @@ def read_files(path: Path) -> dict[str, bytes]:
             tar = stack.enter_context(tarfile.open(fileobj=cast("BinaryIO", stream), mode="r|"))
             for entry in tar:
                 name = entry.name.rpartition("/")[2]
-                if entry.isfile() and name in _NAMES and (member := tar.extractfile(entry)):
-                    contents[name] = member.read()
+                if entry.isfile() and name in _NAMES and (opened := tar.extractfile(entry)):
+                    contents[name] = opened.read()
     except LimitError:
         raise
     except Exception as error:  # damaged archives fail in many ways

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stablefield.data.contents import DataSummary, Progress, content_hash, silent
 from stablefield.data.export import write_npz, write_zip
-from stablefield.data.printable import say
+from stablefield.data.notices import say
 from stablefield.data.ranges import range_question
 from stablefield.data.sources import Source
 from stablefield.data.store import Store, refuse_existing, write_store

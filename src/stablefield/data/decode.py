@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from stablefield.data.limits import MAX_PIXELS
-from stablefield.data.printable import printable
+from stablefield.data.notices import printable
 
 if TYPE_CHECKING:  # Pillow is imported when the first image is decoded
     from PIL import Image

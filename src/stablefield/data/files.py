@@ -1,43 +1,31 @@
-"""Image files in a ZIP file or a folder: their names in order, their contents, and their labels.
+"""Image files in a ZIP file or a folder: their names in order, and their contents.
 
-Labels are read from `dataset.json` in the layout of EDM and StyleGAN,
-
-    {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", [0, 1, 0]], ...]}     or {"labels": null}
-
-Without that file, each top folder is a class, numbered in alphabetical order. If a single folder contains everything,
-the folders in it count as the top folders. Each file is used once, whatever links lead to it. Hidden files are ignored;
-other files that are not images, and links to files that are there already, are counted in a note.
+Each file is used once, whatever links lead to it. Hidden files are ignored; other files that are not images, and links
+to files that are there already, are counted in a note.
 """
 
 import hashlib
 import os
-import re
 import stat
 import unicodedata
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int64
 from typing_extensions import override
 
 from stablefield.data.decode import SUFFIXES
-from stablefield.data.labels import class_labels
-from stablefield.data.limits import MAX_FILE, read_json
-from stablefield.data.printable import printable
+from stablefield.data.limits import MAX_FILE
+from stablefield.data.notices import printable, summarize
 
-__all__ = ["Files", "FolderFiles", "ImageList", "ZipFiles", "list_images", "open_files", "summarize"]
+__all__ = ["LABELS", "Files", "FolderFiles", "ZipFiles", "normal_name", "open_files"]
 
-# EDM's layout has folders of a thousand images, which are not classes
-_EDM_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
-_LABELS = "dataset.json"
+LABELS = "dataset.json"  # the file of labels
 
 
 class Files(AbstractContextManager["Files"], ABC):
@@ -225,7 +213,7 @@ class _Walk:
                     self._add_file(inner, Path(entry.path), os.stat(entry.path))
 
     def _add_file(self, name: str, path: Path, found: os.stat_result) -> None:
-        name = _normal(name)
+        name = normal_name(name)
         if not stat.S_ISREG(found.st_mode):
             self._broken.append(name)
         elif not _is_used(name) or self._is_new(name, found):
@@ -257,106 +245,6 @@ def open_files(path: Path) -> Files:
     raise ValueError(f"there is no file or folder {printable(path)}")
 
 
-@dataclass(frozen=True, eq=False)
-class ImageList:
-    """Names of the images of a data set, and their labels.
-
-    Attributes:
-        names: names of the files, in order.
-        labels: class of each image; None for images without labels.
-        classes: names of the classes, if they are known.
-    """
-
-    names: list[str]
-    labels: Int64[np.ndarray, "N"] | None
-    classes: tuple[str, ...] = ()
-
-
-def list_images(files: Files, path: Path, labelled: bool = True) -> ImageList:
-    """The images among files, with their labels.
-
-    Args:
-        files: the files.
-        path: where they are, for errors.
-        labelled: False to ignore labels.
-
-    Raises:
-        ValueError: there are no images; `dataset.json` is damaged or does not fit the images; labels are not classes;
-            or there are images beside class folders.
-    """
-    names = files.names()
-    images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if not images:
-        known = ", ".join(SUFFIXES)
-        more = f" ({'; '.join(files.notes)})" if files.notes else ""
-        raise ValueError(f"there are no images ({known}) in {printable(path)}{more}")
-    if not labelled:
-        return ImageList(images, None)
-    if _LABELS in names:
-        return _labels_of_json(images, files.read(_LABELS), path)
-    return _labels_of_folders(images, path)
-
-
-def summarize(problem: str, names: Sequence[object], most: int = 20) -> str:
-    """One line with a problem, the first names that have it, and their number.
-
-    >>> summarize("images without a label", ["a.png", "b.png"], 1)
-    'images without a label: a.png, and 1 more (2 in all)'
-
-    Args:
-        problem: the problem.
-        names: names of what has it.
-        most: number of names to show.
-    """
-    more = f", and {len(names) - most:,} more ({len(names):,} in all)" if len(names) > most else f" ({len(names):,})"
-    return f"{problem}: {', '.join(map(printable, names[:most]))}{more}"
-
-
-def _labels_of_json(images: list[str], content: bytes, path: Path) -> ImageList:
-    """Images with the labels in `dataset.json`."""
-    name = f"{_LABELS} in {printable(path)}"
-    if len(content) > 2**20 + 2**16 * len(images):
-        raise ValueError(f"{name} has {len(content):,} bytes; the limit is 1 MiB and 64 KiB per image")
-    parsed = read_json(content, name, 1000 + 6 * len(images))
-    try:
-        entries, classes = parsed["labels"], tuple(map(printable, parsed.get("classes") or ()))
-        listed = None if entries is None else [(_normal(str(image)), label) for image, label in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{name} is not {{"labels": [["name", label], ...]}} or {{"labels": null}}: {printable(repr(error))}'
-        ) from None
-    if listed is None:
-        return ImageList(images, None)
-    labels = dict(listed)
-    known = set(images)
-    problems = {
-        "has two labels for": [image for image, label in listed if labels[image] != label],
-        "has no label for": [image for image in images if image not in labels],
-        "has a label for": sorted(labels.keys() - known),
-    }
-    found = [summarize(problem, names) for problem, names in problems.items() if names]
-    if found:
-        which = ", which does not exist in the data" if problems["has a label for"] else ""
-        raise ValueError(f"{name} {'; it '.join(found)}{which}; --no-labels (labels=false) ignores all labels")
-    return ImageList(images, class_labels([labels[image] for image in images], path, images), classes)
-
-
-def _labels_of_folders(images: list[str], path: Path) -> ImageList:
-    """Images with their top folders as classes."""
-    loose = [name for name in images if "/" not in name]
-    if len(loose) == len(images) or all(_EDM_NAME.fullmatch(name) for name in images):
-        return ImageList(images, None)
-    if loose:
-        raise ValueError(
-            f"{summarize(f'{printable(path)} has images beside its class folders', loose)}; move them, or ignore the "
-            "labels with --no-labels (labels=false)"
-        )
-    folders = [name.partition("/")[0] for name in images]
-    classes = sorted(set(folders))
-    number = {name: label for label, name in enumerate(classes)}
-    return ImageList(images, np.array([number[name] for name in folders], np.int64), tuple(map(printable, classes)))
-
-
 def _without_common_folder(names: Iterable[str]) -> tuple[str, list[str]]:
     """The innermost folder that contains all files, such as "a/b/", and the names of the files in it, sorted."""
     inside, prefix = sorted(names), ""
@@ -368,8 +256,12 @@ def _without_common_folder(names: Iterable[str]) -> tuple[str, list[str]]:
     return prefix, inside
 
 
-def _normal(name: str) -> str:
-    """A name with forward slashes and composed letters."""
+def normal_name(name: str) -> str:
+    """A name with forward slashes and composed letters (NFC), whichever program wrote it.
+
+    Args:
+        name: a name with folders.
+    """
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
 
 
@@ -379,7 +271,7 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
     if not entry.flag_bits & 0x800 and not name.isascii():
         with suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
-    return _normal(name)
+    return normal_name(name)
 
 
 def _is_hidden(name: str) -> bool:
@@ -389,7 +281,7 @@ def _is_hidden(name: str) -> bool:
 def _is_used(name: str) -> bool:
     """True for `dataset.json` and images that are not hidden."""
     last = name.rpartition("/")[2]
-    return not _is_hidden(name) and (last == _LABELS or last.lower().endswith(SUFFIXES))
+    return not _is_hidden(name) and (last == LABELS or last.lower().endswith(SUFFIXES))
 
 
 def _passed_over(names: Iterable[str], path: Path) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from stablefield.data.decode import Preprocessing
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.labels import class_labels
 from stablefield.data.limits import refuse_unpacked
-from stablefield.data.printable import printable
+from stablefield.data.notices import printable
 from stablefield.pool import Pool
 
 __all__ = ["IDX", "find_images", "find_labels", "read_idx"]

@@ -18,9 +18,10 @@ from typing_extensions import override
 
 from stablefield.data.contents import Contents, Progress, silent, slices
 from stablefield.data.decode import Decoded, ImageError, Mode, Pixels, Preprocessing, Transform, decode, parse_size
-from stablefield.data.files import list_images, open_files, summarize
+from stablefield.data.files import open_files
 from stablefield.data.labels import number_classes
-from stablefield.data.printable import printable
+from stablefield.data.listing import list_images
+from stablefield.data.notices import printable, summarize
 from stablefield.data.sources import Source
 from stablefield.data.store import cached_pool
 from stablefield.pool import Pool

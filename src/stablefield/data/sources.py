@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from stablefield.data.contents import Contents, Progress, silent
-from stablefield.data.printable import printable
+from stablefield.data.notices import printable
 from stablefield.pool import Pool, Values
 from stablefield.seeding import generator
 
