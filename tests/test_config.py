@@ -13,6 +13,9 @@ from stablefield.config import (
     read_toml,
     refuse_other_format,
     resolve,
+    split_targets,
+    target_kind,
+    target_section,
 )
 from stablefield.config.classes import import_name
 from stablefield.kinds import KINDS, PROCESS_DEFAULTS, SIGMA_DATA
@@ -226,3 +229,48 @@ def test_a_configuration_of_a_later_format_asks_for_an_upgrade(tmp_path):
 def test_a_configuration_that_a_user_wrote_needs_no_format(tmp_path):
     (tmp_path / "mine.toml").write_text('[target]\nkind = "exact"\n')
     assert read_toml(tmp_path / "mine.toml") == {"target": {"kind": "exact"}}
+
+
+# --- targets as text
+
+
+@pytest.mark.parametrize(
+    ("text", "section"),
+    [
+        ("dsm", {"kind": "dsm"}),
+        (" stf ", {"kind": "stf"}),
+        ("stf:256", {"kind": "stf", "size": 256}),
+        ("stf:256, references=recent", {"kind": "stf", "size": 256, "references": "recent"}),
+        ("stf,size=8", {"kind": "stf", "size": 8}),
+        ("knn:32,search=faiss,index='PCA8'", {"kind": "knn", "neighbours": 32, "search": "faiss", "index": "PCA8"}),
+        ("exact", {"kind": "exact"}),
+        ("exact,missing_mass=0", {"kind": "exact", "missing_mass": 0}),
+    ],
+)
+def test_a_target_as_text_is_the_section_of_a_configuration(text, section):
+    assert target_section(text) == section
+    assert target_kind(text) == section["kind"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sft:3", "target.kind: 'sft' is none of stf, dsm, knn, exact; did you mean stf"),
+        ("dsm:3", "'dsm:3' has a size, but 'dsm' has none"),
+        ("exact:3", "'exact:3' has a size, but 'exact' has none"),
+        ("stf:", "the size in the target 'stf:' is not a whole number; write for example stf:64"),
+        ("stf:x", "the size in the target 'stf:x' is not a whole number"),
+        ("mine:Target", "names code outside this package"),
+        ("stf,recent", "settings have the form section.key=value"),
+        ("", "target.kind: '' is none of"),
+    ],
+)
+def test_a_target_of_another_form_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        target_section(text)
+
+
+def test_a_list_of_targets_keeps_the_keys_of_each():
+    assert split_targets("dsm,stf:256,references=recent, exact,missing_mass=0,knn:8") == [
+        *("dsm", "stf:256,references=recent", "exact,missing_mass=0", "knn:8")
+    ]

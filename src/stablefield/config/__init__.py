@@ -11,6 +11,7 @@ or the kind. Arguments that are known only at run time, such as the pool or the 
 
 from stablefield.config.classes import Allowed, allowed_names
 from stablefield.config.resolution import Config, resolve
+from stablefield.config.targets import split_targets, target_kind, target_section
 from stablefield.config.text import (
     CHECKSUM_LINE,
     ConfigError,
@@ -38,5 +39,8 @@ __all__ = [
     "read_toml",
     "refuse_other_format",
     "resolve",
+    "split_targets",
+    "target_kind",
+    "target_section",
     "toml_value",
 ]

@@ -18,7 +18,7 @@ the variance-exploding one rescaled: x_t / alpha is x plus noise of level sigma 
 scheduler. t runs from 0 (data) to 1; VE's t has no upper bound.
 """
 
-from stablefield.process.base import BatchRecord, NoisyBatch, Process, per_example, pick
+from stablefield.process.base import BatchRecord, NoisyBatch, Process, draw_noise, per_example, pick
 from stablefield.process.closed import VE, VP, Cosine, Flow, SubVP
 from stablefield.process.tabulated import Tabulated, TabulatedVE
 
@@ -33,6 +33,7 @@ __all__ = [
     "SubVP",
     "Tabulated",
     "TabulatedVE",
+    "draw_noise",
     "per_example",
     "pick",
 ]

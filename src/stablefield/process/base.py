@@ -1,7 +1,7 @@
 """The base class of processes, and the record of a noisy batch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["BatchRecord", "NoisyBatch", "Process", "per_example", "pick"]
+__all__ = ["BatchRecord", "NoisyBatch", "Process", "draw_noise", "per_example", "pick"]
 
 
 def per_example(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
@@ -114,6 +114,22 @@ def pick(values: Shaped[Tensor, "B *D"], index: Int[Tensor, "b"] | slice) -> Ten
         index: positions in `values`, or a slice of them.
     """
     return values[index if isinstance(index, slice) else index.to(values.device)]
+
+
+def draw_noise(
+    x: Float[Tensor, "B *D"], generators: torch.Generator | Iterable[torch.Generator] | None = None
+) -> Float[Tensor, "B *D"]:
+    """Standard normal noise for a batch. It is drawn on the CPU, so that it does not depend on the device.
+
+    Args:
+        x: clean data, for shape, type and device.
+        generators: one generator per example, or one for the batch; by default torch's global one.
+    """
+    if generators is None or isinstance(generators, torch.Generator):
+        noise = torch.randn(x.shape, generator=generators, dtype=x.dtype)
+    else:
+        noise = torch.stack([torch.randn(x.shape[1:], generator=each, dtype=x.dtype) for each in generators])
+    return noise.to(x.device)
 
 
 class Process(ABC):
