@@ -117,7 +117,7 @@ class FloorReport:
         return rows
 
     def lines(self) -> list[str]:
-        """What the floor means for a training, in sentences."""
+        """Sentences that say what the floor means for a training."""
         found = []
         for name, floor in self.floors.items():
             kind = "a DSM loss" if name == "dsm" else f"a loss with {name} targets"
@@ -132,7 +132,7 @@ class FloorReport:
         return found
 
     def record(self) -> dict[str, Any]:
-        """All numbers, for a JSON file."""
+        """Values, standard errors and noise levels, for a JSON file."""
 
         def numbers(values: ByNoise) -> dict[str, Any]:
             by_bin = {"by_bin": values.by_bin.tolist(), "errors_by_bin": values.errors_by_bin.tolist()}
