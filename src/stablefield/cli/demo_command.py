@@ -13,7 +13,7 @@ import typer
 
 from stablefield.build import build, build_sampler
 from stablefield.cli.sample_command import sample_batches
-from stablefield.cli.train_command import run, summary
+from stablefield.cli.training import run, summary
 from stablefield.config import Config, override, resolve
 from stablefield.evaluate import Statistics, cached_classifier, frechet_distance
 from stablefield.evaluate.images import save_sheet

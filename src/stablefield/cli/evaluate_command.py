@@ -14,7 +14,8 @@ from typing import Annotated
 import typer
 
 from stablefield.build import choose_device
-from stablefield.cli.data_command import progress_bar
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
 from stablefield.cli.sample_command import (
     Batch,
     Device,
@@ -30,7 +31,6 @@ from stablefield.cli.sample_command import (
 )
 from stablefield.cli.sample_source import Reference, SampleSource, is_run, open_reference, open_samples
 from stablefield.cli.scorer import Scorer
-from stablefield.cli.train_command import Allow
 from stablefield.config import ConfigError
 from stablefield.data import Source, split
 from stablefield.distributed import Ranks, process_group

@@ -13,8 +13,8 @@ import typer
 
 from stablefield.build import choose_device
 from stablefield.checkpoint import finite
-from stablefield.cli.data_command import progress_bar
-from stablefield.cli.train_command import Allow
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
 from stablefield.config import Allowed, Config, ConfigError, allowed_names, overlay, override, read_toml, resolve
 from stablefield.data import Store, content_hash, guess_kind, split
 from stablefield.files import sweep, write_text

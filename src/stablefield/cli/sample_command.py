@@ -15,8 +15,8 @@ import typer
 from rich.progress import track
 
 from stablefield.build import build_sampler, choose_device
+from stablefield.cli.options import Allow
 from stablefield.cli.sample_store import SampleStore
-from stablefield.cli.train_command import Allow
 from stablefield.config import Allowed, ConfigError, override, resolve
 from stablefield.denoise import Denoiser, Guided
 from stablefield.distributed import Ranks, process_group

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.cli.data_command import progress_bar
+from stablefield.cli.progress import progress_bar
 from stablefield.cli.sample_store import SampleStore
 from stablefield.config import ConfigError, resolve
 from stablefield.data import Source, content_hash, guess_kind

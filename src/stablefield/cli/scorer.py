@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stablefield.cli.data_command import progress_bar
+from stablefield.cli.progress import progress_bar
 from stablefield.cli.sample_source import Reference, SampleSource
 from stablefield.data import Progress, content_hash, silent
 from stablefield.distributed import Ranks
