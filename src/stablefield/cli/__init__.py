@@ -16,6 +16,7 @@ from stablefield.cli import (
     demo_command,
     evaluate_command,
     field_command,
+    floor_command,
     recipes_command,
     sample_command,
     train_command,
@@ -43,6 +44,7 @@ app = typer.Typer(
     stablefield convert network-snapshot-200000.pkl runs/edm
     stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
     stablefield field faces                              variance of the targets, and what stable targets change
+    stablefield floor faces --run runs/faces             what the loss cannot go below, and how far a run is above it
 
     A run is a folder: config.toml, checkpoint.safetensors, metrics.jsonl, samples/. In Python,
     stablefield.load("runs/digits-stf") returns its denoiser.
@@ -62,6 +64,7 @@ app.command(name="evaluate")(evaluate_command.evaluate_command)
 app.command()(compare_command.compare)
 app.command()(convert_command.convert)
 app.command()(field_command.field)
+app.command()(floor_command.floor)
 app.add_typer(data_command.data, name="data")
 
 

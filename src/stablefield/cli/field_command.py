@@ -36,7 +36,7 @@ from stablefield.studies.field.measure import SIZES
 from stablefield.studies.field.plots import plot_bias, plot_field, plot_study
 from stablefield.studies.field.tables import field_records, study_records, write_csv
 
-__all__ = ["configured", "field", "parse_sizes", "refuse_other_data_than_of_run", "table"]
+__all__ = ["aligned", "configured", "field", "parse_sizes", "refuse_other_data_than_of_run", "table"]
 
 GAUSSIAN_SIZES = (4, 16, 64, 256, 1024)  # default sizes for two Gaussians, where the limit is reached sooner
 
@@ -185,7 +185,12 @@ def refuse_other_data_than_of_run(config: Path, training: Config, data: Pool) ->
 
 
 def configured(
-    source: str | None, kind: str | None, config: Path | None, settings: list[str], allow: Iterable[Allowed] = ()
+    source: str | None,
+    kind: str | None,
+    config: Path | None,
+    settings: list[str],
+    allow: Iterable[Allowed] = (),
+    command: str = "field",
 ) -> Config:
     """The configuration of the training to measure, with its data.
 
@@ -195,6 +200,7 @@ def configured(
         config: path of a configuration file; None for the default configuration.
         settings: settings "section.key=value" that override it.
         allow: names of networks that may be imported.
+        command: name of the command, for errors.
 
     Raises:
         ConfigError: no data are given, or the settings contradict each other.
@@ -205,7 +211,8 @@ def configured(
             f"--kind {kind} is the kind of DATA, which is missing: add DATA, or use --set data.kind={kind}"
         )
     if source is None and "data" not in raw:
-        raise ConfigError("no data given: use stablefield field DATA, or --config FILE with data, or --two-gaussians")
+        other = "--two-gaussians" if command == "field" else "--run RUN"
+        raise ConfigError(f"no data given: use stablefield {command} DATA, or --config FILE with data, or {other}")
     if source is not None:
         guessed, path = (kind, source) if kind else guess_kind(source)
         raw = overlay(raw, {"data": {"kind": guessed, **({"path": path} if path else {})}})
@@ -247,10 +254,15 @@ def table(field: Field) -> list[str]:
         *(estimate.value for estimate in (field.ess_share, field.kl, field.divergence, field.single_source)),
     ]
     rows = [[f"{float(value):.3g}" for value in row] for row in zip(*columns, strict=True)]
-    return ["Variance of the target per dimension, in noise units:", *_aligned([head, *rows])]
+    return ["Variance of the target per dimension, in noise units:", *aligned([head, *rows])]
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines of text, aligned on the right.
+
+    Args:
+        rows: the cells, the first row being the head.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
 
@@ -295,7 +307,7 @@ def _two_gaussians(
     ]
     head = ["sigma", "V_DSM", "estimate", "+-", "KL", "estimate", "D", "estimate", *(f"law {n}" for n in sizes)]
     rows = [[f"{float(value):.4g}" for value in row] for row in zip(*columns, strict=True)]
-    print("\n".join(_aligned([head, *rows])))
+    print("\n".join(aligned([head, *rows])))
     print("law n: (n - 1) V_STF divided by the limit of n V_STF; the law 1 / (n - 1) holds where this is 1")
     noise_level, g = 0.5, generator(seed, "field", "normal")
     y = population.draw(1, g) + noise_level * torch.randn(1, population.dim, generator=g, dtype=torch.float64)

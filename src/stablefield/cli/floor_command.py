@@ -1,0 +1,123 @@
+"""`stablefield floor`: what a training loss cannot go below on any data, and how far a run is above it."""
+
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stablefield.build import choose_device
+from stablefield.checkpoint import finite
+from stablefield.cli.data_command import progress_bar
+from stablefield.cli.field_command import aligned, configured
+from stablefield.cli.train_command import Allow
+from stablefield.config import Config, ConfigError, allowed_names
+from stablefield.data import silent, split
+from stablefield.evaluate.plots import plot_floor
+from stablefield.files import write_text
+from stablefield.floor import ByNoise, Probes, SquaredError
+from stablefield.pool import Pool
+from stablefield.run import TrainedRun, open_run, training_data
+from stablefield.studies.floor import FloorReport, cached_floor, loss_of_linear_denoiser
+
+__all__ = ["floor"]
+
+
+def floor(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Run or checkpoint to measure too; its data and settings are used."),
+    ] = None,
+    weights: Annotated[str, typer.Option(help='Weights of the run: "average", "model", "best", ...')] = "average",
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("floor"),
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="T,...", help="Targets: dsm, stf:N.", show_default="dsm and that of the settings"),
+    ] = None,
+    bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
+    examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
+    kind: Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key of the configuration; may be repeated."),
+    ] = None,
+    allow: Allow = None,
+    device: Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')] = "auto",
+) -> None:
+    """Measure what a training loss cannot go below on these data, and how far a run is above it."""
+    if run and (
+        given := [name for name, value in {"DATA": source, "--config": config, "--set": set_}.items() if value]
+    ):
+        raise ConfigError(f"--run cannot be combined with {', '.join(given)}: a run has its own data and settings")
+    allowed = allowed_names(set_ or [], allow)
+    trained = open_run(run, weights=weights, device=device, allow=allowed) if run else None
+    training = trained.config if trained else configured(source, kind, config, set_ or [], allowed, command="floor")
+    pool = _pool(training, trained)
+    loss = SquaredError(training.make("process"), training.make("times"), weight=training.make("weight"))
+    names = targets.split(",") if targets else _default_targets(training, pool)
+    print(f"data      {training.make('data')!r}: {len(pool):,} data points of shape {pool.shape}")
+    print(f"loss      {loss.process}, times {loss.times}, weight {loss.weight}; mean over the dimensions")
+    label_dropout, chosen = training.training.label_dropout, choose_device(device)
+    with progress_bar("measuring") as progress:
+        measured = cached_floor(
+            pool,
+            loss,
+            targets=names,
+            bins=bins,
+            per_bin=examples,
+            seed=seed,
+            label_dropout=label_dropout,
+            device=chosen,
+            progress=progress,
+        )
+    excess: ByNoise | None = None
+    if trained:
+        probes = Probes(
+            pool,
+            loss,
+            bins=bins,
+            per_bin=examples,
+            seed=seed,
+            label_dropout=label_dropout,
+            device=choose_device(device),
+        )
+        excess = probes.excess(trained.denoiser)
+    report = FloorReport(measured.floors, loss_of_linear_denoiser(pool, loss), excess)
+    print("\n".join(["", *aligned(report.table()), "", *report.lines(), ""]))
+    out.mkdir(parents=True, exist_ok=True)
+    plot_floor(
+        out / "floor.png", measured.floors, f"Floor of the loss: {run or source or training.make('data')}", excess
+    )
+    record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
+    write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")
+    print(f"written   {out}/floor.png, floor.json")
+
+
+def _pool(config: Config, trained: TrainedRun | None) -> Pool:
+    """The data that are trained on."""
+    source = config.make("data")
+    with progress_bar("decoding") as progress:
+        way_out = "put the run's data back, or measure the floor of other data with stablefield floor DATA"
+        data = training_data(trained, silent, way_out=way_out) if trained else source.load(progress)
+    conditional = config.training.conditional
+    if conditional and data.labels is None:
+        raise ConfigError("training.conditional=true needs labels, and the data have none; set it to false")
+    pool, _ = split(data if conditional else replace(data, labels=None), source.holdout)
+    augmented: Pool = config.make("augmentation").augment_pool(pool)
+    return augmented
+
+
+def _default_targets(config: Config, pool: Pool) -> list[str]:
+    """DSM, and the target of the settings if it is a stable target."""
+    section = config["target"]
+    return ["dsm", f"stf:{min(section['size'], len(pool))}"] if section["kind"] == "stf" else ["dsm"]
