@@ -10,9 +10,9 @@ import typer
 
 from stablefield.build import choose_device
 from stablefield.checkpoint import finite
-from stablefield.cli.data_command import progress_bar
+from stablefield.cli.progress import progress_bar
 from stablefield.cli.field_command import aligned, configured
-from stablefield.cli.train_command import Allow
+from stablefield.cli.options import Allow
 from stablefield.config import Config, ConfigError, allowed_names
 from stablefield.data import silent, split
 from stablefield.evaluate.plots import plot_floor
