@@ -2,8 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from inspect import Signature, signature
 from pathlib import Path
@@ -11,12 +10,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from stablefield.cli.progress import progress_bar
+from stablefield.cli.training import section_of
 from stablefield.config import ConfigError, override, resolve
-from stablefield.data import Inspection, Progress, Source, guess_kind, printable
+from stablefield.data import Inspection, Source, printable
 from stablefield.data import convert as convert_data
 from stablefield.data import inspect as inspect_data
 from stablefield.data.store import refuse_existing
@@ -35,9 +33,7 @@ __all__ = [
     "describe",
     "inspect",
     "open_source",
-    "progress_bar",
     "propose",
-    "section_of",
 ]
 
 data = typer.Typer(
@@ -202,19 +198,6 @@ def open_source(source: str, kind: str | None, options: dict[str, Any], settings
     return opened
 
 
-def section_of(source: str) -> dict[str, Any]:
-    """Section `data` of a configuration for the data at a path, whose kind is guessed.
-
-    Args:
-        source: a path, or hf:NAME.
-
-    Raises:
-        ValueError: the path does not exist, or its kind cannot be guessed.
-    """
-    kind, path = guess_kind(source)
-    return {"kind": kind, "path": path} if path else {"kind": kind}
-
-
 def describe(found: Inspection) -> list[str]:
     """Lines of text with size, type, range, classes and hash of data.
 
@@ -303,20 +286,3 @@ def _class_lines(counts: tuple[int, ...], classes: tuple[str, ...], most: int = 
     lines = [f"          {count:>9,}  {name}" for name, count in zip(names[:most], counts[:most], strict=True)]
     more = [f"          and {len(counts) - most:,} more"] if len(counts) > most else []
     return [f"classes   {len(counts)}", *lines, *more]
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """Context with a progress bar on a terminal, which appears when its callback is first called.
-
-    Args:
-        title: text beside the bar.
-
-    Returns:
-        The callback, called with (done, total).
-    """
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
