@@ -377,5 +377,5 @@ def test_one_example_of_each_of_several_classes_shows_references_of_another_scal
     if scaled:
         assert torch.isfinite(stable(noise, x + noise, x, **call)).all()
     else:
-        with pytest.raises(ValueError, match="references are not scaled as x: their (mean|minimum)"):
+        with pytest.raises(ValueError, match=r"references are not scaled as x: their (mean|minimum)"):
             stable(noise, x + noise, x, **call)
