@@ -1,25 +1,20 @@
 """`stablefield data`: convert a data set to a store, a ZIP file or an array archive, and inspect one."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from stablefield.cli.progress import progress_bar
+from stablefield.cli.training import section_of
 from stablefield.config import ConfigError, override, resolve
 from stablefield.data import (
     DataSummary,
-    Progress,
     Source,
     Store,
     content_hash,
-    guess_kind,
     write_npz,
     write_store,
     write_zip,
@@ -39,9 +34,7 @@ __all__ = [
     "describe",
     "inspect",
     "open_source",
-    "progress_bar",
     "propose",
-    "section_of",
 ]
 
 data = typer.Typer(
@@ -183,19 +176,6 @@ def open_source(source: str, kind: str | None, options: dict[str, Any], settings
     return opened
 
 
-def section_of(source: str) -> dict[str, Any]:
-    """Section `data` of a configuration for the data at a path, whose kind is guessed.
-
-    Args:
-        source: a path, or hf:NAME.
-
-    Raises:
-        ValueError: the path does not exist, or its kind cannot be guessed.
-    """
-    kind, path = guess_kind(source)
-    return {"kind": kind, "path": path} if path else {"kind": kind}
-
-
 def describe(pool: Pool, summary: DataSummary, classes: tuple[str, ...]) -> list[str]:
     """Lines of text with size, type, range and classes of data.
 
@@ -296,20 +276,3 @@ def _options(
     values = {"resolution": resolution, "transform": transform, "mode": mode, "max_images": max_images}
     flags = ({"drop_alpha": True} if drop_alpha else {}) | ({"labels": False} if no_labels else {})
     return {key: value for key, value in values.items() if value is not None} | flags
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """Context with a progress bar on a terminal, which appears when its callback is first called.
-
-    Args:
-        title: text beside the bar.
-
-    Returns:
-        The callback, called with (done, total).
-    """
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)

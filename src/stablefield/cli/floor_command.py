@@ -1,26 +1,15 @@
 """`stablefield floor`: what a training loss cannot go below on any data, and how far a run is above it."""
 
 import json
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stablefield.build import choose_device
-from stablefield.checkpoint import finite
-from stablefield.cli.data_command import progress_bar
-from stablefield.cli.field_command import aligned, configured
-from stablefield.cli.train_command import Allow
-from stablefield.config import Config, ConfigError, allowed_names
-from stablefield.data import silent, split
-from stablefield.evaluate.plots import plot_floor
-from stablefield.files import write_text
-from stablefield.floor import ByNoise, Probes, SquaredError
-from stablefield.pool import Pool
-from stablefield.run import TrainedRun, open_run, training_data
-from stablefield.studies.floor import FloorReport, cached_floor, loss_of_linear_denoiser
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
+from stablefield.kinds import ConfigError
 
 __all__ = ["floor"]
 
@@ -55,6 +44,18 @@ def floor(
     device: Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')] = "auto",
 ) -> None:
     """Measure what a training loss cannot go below on these data, and how far a run is above it."""
+    from stablefield.build import choose_device
+    from stablefield.checkpoint import finite
+    from stablefield.cli.field_command import aligned
+    from stablefield.cli.loss_floor import default_targets, training_pool
+    from stablefield.cli.variance import configured
+    from stablefield.config import allowed_names
+    from stablefield.evaluate.plots import plot_floor
+    from stablefield.files import write_text
+    from stablefield.floor import ByNoise, Probes, SquaredError
+    from stablefield.run import open_run
+    from stablefield.studies.floor import FloorReport, cached_floor, loss_of_linear_denoiser
+
     if run and (
         given := [name for name, value in {"DATA": source, "--config": config, "--set": set_}.items() if value]
     ):
@@ -62,9 +63,9 @@ def floor(
     allowed = allowed_names(set_ or [], allow)
     trained = open_run(run, weights=weights, device=device, allow=allowed) if run else None
     training = trained.config if trained else configured(source, kind, config, set_ or [], allowed, command="floor")
-    pool = _pool(training, trained)
+    pool = training_pool(training, trained)
     loss = SquaredError(training.make("process"), training.make("times"), weight=training.make("weight"))
-    names = targets.split(",") if targets else _default_targets(training, pool)
+    names = targets.split(",") if targets else default_targets(training, pool)
     print(f"data      {training.make('data')!r}: {len(pool):,} data points of shape {pool.shape}")
     print(f"loss      {loss.process}, times {loss.times}, weight {loss.weight}; mean over the dimensions")
     label_dropout, chosen = training.training.label_dropout, choose_device(device)
@@ -101,23 +102,3 @@ def floor(
     record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
     write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")
     print(f"written   {out}/floor.png, floor.json")
-
-
-def _pool(config: Config, trained: TrainedRun | None) -> Pool:
-    """The data that are trained on."""
-    source = config.make("data")
-    with progress_bar("decoding") as progress:
-        way_out = "put the run's data back, or measure the floor of other data with stablefield floor DATA"
-        data = training_data(trained, silent, way_out=way_out) if trained else source.load(progress)
-    conditional = config.training.conditional
-    if conditional and data.labels is None:
-        raise ConfigError("training.conditional=true needs labels, and the data have none; set it to false")
-    pool, _ = split(data if conditional else replace(data, labels=None), source.holdout)
-    augmented: Pool = config.make("augmentation").augment_pool(pool)
-    return augmented
-
-
-def _default_targets(config: Config, pool: Pool) -> list[str]:
-    """DSM, and the target of the settings if it is a stable target."""
-    section = config["target"]
-    return ["dsm", f"stf:{min(section['size'], len(pool))}"] if section["kind"] == "stf" else ["dsm"]
