@@ -3,8 +3,10 @@
 `app` is the Typer application with all commands; `main` runs it and prints the user's mistakes as one line.
 """
 
+import faulthandler
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -21,6 +23,7 @@ from stablefield.cli import (
     sample_command,
     train_command,
 )
+from stablefield.data import printable
 
 __all__ = ["app", "main"]
 
@@ -70,10 +73,13 @@ app.add_typer(data_command.data, name="data")
 
 def main() -> None:
     """Run the command of `sys.argv`; print an error that the user can fix as one line instead of a traceback."""
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):  # if there is no terminal or log to write to
+        faulthandler.enable()  # a mapped file that becomes shorter ends in a message that says where it was used
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # child processes import no modules from the current folder
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        shown = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
+        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{shown}", file=sys.stderr)
         raise SystemExit(1) from None
