@@ -288,8 +288,8 @@ def test_the_ideal_denoiser_has_no_excess_and_training_data_are_copies(finished)
     experiment, out = finished
     worker, parts = Worker(out), build(experiment.configure(experiment.arms[0], 0))
     evaluator = worker.evaluator(experiment.arms[0], parts)
-    assert evaluator._excess(IdealDenoiser(parts.pool, VE())) < 1e-10
-    assert evaluator._excess(parts.denoiser.eval()) > 1e-3
+    assert evaluator.probes.excess(IdealDenoiser(parts.pool, VE())).value < 1e-10
+    assert evaluator.probes.excess(parts.denoiser.eval()).value > 1e-3
     x = parts.pool.take(torch.arange(12))
     assert evaluator.reference.copies(x)["copies"] == 1
     own = evaluator.reference.distances(parts.pool.take(torch.arange(len(parts.pool))))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from data_files import edm_files, make_zip, noise
 
+import stablefield.files
 from stablefield.data import (
     IDX,
     Arrays,
@@ -251,10 +252,10 @@ def test_ranks_that_start_together_decode_the_data_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("when", ["before the first block", "before the last rename"])
 def test_without_locks_the_first_store_is_used_and_no_rank_fails(when, cache, monkeypatch):
     pool = pool_of(5, 2)
-    monkeypatch.setattr(stores, "exclusive_lock", lambda path: nullcontext())
+    monkeypatch.setattr(stablefield.files, "exclusive_lock", lambda path: nullcontext())
 
     def other_rank():
-        stores.cached("recipe", lambda: Contents.from_pool(pool), source="a test")
+        stores.cached_pool("recipe", lambda: Contents.from_pool(pool), source="a test")
 
     def contents():
         def blocks():
@@ -267,7 +268,7 @@ def test_without_locks_the_first_store_is_used_and_no_rank_fails(when, cache, mo
             other_rank()
         return Contents(len(pool), blocks, pool.labels.numpy())
 
-    assert same(stores.cached("recipe", contents, source="a test"), pool)
+    assert same(stores.cached_pool("recipe", contents, source="a test"), pool)
     assert len([place for place in cache.iterdir() if place.is_dir()]) == 1
 
 

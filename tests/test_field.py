@@ -13,6 +13,7 @@ from stablefield import VE, VP, Pool, STFTarget, SubVP, posterior
 from stablefield.cli import app
 from stablefield.config import override, resolve
 from stablefield.data import DataSummary, Digits
+from stablefield.floor.weights import stable_means
 from stablefield.objective import EDMWeight
 from stablefield.seeding import generator
 from stablefield.studies.field import (
@@ -57,7 +58,7 @@ def test_weights_over_all_data_give_the_targets_of_the_kernel(size, sigma):
     y = x[:20] + sigma * torch.randn(20, 4, generator=g, dtype=torch.float64)
     drawn, source = torch.randperm(60, generator=g)[:size], torch.randint(60, (20,), generator=g)
     log_w = torch.log_softmax(-(y[:, None] - x).square().sum(2) / (2 * sigma**2), 1)
-    with_source, without = measure._targets(log_w, x[drawn], drawn, [(source, x[source])])
+    with_source, without = stable_means(log_w, x[drawn], drawn, [(source, x[source])])
     for b in range(20):
         others = drawn[:-1] if source[b] not in drawn[:-1] else drawn[drawn != source[b]]
         expected = posterior(y[b : b + 1], x[others], sigma=sigma, source=x[source[b : b + 1]]).mean

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from stablefield import checkpoint
+from stablefield import checkpoint, files
 from stablefield.build import build
 from stablefield.checkpoint import CheckpointError, read
 from stablefield.cli import app
@@ -152,13 +152,13 @@ class Killed(BaseException):
 class LimitedCalls:
     """Replaces the system calls of a save, and raises `Killed` instead of the n-th and all later ones."""
 
-    calls = ("replace", "rename", "link", "unlink", "fsync", "chmod", "mkdir")
+    calls = ("open", "replace", "rename", "link", "unlink", "fsync", "mkdir")
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
         self.left = limit
         for name in self.calls:
             monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-        monkeypatch.setattr(checkpoint, "save_file", self._counted(checkpoint.save_file))
+        monkeypatch.setattr(checkpoint, "write_tensors", self._counted(checkpoint.write_tensors))
 
     def _counted(self, call: Callable) -> Callable:
         def counted(*arguments, **options):
@@ -478,7 +478,7 @@ def test_a_disk_that_fills_up_during_a_run_leaves_the_last_checkpoint(tmp_path, 
 
     def on_step(images: int, metrics: object) -> None:
         if images == 96:
-            monkeypatch.setattr(checkpoint, "save_file", full)
+            monkeypatch.setattr(files, "sync", full)
 
     with pytest.raises(OSError, match=r"could not write .*checkpoint.safetensors .*No space left.* untouched"):
         trained(tmp_path, on_step=on_step)

@@ -1,6 +1,7 @@
 """Laws of processes, distributions of t and prediction types."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -412,3 +413,15 @@ def test_without_noise_the_epsilon_target_is_the_noise_and_the_score_is_refused(
         stable_target(noisy, x, process, prediction_type="score")
     with pytest.raises(ValueError, match="'epsilon' has no target at t = 0"):
         stable_target(noisy, x + 1, process, prediction_type="epsilon")
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("name", ["label", "index", "image_number"])
+def test_batches_with_and_without_a_field_are_not_concatenated(name: str, order: list[int]) -> None:
+    x, noise = states(2)
+    batch = VE().perturb(x, torch.ones(2, dtype=torch.float64), noise)
+    other = replace(batch, **{name: torch.arange(2)})
+    with pytest.raises(ValueError, match=f"with and without {name}: 1 of 2 have none"):
+        NoisyBatch.concatenate([(batch, other)[k] for k in order])
+    assert torch.equal(getattr(NoisyBatch.concatenate([other, other]), name), torch.tensor([0, 1, 0, 1]))
+    assert getattr(NoisyBatch.concatenate([batch, batch]), name) is None

@@ -4,15 +4,11 @@ A file is written beside its place, flushed to the disk and then renamed, so tha
 the new one, complete. A checksum over the whole content is stored in the file and compared when it is read.
 """
 
-import errno
 import hashlib
 import json
-import os
 import re
-import secrets
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -20,26 +16,40 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from stablefield.files import atomic_path
 
 __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "Checkpoint",
     "CheckpointError",
-    "atomic_path",
     "checksum",
-    "create_text",
     "finite",
     "other_version",
     "read",
     "save",
-    "write_text_atomically",
+    "write_tensors",
 ]
 
 FORMAT_VERSION = 2  # of checkpoints and of the configurations in them and beside them
 FORMAT = f"stablefield/{FORMAT_VERSION}"
+_SAFETENSORS_TYPES = {
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
 
 class CheckpointError(ValueError):
@@ -75,36 +85,38 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any]
     Raises:
         OSError: the disk is full or not writable; the previous file is untouched.
     """
-    # cloned: safetensors refuses tensors that share memory, as tied weights do
-    cloned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "config": json.dumps(config), "images": str(images)}
-    metadata["checksum"] = checksum(cloned, metadata)
-    with atomic_path(path) as temporary:
-        save_file(cloned, temporary, metadata)
+    metadata["checksum"] = checksum(tensors, metadata)
+    write_tensors(path, tensors, metadata)
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Context with a temporary path to write to, which is renamed to `path` at the end if nothing failed.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors as safetensors, replacing the file that was there.
 
     Args:
-        path: the file to write or replace.
+        path: the file.
+        tensors: the tensors by name, on any device; they may share memory.
+        metadata: strings that are stored with them.
 
     Raises:
-        OSError: the file could not be written; the previous file is untouched.
+        ValueError: a tensor has a type that safetensors does not know.
+        OSError: the disk is full or not writable; the previous file is untouched.
     """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes its files readable by their owner only
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {path} ({error}); what was there before is untouched") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    # readers want each tensor to begin at a multiple of its element's size
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        if (kind := _SAFETENSORS_TYPES.get(tensor.dtype)) is None:
+            raise ValueError(f"cannot save {name}: safetensors files hold no {tensor.dtype}")
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_octets(tensors[name]))
 
 
 def finite(value: Any) -> Any:
@@ -118,69 +130,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not isfinite(value) else value
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a text (UTF-8), replacing the file that was there.
-
-    Args:
-        path: the file.
-        text: its new content.
-
-    Raises:
-        OSError: the file could not be written; the previous file is untouched.
-    """
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def create_text(path: Path, text: str) -> None:
-    """Write a text (UTF-8) to a new file, which appears complete; if several processes try at once, one succeeds.
-
-    Args:
-        path: the file, which must not exist.
-        text: its content.
-
-    Raises:
-        FileExistsError: the file exists.
-        OSError: the file could not be written, and does not exist.
-    """
-    # a name of its own for each writer: two machines may share the folder and the number of a process
-    temporary = path.with_name(f".{os.getpid()}{secrets.randbelow(10**12):012d}.{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        _rename_to_new(temporary, path)
-        _sync_folder(path.parent)
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise OSError(f"could not write {path} ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _rename_to_new(file: Path, name: Path) -> None:
-    """Give a file a name that does not exist yet: with a hard link, or behind a lock where there are no hard links."""
-    try:
-        os.link(file, name)
-        return
-    except FileExistsError:
-        raise
-    except OSError:
-        pass  # the file system has no hard links, or another error that will occur again below
-    lock = name.with_name(f".{name.name}.lock")
-    try:
-        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        raise OSError(f"another process is writing it; if none is, remove {lock}") from None
-    try:
-        if name.exists():
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(name))
-        file.replace(name)
-    finally:
-        lock.unlink(missing_ok=True)
 
 
 def read(path: Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -268,23 +217,11 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(_octets(tensors[name]))
     return digest.hexdigest()
 
 
-def _umask() -> int:
-    # it can only be read by setting it
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    # a rename is on the disk only once its folder is
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _octets(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in the order of its elements."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

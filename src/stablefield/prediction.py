@@ -18,8 +18,6 @@ not determine x0 where alpha = 0, and x0 does not determine epsilon where sigma 
 The names that diffusers uses are accepted too: `sample` is x0, `v_prediction` is v and `flow_prediction` is velocity.
 """
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -30,47 +28,20 @@ __all__ = [
     "DIFFUSERS_PREDICTION_TYPES",
     "PREDICTION_TYPES",
     "Coefficients",
+    "Rates",
     "canonical_prediction_type",
     "coefficients",
+    "coefficients_of",
     "convert",
+    "mixture",
     "stable_target",
 ]
 
 Coefficients = tuple[Tensor, Tensor, Tensor]  # (a, b, c) of a y = b x_t + c x0
+Rates = tuple[Tensor, Tensor]  # (d alpha / dt, d sigma / dt)
 
 
-def _x0(process: Process, t: Tensor) -> Coefficients:
-    return torch.ones_like(t), torch.zeros_like(t), torch.ones_like(t)
-
-
-def _epsilon(process: Process, t: Tensor) -> Coefficients:
-    alpha, sigma = process.scales(t)
-    return sigma, torch.ones_like(t), -alpha
-
-
-def _score(process: Process, t: Tensor) -> Coefficients:
-    alpha, sigma = process.scales(t)
-    return sigma**2, -torch.ones_like(t), alpha
-
-
-def _velocity(process: Process, t: Tensor) -> Coefficients:
-    (alpha, sigma), (d_alpha, d_sigma) = process.scales(t), process.rates(t)
-    return sigma, d_sigma, sigma * d_alpha - alpha * d_sigma
-
-
-def _v(process: Process, t: Tensor) -> Coefficients:
-    alpha, sigma = process.scales(t)
-    return sigma, alpha, -(alpha**2 + sigma**2)
-
-
-_COEFFICIENTS: dict[str, Callable[[Process, Tensor], Coefficients]] = {
-    "x0": _x0,
-    "epsilon": _epsilon,
-    "score": _score,
-    "velocity": _velocity,
-    "v": _v,
-}
-PREDICTION_TYPES = tuple(_COEFFICIENTS)
+PREDICTION_TYPES = ("x0", "epsilon", "score", "velocity", "v")
 DIFFUSERS_PREDICTION_TYPES = {"sample": "x0", "v_prediction": "v", "flow_prediction": "velocity"}
 
 
@@ -104,7 +75,52 @@ def coefficients(prediction_type: str, process: Process, t: Float[Tensor, "*S"])
     Raises:
         ValueError: the prediction type is unknown.
     """
-    return _COEFFICIENTS[canonical_prediction_type(prediction_type)](process, t)
+    prediction_type = canonical_prediction_type(prediction_type)
+    rates = process.rates(t) if prediction_type == "velocity" else None
+    return coefficients_of(prediction_type, *process.scales(t), rates)
+
+
+def coefficients_of(
+    prediction_type: str, alpha: Float[Tensor, "*S"], sigma: Float[Tensor, "*S"], rates: Rates | None = None
+) -> Coefficients:
+    """The coefficients (a, b, c) of a y = b x_t + c x0, from alpha and sigma.
+
+    Args:
+        prediction_type: the quantity y, one of `PREDICTION_TYPES`.
+        alpha: scale of the data in x_t.
+        sigma: noise level.
+        rates: derivatives of alpha and sigma with respect to t; only a velocity needs them.
+    """
+    p, q, r = mixture(prediction_type, alpha, sigma, rates)
+    if prediction_type == "x0":  # also where sigma = 0
+        return r, q, p
+    return sigma * r, q, sigma * p - alpha * q
+
+
+def mixture(
+    prediction_type: str, alpha: Float[Tensor, "*S"], sigma: Float[Tensor, "*S"], rates: Rates | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The coefficients (p, q, r) of r y = p x0 + q noise.
+
+    Args:
+        prediction_type: the quantity y, one of `PREDICTION_TYPES`.
+        alpha: scale of the data in x_t.
+        sigma: noise level.
+        rates: derivatives of alpha and sigma with respect to t; only a velocity needs them.
+    """
+    zero, one = torch.zeros_like(sigma), torch.ones_like(sigma)
+    match prediction_type:
+        case "x0":
+            return one, zero, one
+        case "epsilon":
+            return zero, one, one
+        case "score":
+            return zero, -one, sigma
+        case "v":
+            return -sigma, alpha, one
+        case _:
+            assert rates is not None
+            return *rates, one
 
 
 def convert(
@@ -181,16 +197,10 @@ def stable_target(
 
 def _dsm_target(noisy: NoisyBatch, process: Process, prediction_type: str) -> Tensor:
     """The prediction whose x0 is the source."""
-    alpha, sigma = per_example(noisy.alpha, noisy.x), per_example(noisy.sigma, noisy.x)
-    match prediction_type:
-        case "x0":
-            return noisy.x
-        case "epsilon":
-            return noisy.noise
-        case "score":
-            return -noisy.noise / sigma
-        case "v":
-            return alpha * noisy.noise - sigma * noisy.x
-        case _:
-            d_alpha, d_sigma = (per_example(rate, noisy.x) for rate in process.rates(noisy.t))
-            return d_alpha * noisy.x + d_sigma * noisy.noise
+    if prediction_type == "x0":
+        return noisy.x
+    if prediction_type == "epsilon":
+        return noisy.noise
+    rates = process.rates(noisy.t) if prediction_type == "velocity" else None
+    p, q, r = (per_example(k, noisy.x) for k in mixture(prediction_type, noisy.alpha, noisy.sigma, rates))
+    return (p * noisy.x + q * noisy.noise) / r

@@ -72,13 +72,22 @@ class BatchRecord:
 
         Args:
             records: at least one; a field that is None in one of them must be None in all.
+
+        Raises:
+            ValueError: a field is None in some of them only.
         """
         if len(records) == 1:
             return records[0]
         joined: dict[str, Any] = {}
         for name in (field.name for field in fields(cls)):
             values = [getattr(record, name) for record in records]
-            joined[name] = None if all(value is None for value in values) else torch.cat(values)
+            missing = [value is None for value in values]
+            if any(missing) and not all(missing):
+                raise ValueError(
+                    f"cannot concatenate batches with and without {name}: {sum(missing)} of {len(records)} have none; "
+                    f"give {name} to all of them or to none"
+                )
+            joined[name] = None if all(missing) else torch.cat(values)
         return cls(**joined)
 
 

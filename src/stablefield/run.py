@@ -9,7 +9,6 @@ runs/digits/config.toml               the resolved configuration
 """
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any
 import torch
 
 from stablefield.build import build_denoiser, choose_device
-from stablefield.checkpoint import Checkpoint, CheckpointError, create_text, finite, read, write_text_atomically
+from stablefield.checkpoint import Checkpoint, CheckpointError, finite, read
 from stablefield.config import Allowed, Config, ConfigError, resolve
 from stablefield.data import Progress, content_hash, silent
 from stablefield.denoise import Denoiser
+from stablefield.files import append, sweep, write_text
 from stablefield.pool import Pool, Values, values_of
 
 __all__ = [
@@ -117,11 +117,7 @@ class RunFolder:
         Raises:
             OSError: the disk is full or not writable.
         """
-        try:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps(finite(line)) + "\n")
-        except OSError as error:
-            raise OSError(f"could not write {self.metrics} ({error})") from error
+        append(self.metrics, json.dumps(finite(line)) + "\n")
 
     def claim(self, config: Config) -> None:
         """Begin a run in this folder by writing its config.toml; if several processes try at once, one succeeds.
@@ -133,10 +129,9 @@ class RunFolder:
             ConfigError: the folder holds a run already.
             OSError: the disk is full or not writable; no run was begun.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         self.refuse_if_occupied()
         try:
-            create_text(self.config, config.toml())
+            write_text(self.config, config.toml(), new=True)
         except FileExistsError:
             self.refuse_if_occupied()
             raise
@@ -164,17 +159,14 @@ class RunFolder:
         kept = (line for line in self.history() if round(line["progress/kimg"] * 1000) <= images)
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if self.metrics.exists():
-            write_text_atomically(self.metrics, text)
+            write_text(self.metrics, text)
         for sheet in self.sheets.glob("[0-9]*.png"):
             if int(sheet.stem) > images:
                 sheet.unlink()
 
     def sweep(self) -> None:
         """Remove temporary files of a process that was killed while it wrote them."""
-        for place in (self.path, self.path / "checkpoints", self.sheets):
-            for file in place.glob(".*"):
-                if re.fullmatch(r"\.\d+\.(config\.toml|metrics\.jsonl|\d+\.png|\w+\.safetensors)", file.name):
-                    file.unlink(missing_ok=True)
+        sweep(self.path, self.path / "checkpoints", self.sheets, self.tensorboard)
 
 
 def _is_readable(path: Path) -> bool:

@@ -18,6 +18,7 @@ from stablefield.config import Config, override, resolve
 from stablefield.evaluate import Statistics, cached_classifier, frechet_distance
 from stablefield.evaluate.images import save_sheet
 from stablefield.evaluate.plots import plot_loss
+from stablefield.files import write_text
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, open_run
 from stablefield.seeding import generator
@@ -51,7 +52,7 @@ def demo(
     x = _sample(folder, config, samples)
     save_sheet(sheet, x[:100])
     scores = _score(components.data, x.float())
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     _plot_variance(variance, components.data, config)
     print(
         f"Frechet distance of {samples} samples to the digits: {scores['samples']:.2f} "

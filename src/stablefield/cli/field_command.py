@@ -12,11 +12,12 @@ import torch
 import typer
 
 from stablefield.build import choose_device
-from stablefield.checkpoint import finite, write_text_atomically
+from stablefield.checkpoint import finite
 from stablefield.cli.data_command import progress_bar
 from stablefield.cli.train_command import Allow
 from stablefield.config import Allowed, Config, ConfigError, allowed_names, overlay, override, read_toml, resolve
 from stablefield.data import Store, content_hash, guess_kind, split
+from stablefield.files import sweep, write_text
 from stablefield.pool import Pool
 from stablefield.process import Process
 from stablefield.run import RunFolder, fingerprint, refuse_other_data
@@ -124,6 +125,7 @@ def field(
         f" seed {seed}"
     )
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     with progress_bar("measuring") as progress:
         measured = measure_field(
             pool,
@@ -274,6 +276,7 @@ def _two_gaussians(
     population = TwoGaussians()
     sigma = _log_spaced(low, high, count)
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     with progress_bar("measuring") as progress:
         study = study_gaussians(
             population, sigma, sizes=sizes, examples=examples, draws=draws, seed=seed, progress=progress
@@ -308,4 +311,4 @@ def _write(out: Path, metadata: Mapping[str, Any], records: Iterable[Mapping[str
     records = list(records)
     write_csv(out / "field.csv", records)
     text = json.dumps({"stablefield": version("stablefield"), **metadata, "records": finite(records)}, indent=1)
-    write_text_atomically(out / "field.json", text + "\n")
+    write_text(out / "field.json", text + "\n")

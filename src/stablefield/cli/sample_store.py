@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.checkpoint import atomic_path, write_text_atomically
 from stablefield.config import ConfigError
 from stablefield.evaluate.images import read_image, save_image, save_sheet, to_bytes
+from stablefield.files import append, atomic_path, sweep, write_text
 from stablefield.sample import Samples
 
 __all__ = ["SampleStore"]
@@ -69,6 +69,7 @@ class SampleStore:
             raise ConfigError(f"--out {out}: images are written to a folder of PNG files, or to a file.npz")
         store = cls.at(out, images)
         store.folder.mkdir(parents=True, exist_ok=True)
+        sweep(store.out.parent, store.folder, *store.folder.glob("[0-9]*"))
         if store.identity_file.exists():
             if store.identity() != identity:
                 raise ConfigError(
@@ -77,7 +78,7 @@ class SampleStore:
         elif any(store.folder.iterdir()) or (not store.png and store.out.exists()):
             raise ConfigError(f"{store.out} exists and was not written by this command; choose another --out")
         else:
-            write_text_atomically(store.identity_file, json.dumps(identity))
+            write_text(store.identity_file, json.dumps(identity))
         return store
 
     @property
@@ -130,11 +131,9 @@ class SampleStore:
             seeds: seed of each sample.
             samples: the samples.
         """
-        with (self.folder / "evaluations.txt").open("a") as file:
-            file.write(f"{samples.evaluations}\n")
+        append(self.folder / "evaluations.txt", f"{samples.evaluations}\n")
         for i, seed in enumerate(seeds):
             path = self.path(seed)
-            path.parent.mkdir(exist_ok=True)
             x = samples.x[i].cpu()
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 if self.png:

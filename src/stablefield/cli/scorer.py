@@ -32,6 +32,7 @@ from stablefield.evaluate import (
 )
 from stablefield.evaluate.images import save_sheet
 from stablefield.evaluate.metrics import MAX_PAIRED
+from stablefield.files import append, sweep
 from stablefield.kernel.accumulator import float64_device
 from stablefield.pool import Pool, draw_without_replacement
 from stablefield.seeding import format_seeds, generator
@@ -229,8 +230,8 @@ class Scorer:
             "notes": list(notes),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        sweep(self.path.parent)
+        append(self.path, json.dumps(line) + "\n")
         print("\n" + "\n".join([title, *map(_table_row, scores, scores.values()), *map(_note, notes)]))
 
     def _save_pairs(self, keys: Sequence[int], near: NearestMatches, pool: Pool) -> None:

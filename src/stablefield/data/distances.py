@@ -6,6 +6,7 @@ file of other data, of another version, or damaged is replaced.
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from stablefield.checkpoint import CheckpointError, read, save
 from stablefield.data.contents import Progress, content_hash, silent
-from stablefield.data.store import cache_folder, exclusive_lock
+from stablefield.files import cached
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.targets.isolation import nearest_distances
 
@@ -44,19 +45,19 @@ class NeighbourDistances:
         """
         data_hash = self.data_hash
         metadata = {"kind": "neighbours 1", "data": data_hash, "label": label, "k": self.k}
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{data_hash[:32]}-neighbours-{label}.safetensors"
-        with exclusive_lock(file.with_suffix(".lock")):  # only one of several ranks measures
+
+        def find(path: Path) -> Tensor | None:
             try:
-                checkpoint = read(file)
-                if checkpoint.config == metadata:
-                    return checkpoint.tensors["distances"]
+                checkpoint = read(path)
             except CheckpointError:
-                pass
+                return None
+            return checkpoint.tensors["distances"] if checkpoint.config == metadata else None
+
+        def make(path: Path) -> None:
             distances = nearest_distances(self.pool, label, k=self.k, device=self.device, progress=self.progress)
-            save(file, {"distances": distances}, config=metadata, images=0)
-        return distances
+            save(path, {"distances": distances}, config=metadata, images=0)
+
+        return cached(f"{data_hash[:32]}-neighbours-{label}.safetensors", find, make)
 
     def prepare(self, *, null_label: bool = False) -> "NeighbourDistances":
         """Measure the distances that training needs: within each class, or among all data without labels.

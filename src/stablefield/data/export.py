@@ -5,8 +5,6 @@ The files are complete or absent, as stores are, and equal data give equal bytes
 
 import io
 import json
-import os
-import secrets
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.decode import Pixels
 from stablefield.data.images import to_pil
 from stablefield.data.store import refuse_existing
+from stablefield.files import atomic_path, sweep
 
 __all__ = ["write_npz", "write_zip"]
 
@@ -42,7 +41,7 @@ def write_zip(path: Path, contents: Contents, *, progress: Progress = silent) ->
             f"a ZIP file can only contain images with 256 levels, not {contents.num_levels}; {_ALTERNATIVE}"
         )
     names: list[str] = []
-    with _atomic_file(path) as file, zipfile.ZipFile(file, "w") as archive:
+    with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
         for block in contents.blocks():
             if block.dtype == np.uint8 and contents.values == "float":
                 raise ValueError(
@@ -80,7 +79,7 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
         arrays["labels"] = contents.labels
     if contents.classes:
         arrays["classes"] = np.array(contents.classes)
-    with _atomic_file(path) as file:
+    with _new_file(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy assumes that numpy's own flag may be among the names
 
 
@@ -106,16 +105,9 @@ def _labels_json(names: list[str], contents: Contents) -> str:
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
+def _new_file(path: Path) -> Iterator[BinaryIO]:
     """New file that appears at its path when it is complete."""
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    sweep(path.parent)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file

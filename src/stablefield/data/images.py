@@ -15,7 +15,7 @@ from stablefield.data.contents import Contents, Progress, silent, slices
 from stablefield.data.decode import Mode, Pixels, Preprocessing, Transform, decode, parse_size
 from stablefield.data.files import list_images, open_files
 from stablefield.data.sources import Source
-from stablefield.data.store import cached
+from stablefield.data.store import cached_pool
 from stablefield.pool import Pool
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ImageSource(Source):
         if self.values is None:
             del options["values"]
         recipe = json.dumps([type(self).__name__, options, self.fingerprint()], default=str)
-        return cached(recipe, self.contents, source=repr(self), progress=progress)
+        return cached_pool(recipe, self.contents, source=repr(self), progress=progress)
 
     @abstractmethod
     def fingerprint(self) -> str:

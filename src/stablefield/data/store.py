@@ -11,16 +11,11 @@ that are used directly from a ZIP file or a folder are decoded into such a store
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +23,10 @@ from typing_extensions import override
 
 from stablefield.data.contents import Contents, Progress, begin_hash, content_hash, end_hash, silent
 from stablefield.data.sources import Source, as_tensor, map_array
+from stablefield.files import atomic_folder, cached, sweep
 from stablefield.pool import Pool
 
-if sys.platform != "win32":
-    import fcntl
-
-__all__ = ["FORMAT", "Store", "cache_folder", "cached", "exclusive_lock", "refuse_existing", "write_store"]
+__all__ = ["FORMAT", "Store", "cached_pool", "refuse_existing", "write_store"]
 
 FORMAT = "stablefield store 2"
 
@@ -135,18 +128,10 @@ def write_store(path: Path, contents: Contents, *, source: str, progress: Progre
         OSError: the disk is full or cannot be written; nothing is left behind.
     """
     refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    temporary.mkdir()
-    try:
+    sweep(path.parent)
+    with atomic_folder(path) as temporary:
         metadata = _fill(temporary, contents, progress) | {"source": source}
-        with _synced(temporary / "store.json") as file:
-            file.write(json.dumps(metadata, indent=2).encode())
-        _sync_folder(temporary)
-        temporary.rename(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(path.parent)
+        (temporary / "store.json").write_text(json.dumps(metadata, indent=2))
     return Store(path)
 
 
@@ -163,7 +148,7 @@ def refuse_existing(path: Path) -> None:
         raise ValueError(f"{path} exists already; choose another path, or remove it")
 
 
-def cached(recipe: str, contents: Callable[[], Contents], *, source: str, progress: Progress = silent) -> Pool:
+def cached_pool(recipe: str, contents: Callable[[], Contents], *, source: str, progress: Progress = silent) -> Pool:
     """Data from a store in the cache; they are decoded into it first if there is none.
 
     Args:
@@ -175,48 +160,17 @@ def cached(recipe: str, contents: Callable[[], Contents], *, source: str, progre
     Raises:
         ValueError: the source or the store in the cache is damaged.
     """
-    key = hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32]
-    folder = cache_folder()
-    if not (folder / key).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive_lock(folder / f"{key}.lock"):
-            _decode_into(folder / key, contents, source, progress)
-    try:
-        return Store(folder / key).load()
-    except ValueError as error:
-        raise ValueError(f"{error} (in the cache; remove {folder / key} to decode the data again)") from None
 
+    def find(path: Path) -> Pool | None:
+        try:
+            return Store(path).load() if path.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{error} (in the cache; remove {path} to decode the data again)") from None
 
-def cache_folder() -> Path:
-    """The folder of the cache: the environment variable `STABLEFIELD_CACHE`, or `~/.cache/stablefield`."""
-    return Path(os.environ.get("STABLEFIELD_CACHE") or Path.home() / ".cache" / "stablefield")
-
-
-@contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
-    """Context that one process at a time can enter, so that only one of several ranks decodes.
-
-    Where the file system has no locks, all of them enter, and the atomic renaming decides which result is used.
-
-    Args:
-        path: the lock file, created if it does not exist.
-    """
-    with path.open("a") as file:
-        if sys.platform != "win32":
-            with suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _decode_into(path: Path, contents: Callable[[], Contents], source: str, progress: Progress) -> None:
-    """Write a store, unless another process has written it."""
-    if path.exists():  # another process wrote it while this one waited for the lock
-        return
-    try:
+    def make(path: Path) -> None:
         write_store(path, contents(), source=source, progress=progress)
-    except (OSError, ValueError):
-        if not path.exists():  # without locks, another process may have been faster, and its store holds the same data
-            raise
+
+    return cached(hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32], find, make)
 
 
 def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any]:
@@ -225,7 +179,7 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
     first = next(blocks)
     shape, done = (contents.count, *first.shape[1:]), 0
     digest = begin_hash(first.dtype, shape, contents.num_levels)
-    with _synced(folder / "data.npy") as file:
+    with (folder / "data.npy").open("xb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for block in chain([first], blocks):
@@ -237,7 +191,7 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
             progress(done, contents.count)
     assert done == contents.count
     if contents.labels is not None:
-        with _synced(folder / "labels.npy") as file:
+        with (folder / "labels.npy").open("xb") as file:
             np.save(file, contents.labels.astype(np.int64))
     return {
         "format": FORMAT,
@@ -261,21 +215,3 @@ def _checked(block: np.ndarray, first: np.ndarray) -> np.ndarray:
     if block.dtype.kind == "f" and not np.isfinite(block).all():
         raise ValueError("data contains values that are not finite")
     return block
-
-
-@contextmanager
-def _synced(path: Path) -> Iterator[BinaryIO]:
-    """New file that is flushed to the disk before it is closed."""
-    with path.open("xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # some systems cannot flush folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

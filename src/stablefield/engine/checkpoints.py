@@ -14,12 +14,12 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from stablefield.build import Components
-from stablefield.checkpoint import atomic_path, save
+from stablefield.checkpoint import save
 from stablefield.config import (
     CHECKSUM_LINE,
     Allowed,
@@ -33,12 +33,8 @@ from stablefield.config import (
 )
 from stablefield.distributed import Ranks
 from stablefield.engine.state import TrainState
+from stablefield.files import atomic_path, exclusive_lock
 from stablefield.run import RunFolder, describe, fingerprint, refuse_other_data
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 __all__ = [
     "RESUMABLE_KEYS",
@@ -218,24 +214,13 @@ def locked(folder: RunFolder) -> Iterator[None]:
         ConfigError: another process is training in the folder.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
-    descriptor = None if fcntl is None else os.open(folder.path, os.O_RDONLY)
-    try:
-        if descriptor is not None:
-            _lock(descriptor, folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive_lock(folder.path, wait=False))
+        except BlockingIOError:
+            raise ConfigError(f"another process is training in {folder.path}") from None
         folder.sweep()
         yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: RunFolder) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"another process is training in {folder.path}") from None
-    except OSError:
-        pass  # the file system has no locks
 
 
 class CheckpointManager:
@@ -328,8 +313,8 @@ class CheckpointManager:
 
 def _add_name(file: Path, name: Path) -> None:
     """Give a file a second name, replacing what has it; a copy on file systems without hard links."""
-    name.parent.mkdir(exist_ok=True)
     with atomic_path(name) as beside:
+        beside.unlink()
         try:
             os.link(file, beside)
         except OSError:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from stablefield.build import Components, build_sampler
-from stablefield.checkpoint import write_text_atomically
 from stablefield.config import Config, Training
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
@@ -25,6 +24,7 @@ from stablefield.engine.loop import Optimization, StepReport, train
 from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
 from stablefield.engine.state import TrainState
 from stablefield.engine.tensorboard import TensorBoardWriter, samples
+from stablefield.files import write_text
 from stablefield.run import RunFolder
 
 __all__ = [
@@ -167,7 +167,7 @@ class _Fit:
 
         config.toml comes first: a run that is stopped before its checkpoint resumes with it (see `latest_config`).
         """
-        write_text_atomically(self.folder.config, self.config.toml())
+        write_text(self.folder.config, self.config.toml())
         self.folder.rewind(self.state.images)
         self.checkpoints.save(self.state)
 

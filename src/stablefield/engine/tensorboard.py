@@ -1,5 +1,6 @@
 """Samples from the same seeds throughout a run, and TensorBoard events."""
 
+import io
 import os
 import socket
 import time
@@ -11,10 +12,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from stablefield.checkpoint import atomic_path
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
 from stablefield.evaluate.images import save_sheet
+from stablefield.files import append
 from stablefield.run import RunFolder
 from stablefield.sample import Sampler
 
@@ -91,10 +92,8 @@ class TensorBoardWriter:
         Raises:
             OSError: the disk is full or cannot be written.
         """
-        self.folder.sheets.mkdir(exist_ok=True)
         path = self.folder.sheets / f"{images:09d}.png"
-        with atomic_path(path) as beside:
-            save_sheet(beside, x)
+        save_sheet(path, x)
         width, height = Image.open(path).size
         image = self.summary.Image(
             height=height, width=width, colorspace=x.shape[1], encoded_image_string=path.read_bytes()
@@ -103,9 +102,6 @@ class TensorBoardWriter:
 
     def _write(self, **fields: Any) -> None:
         """Append an event with these fields to the file."""
-        event = self.event.Event(wall_time=time.time(), **fields)
-        try:
-            with self.path.open("ab") as file:
-                self.record_writer(file).write(event.SerializeToString())
-        except OSError as error:
-            raise OSError(f"could not write {self.path} ({error})") from error
+        record = io.BytesIO()
+        self.record_writer(record).write(self.event.Event(wall_time=time.time(), **fields).SerializeToString())
+        append(self.path, record.getvalue())

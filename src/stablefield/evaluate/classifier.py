@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
-from stablefield.checkpoint import atomic_path, checksum
+from stablefield.checkpoint import checksum, write_tensors
 from stablefield.data import Progress, ShuffledBatches, content_hash, silent
-from stablefield.data.store import cache_folder
 from stablefield.evaluate.features import Features
+from stablefield.files import cache_folder, cached
 from stablefield.pool import Pool
 from stablefield.seeding import derive, generator
 
@@ -152,16 +151,14 @@ def cached_classifier(
     Raises:
         ValueError: the pool has no labels, or does not hold images; or the cached file is damaged.
     """
-    path = _cache_path(content_hash(pool), seed)
-    if path.is_file():
-        return _read(path, device)
-    classifier = train_classifier(pool, seed=seed, device=device, progress=progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"recipe": _RECIPE, "shape": json.dumps(pool.shape), "classes": str(pool.num_classes)}
-    state = {name: tensor.cpu() for name, tensor in classifier.network.state_dict().items()}
-    with atomic_path(path) as temporary:
-        save_file(state, temporary, metadata | {"accuracy": repr(classifier.accuracy)})
-    return classifier
+
+    def make(path: Path) -> None:
+        classifier = train_classifier(pool, seed=seed, device=device, progress=progress)
+        metadata = {"recipe": _RECIPE, "shape": json.dumps(pool.shape), "classes": str(pool.num_classes)}
+        metadata["accuracy"] = repr(classifier.accuracy)
+        write_tensors(path, classifier.network.state_dict(), metadata)
+
+    return cached(_cache_name(content_hash(pool), seed), lambda path: _read(path, device), make)
 
 
 def find_classifier(data: str, *, seed: int = 0, device: str | torch.device = "cpu") -> Classifier:
@@ -175,20 +172,23 @@ def find_classifier(data: str, *, seed: int = 0, device: str | torch.device = "c
     Raises:
         ValueError: the cache does not hold this classifier, or its file is damaged.
     """
-    path = _cache_path(data, seed)
-    if not path.is_file():
+    classifier = _read(cache_folder() / _cache_name(data, seed), device)
+    if classifier is None:
         raise ValueError(
             f"the classifier of data {data[:16] or '(hash unknown)'} was not trained on this machine; use the data as "
             "the reference instead of their statistics"
         )
-    return _read(path, device)
+    return classifier
 
 
-def _cache_path(data: str, seed: int) -> Path:
-    return cache_folder() / "classifiers" / f"{_RECIPE.rpartition(' ')[2]}-{seed}-{data[:32]}.safetensors"
+def _cache_name(data: str, seed: int) -> str:
+    return f"classifiers/{_RECIPE.rpartition(' ')[2]}-{seed}-{data[:32]}.safetensors"
 
 
-def _read(path: Path, device: str | torch.device) -> Classifier:
+def _read(path: Path, device: str | torch.device) -> Classifier | None:
+    """The classifier in a file; None if there is no file."""
+    if not path.is_file():
+        return None
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.checkpoint import atomic_path
+from stablefield.files import atomic_path
 
 __all__ = ["BLOCK", "Statistics", "StatisticsAccumulator", "frechet_distance", "merge_all"]
 

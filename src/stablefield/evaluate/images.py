@@ -13,6 +13,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from stablefield.files import atomic_path
+
 __all__ = ["read_image", "save_image", "save_sheet", "to_bytes"]
 
 
@@ -64,4 +66,5 @@ def save_sheet(path: Path, x: Float[Tensor, "n C H W"], *, columns: int | None =
     _, height, width, channels = tiles.shape
     sheet = tiles.reshape(-1, columns, height, width, channels).swapaxes(1, 2)
     sheet = sheet.reshape(-1, columns * width, channels).astype(np.uint8)
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+    with atomic_path(path) as temporary:
+        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary)

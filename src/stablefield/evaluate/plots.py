@@ -7,7 +7,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["label", "plot_loss"]
+from stablefield.files import atomic_path
+
+__all__ = ["label", "plot_loss", "save_figure"]
 
 
 def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title: str) -> None:
@@ -27,7 +29,18 @@ def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title:
     axes.plot(images, _smooth(loss), color="black", linewidth=1.6, label="running mean")
     axes.set_ylim(0, 1.05 * sorted(loss)[int(0.98 * (len(loss) - 1))])
     axes.legend(frameon=False)
-    figure.savefig(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure.
+
+    Args:
+        figure: the figure.
+        path: the file; its suffix decides the format.
+    """
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary)
 
 
 def label(axes: Axes, x: str, y: str) -> None:

@@ -9,9 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from stablefield.checkpoint import Checkpoint, atomic_path
+from stablefield.checkpoint import Checkpoint, write_tensors
 from stablefield.config import ConfigError, resolve
 from stablefield.interop.edm import EDMCheckpoint, EDMCheckpointError
 
@@ -128,8 +126,7 @@ def to_edm(checkpoint: Checkpoint, path: Path) -> None:
         "preconditioning": sections["preconditioning"],
     }
     described |= {"shape": checkpoint.config["shape"], "label_dim": checkpoint.config["num_classes"]}
-    with atomic_path(path) as temporary:
-        save_file({name: t.contiguous() for name, t in state.items()}, temporary, {"config": json.dumps(described)})
+    write_tensors(path, state, {"config": json.dumps(described)})
 
 
 def _default_network(checkpoint: EDMCheckpoint) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from stablefield.pool import NULL_LABEL
-from stablefield.prediction import PREDICTION_TYPES
+from stablefield.prediction import PREDICTION_TYPES, coefficients_of, mixture
 from stablefield.process import NoisyBatch, per_example
 from stablefield.stable.drawn import Drawn
 from stablefield.stable.references import References, hash_of
@@ -61,24 +61,15 @@ class Loop:
     @property
     def parts(self) -> tuple[Tensor, Tensor]:
         """(p, q) of the prediction type: a target is p x + q noise."""
-        zero, one = torch.zeros_like(self.sigma), torch.ones_like(self.sigma)
-        match self.prediction_type:
-            case "x0":
-                return one, zero
-            case "epsilon":
-                return zero, one
-            case "score":
-                return zero, -1 / self.sigma
-            case "velocity":
-                return self.d_alpha, self.d_sigma
-            case _:
-                return -self.sigma, self.alpha
+        p, q, r = mixture(self.prediction_type, self.alpha, self.sigma, (self.d_alpha, self.d_sigma))
+        return p / r, q / r
 
     @property
     def slope(self) -> Float[Tensor, "B"]:
-        """Change of the target with x at fixed x_t: p - q alpha / sigma."""
-        p, q = self.parts
-        return p - q * self.alpha / self.sigma if self.prediction_type != "x0" else p
+        """Change of the target with x at fixed x_t."""
+        rates = self.d_alpha, self.d_sigma
+        a, _, c = coefficients_of(self.prediction_type, self.alpha, self.sigma, rates)
+        return c / a
 
     @property
     def noise(self) -> Float[Tensor, "B *D"]:

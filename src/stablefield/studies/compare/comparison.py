@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from stablefield.build import build, choose_device
-from stablefield.checkpoint import write_text_atomically
 from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
 from stablefield.data import Progress, silent
 from stablefield.engine.checkpoints import locked
+from stablefield.files import write_text
 from stablefield.run import RunFolder, fingerprint
 from stablefield.studies.compare.endpoints import (
     WEIGHTS,
@@ -240,7 +240,7 @@ def compare(
         experiment.write(out)
         worker = Worker(out, allow, stage_progress)
         machine = describe_machine(experiment.config, jobs) | {"reference": worker.reference(parts).description()}
-        write_text_atomically(out / "records" / "machine.json", json.dumps(machine, indent=1) + "\n")
+        write_text(out / "records" / "machine.json", json.dumps(machine, indent=1) + "\n")
         run_all(worker, jobs, report, lambda: should_stop() or monotonic() > end)
     return Comparison.read(out, allow=allow)
 

@@ -42,12 +42,12 @@ from stablefield.evaluate import (
     memorisation_scores,
 )
 from stablefield.evaluate.frechet import merge_all
+from stablefield.floor import Probes, SquaredError
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch
 from stablefield.sample import Sampler
 from stablefield.seeding import generator
 from stablefield.studies.compare.gradients import gradient_variance
-from stablefield.targets import ExactTarget
 
 __all__ = ["Evaluator", "Reference", "Space", "StageProgress", "find_spaces", "no_stage_progress"]
 
@@ -56,6 +56,7 @@ StageProgress = Callable[[str], AbstractContextManager[Progress]]  # title of a 
 BATCH_SIZE = 250
 BLOCK_SIZE = 1024
 GRADIENT_BATCHES, GRADIENT_EXAMPLES = 16, 32
+PROBE_BINS = 32
 
 
 @contextmanager
@@ -181,8 +182,7 @@ class Evaluator:
         sampler: the sampler.
         samples: number of samples, with seeds 0, 1, ...
         held_out_loss: loss on the held-out data.
-        probe: x_t of training data, with times and noise as in training.
-        means: their exact posterior means E[x | x_t].
+        probes: x_t of training data with their exact posterior means.
         gradient_batches: batches for the variance of the gradient, each with its exact posterior means.
     """
 
@@ -190,8 +190,7 @@ class Evaluator:
     sampler: Sampler
     samples: int
     held_out_loss: HeldOutLoss
-    probe: NoisyBatch
-    means: Float[Tensor, "n *D"]
+    probes: Probes
     gradient_batches: Sequence[tuple[NoisyBatch, Tensor]]
 
     @classmethod
@@ -209,15 +208,15 @@ class Evaluator:
         bins = NoiseBins.equally_likely(objective.times, process)
         ranks = Ranks(next(parts.denoiser.parameters()).device)
         held_out_loss = HeldOutLoss(reference.held_out, objective, bins, ranks, BATCH_SIZE, max_examples=4 * examples)
-        level = (torch.randperm(examples, generator=generator(0, "probe levels")).double() + 0.5) / examples
-        probe = _noisy_batch(parts, objective.times.quantile(level), 0)
-        batches = []
-        for number in range(GRADIENT_BATCHES):
-            times = objective.times.draw(GRADIENT_EXAMPLES, generator(0, "gradient times", number))
-            batch = _noisy_batch(parts, times, number + 1)
-            batches.append((batch, _exact_means(parts.pool, batch)))
-        means = _exact_means(parts.pool, probe)
-        return cls(reference, build_sampler(config), samples, held_out_loss, probe, means, batches)
+        loss, device = SquaredError.of_objective(objective, process), ranks.device
+        probes = Probes(parts.pool, loss, bins=PROBE_BINS, per_bin=-(-examples // PROBE_BINS), device=device)
+        count = GRADIENT_BATCHES * GRADIENT_EXAMPLES
+        points = Probes(parts.pool, loss, bins=GRADIENT_BATCHES, per_bin=GRADIENT_EXAMPLES, seed=1, device=device)
+        batches = [
+            (points.noisy.select(rows).map(lambda values: values.to(device)), points.exact.mean[rows].to(device))
+            for rows in torch.randperm(count, generator=generator(0, "gradients")).split(GRADIENT_EXAMPLES)
+        ]
+        return cls(reference, build_sampler(config), samples, held_out_loss, probes, batches)
 
     def __call__(self, state: TrainState, parts: Components, *, last: bool) -> tuple[dict[str, Any], Tensor]:
         """Scores of a run, and samples of its averaged weights.
@@ -236,7 +235,7 @@ class Evaluator:
                 **self.reference.distances(sheet),
                 **(self.reference.copies(sheet) if last else {}),
                 "held-out loss": self.held_out_loss(denoiser)["held_out/loss"],
-                "excess": self._excess(denoiser),
+                "excess": self.probes.excess(denoiser, batch_size=BATCH_SIZE).value,
             }
         state.denoiser.train()
         variance = gradient_variance(parts.denoiser, parts.objective, self.gradient_batches)
@@ -248,17 +247,6 @@ class Evaluator:
         chunks = [range(start, min(start + BATCH_SIZE, self.samples)) for start in range(0, self.samples, BATCH_SIZE)]
         shape = self.reference.pool.shape
         return torch.cat([self.sampler(denoiser, shape, seeds=seeds).x.float().cpu() for seeds in chunks])
-
-    @torch.no_grad()
-    def _excess(self, denoiser: Denoiser) -> float:
-        """Weighted mean square of D(x_t) - E[x | x_t] per dimension."""
-        squares = []
-        for start in range(0, len(self.probe), BATCH_SIZE):
-            rows = slice(start, start + BATCH_SIZE)
-            part = self.probe.select(rows)
-            error = (denoiser(part.x_t, part.t, part.label) - self.means[rows]).double().square().flatten(1).mean(1)
-            squares.append(self.held_out_loss.objective.weight(denoiser.process, part.t).double() * error)
-        return float(torch.cat(squares).mean())
 
 
 def _features(name: str, data: Pool, device: torch.device, progress: Progress) -> Features:
@@ -285,27 +273,3 @@ def _cached_statistics(cache: Path, features: Features, name: str, pool: Pool, p
     cache.mkdir(parents=True, exist_ok=True)
     statistics.save(file, features=features.identity, data="")
     return statistics
-
-
-def _noisy_batch(parts: Components, t: Float[Tensor, "n"], number: int) -> NoisyBatch:
-    """Random training data at the given times, on the denoiser's device."""
-    random = generator(0, "probe", number)
-    index = torch.cat([torch.randperm(len(parts.pool), generator=random) for _ in range(-(-len(t) // len(parts.pool)))])
-    index = index[: len(t)]
-    x = parts.pool.take(index)
-    noise = torch.randn(x.shape, generator=random, dtype=x.dtype)
-    device, label = next(parts.denoiser.parameters()).device, parts.pool.label(index)
-    return parts.denoiser.process.perturb(
-        x.to(device),
-        t.to(x).to(device),
-        noise.to(device),
-        label=None if label is None else label.to(device),
-        index=index,
-    )
-
-
-def _exact_means(pool: Pool, noisy: NoisyBatch) -> Tensor:
-    """E[x | x_t] of each example over the whole pool."""
-    target = ExactTarget(pool, missing_mass=0.0)
-    starts = range(0, len(noisy), BATCH_SIZE)
-    return torch.cat([target(noisy.select(slice(start, start + BATCH_SIZE))).mean for start in starts])

@@ -18,9 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stablefield.checkpoint import write_text_atomically
 from stablefield.config import Allowed, Config, ConfigError, override, resolve
 from stablefield.engine.checkpoints import RESUMABLE_KEYS
+from stablefield.files import write_text
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, refuse_other_data
 from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
@@ -140,7 +140,7 @@ class Experiment:
             )
         if len(set(self.evaluation_points)) < self.evaluations:
             raise ConfigError(
-                f"{self.images:,} images are too few for {self.evaluations} evaluations; increase --images, or decrease "
+                f"{self.images:,} images are too few for {self.evaluations} evaluations; raise --images, or lower "
                 "--evaluations or training.batch_size"
             )
         for arm in self.arms:
@@ -260,10 +260,10 @@ class Experiment:
         """
         for name in ("records", "checkpoints"):
             (out / name).mkdir(parents=True, exist_ok=True)
-        write_text_atomically(out / "checkpoints" / ".gitignore", "*\n")
+        write_text(out / "checkpoints" / ".gitignore", "*\n")
         endpoints = {"endpoints": list(map(str, self.endpoints)), "endpoints_hash": endpoints_hash(self.endpoints)}
         content = {"format": FORMAT, **asdict(replace(self, endpoints=())), "config": self.config.sections, **endpoints}
-        write_text_atomically(out / "comparison.json", json.dumps(content, indent=1) + "\n")
+        write_text(out / "comparison.json", json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, out: Path, *, allow: Iterable[Allowed] = ()) -> "Experiment":

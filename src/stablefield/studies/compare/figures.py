@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from stablefield.checkpoint import atomic_path
+from stablefield.files import atomic_path
 from stablefield.studies.compare.comparison import Comparison
 from stablefield.studies.compare.endpoints import WEIGHTS, Finding
 from stablefield.studies.compare.experiment import Arm

@@ -6,7 +6,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any
 
-from stablefield.checkpoint import write_text_atomically
+from stablefield.files import write_text
 from stablefield.seeding import format_seeds
 from stablefield.studies.compare.comparison import Comparison
 from stablefield.studies.compare.endpoints import Finding, endpoints_hash
@@ -30,7 +30,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
         figures = [f"![{name}]({os.path.relpath(files[name], path.parent)})\n\n{_CAPTIONS[name]}" for name in files]
         blocks += ["\n".join(f"* {line}" for line in summarize(comparison)), *figures, *_table(comparison)]
     blocks += ["## Methods", "\n".join(f"* **{name}**: {text}" for name, text in _methods(comparison))]
-    write_text_atomically(path, "\n\n".join(blocks) + "\n")
+    write_text(path, "\n\n".join(blocks) + "\n")
 
 
 _CAPTIONS = {

@@ -10,12 +10,12 @@ from time import perf_counter
 from typing import Any
 
 from stablefield.build import Components, build
-from stablefield.checkpoint import write_text_atomically
 from stablefield.distributed import Ranks
 from stablefield.engine import train
 from stablefield.engine.checkpoints import CheckpointManager
 from stablefield.engine.fit import compile_network, deterministic_algorithms, initial_state, make_optimization
 from stablefield.evaluate.images import save_sheet
+from stablefield.files import write_text
 from stablefield.studies.compare.endpoints import endpoints_hash
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
@@ -66,7 +66,7 @@ def run_arm(
         checkpoints = CheckpointManager(folder, config, parts)
         experiment.refuse_other_data(parts.data, checkpoints.data_hash)
         checkpoints.restore(state, Ranks(state.device))
-        write_text_atomically(folder.config, config.toml())
+        write_text(folder.config, config.toml())
         compile_network(config, parts)
         # one iterator for the whole training, because prefetched targets may reach beyond an evaluation point
         steps = train(
@@ -133,4 +133,4 @@ def append_line(file: Path, line: dict[str, Any]) -> None:
         line: what to add.
     """
     before = file.read_text() if file.exists() else ""
-    write_text_atomically(file, before + json.dumps(line) + "\n")
+    write_text(file, before + json.dumps(line) + "\n")

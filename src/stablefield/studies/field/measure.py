@@ -3,13 +3,8 @@
     V_DSM(t) = E Tr Cov[x | x_t],      V_STF(t, n) = E ||T_n - E[x | x_t]||^2,      over x_t, sources and references
 
 (Xu et al. 2023, eq. 3 and 7.) One pass over the data gives the weight w_k of every data point for an x_t. The exact
-mean, V_DSM and all statistics of the posterior follow from these without further draws. The weights of a reference
-batch are a subset of them, so that its target costs only a lookup and a matrix product.
-
-Given x_t, data point k is the source with probability w_k, whichever one x_t was made from. So every reference batch is
-combined with two sources: the most likely one, which counts by its weight, and one drawn from the posterior over the
-others, which counts by their total weight. At small noise, where a second source is rare and yet causes all of the
-variance, it is then never missed.
+mean, V_DSM and all statistics of the posterior follow from these without further draws, and stable targets with few
+(`stablefield.floor.weights`).
 
 | quantity      | unit             | meaning                                                                          |
 |---------------|------------------|----------------------------------------------------------------------------------|
@@ -32,10 +27,10 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from typing_extensions import override
 
 from stablefield.data import Progress, silent
-from stablefield.kernel.accumulator import PosteriorAccumulator, chunk_size
+from stablefield.floor.weights import EnergyRecorder, Sources, draw_sources, stable_means
+from stablefield.kernel.accumulator import chunk_size
 from stablefield.pool import NULL_LABEL, Pool, draw_without_replacement
 from stablefield.process import Process, per_example
 from stablefield.seeding import generator
@@ -131,26 +126,6 @@ def _cat(parts: Sequence[Tensor], order: Int[Tensor, "B"]) -> Tensor:
     return torch.cat(list(parts))[order]
 
 
-class _EnergyRecorder(PosteriorAccumulator):
-    """Posterior accumulator that keeps the energies of all candidates, from which it returns their weights."""
-
-    def __init__(self, x_t: Tensor, sigma: Tensor, alpha: Tensor, num_candidates: int) -> None:
-        super().__init__(x_t, sigma, alpha)
-        self.energies, self.count = self.query.new_empty(len(x_t), num_candidates), 0
-
-    @override
-    def compare(self, candidates: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        result = super().compare(candidates, square)
-        self.energies[:, self.count : self.count + len(candidates)] = result[2]
-        self.count += len(candidates)
-        return result
-
-    def log_weights(self) -> Float[Tensor, "B N"]:
-        """Logarithm of the weight of every candidate, normalized over all of them; overwrites the energies."""
-        relative = self.energies.sub_(self.lowest[:, None]).mul_(-self.sharpness[:, None])
-        return relative.sub_(self.total.log()[:, None])
-
-
 @dataclass(frozen=True, eq=False)
 class _Measurement:
     """Measures the examples of one class at a time, in parts that fit into memory."""
@@ -205,7 +180,7 @@ class _Measurement:
         alpha, sigma = alpha.to(self.device), sigma.to(self.device)
         noise = self._random(torch.randn, examples, "noise", *x.shape[1:])
         x_t = per_example(alpha, x) * x + per_example(sigma, x) * noise
-        recorder = _EnergyRecorder(x_t, sigma, alpha, len(self.pool.indices(label)))
+        recorder = EnergyRecorder(x_t, sigma, alpha, len(self.pool.indices(label)))
         for block in self.pool.blocks(label, chunk_size(x_t)):
             recorder.add(block)
             counter.add(len(block))
@@ -240,7 +215,7 @@ class _Measurement:
         label: int,
         mean: Float[Tensor, "B D"],
         log_w: Float[Tensor, "B N"],
-        sources: "_Sources",
+        sources: Sources,
         counter: "_WorkCounter",
     ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B 2 R R"]]:
         """Squared errors and inner products of errors for one size, as in `_ExampleResults`."""
@@ -255,7 +230,7 @@ class _Measurement:
             )
             other = sources.others[:, r]
             pair = ((sources.first, first), (other, self._take(index[other.cpu()])))
-            of_first, of_other, without = _targets(log_w, self._take(index[drawn]), drawn.to(self.device), pair)
+            of_first, of_other, without = stable_means(log_w, self._take(index[drawn]), drawn.to(self.device), pair)
             of_first, of_other = of_first.sub_(mean), of_other.sub_(mean)
             squares[:, r] = torch.lerp(of_first.square().sum(1), of_other.square().sum(1), sources.other_weight)
             errors[:, 0, r], errors[:, 1, r] = of_first.lerp_(of_other, other_weight), without.sub_(mean)
@@ -266,69 +241,23 @@ class _Measurement:
         return self.pool.take(index).to(self.device, torch.float64).flatten(1)
 
 
-@dataclass(frozen=True, eq=False)
-class _Sources:
-    """Possible sources of each x_t.
-
-    Attributes:
-        first: the most likely candidate, (B,).
-        others: candidates drawn from the posterior over all others, one column for each draw, (B, S).
-        other_weight: posterior probability of all others together, (B,).
-    """
-
-    first: Int[Tensor, "B"]
-    others: Int[Tensor, "B S"]
-    other_weight: Float[Tensor, "B"]
-
-
-def _targets(
-    log_w: Float[Tensor, "B N"],
-    support: Float[Tensor, "n D"],
-    drawn: Int[Tensor, "n"],
-    sources: Sequence[tuple[Int[Tensor, "B"], Float[Tensor, "B D"]]],
-) -> list[Float[Tensor, "B D"]]:
-    """Means over r_1 .. r_n and each of the sources, by the rule of `STFTarget`; and, last, without a source.
-
-    The weights are normalized over all data; only their ratios within the support matter.
-    """
-    log_drawn = log_w[:, drawn]
-    shared = log_drawn[:, :-1]
-    total = shared.logsumexp(1)
-    weight = (shared - torch.where(total == -torch.inf, 0.0, total)[:, None]).exp_()
-    mean = weight @ support[:-1]
-
-    def mean_with(x: Tensor, log_weight: Tensor) -> Tensor:
-        return torch.lerp(mean, x, torch.sigmoid(log_weight - total)[:, None])
-
-    targets = []
-    for source, x in sources:
-        is_shared = torch.isin(source, drawn[:-1])
-        log_weight = torch.where(is_shared, log_drawn[:, -1], log_w.gather(1, source[:, None]).squeeze(1))
-        targets.append(mean_with(torch.where(is_shared[:, None], support[-1], x), log_weight))
-    return [*targets, mean_with(support[-1].expand_as(mean), log_drawn[:, -1])]
-
-
 def _posterior_statistics(
     log_w: Float[Tensor, "B N"], uniform: Float[Tensor, "B S"]
-) -> tuple[dict[str, Float[Tensor, "B"]], _Sources]:
+) -> tuple[dict[str, Float[Tensor, "B"]], Sources]:
     """Statistics of the posterior of each example, and sources drawn from it; 16 examples at a time to save memory."""
     parts = [_statistics_of_part(*part) for part in zip(log_w.split(16), uniform.split(16), strict=True)]
     statistics = {name: torch.cat([part[0][name] for part in parts]) for name in parts[0][0]}
-    sources = [torch.cat(values) for values in zip(*(part[1] for part in parts), strict=True)]
-    return statistics, _Sources(*sources)
+    return statistics, Sources.concatenate([part[1] for part in parts])
 
 
-def _statistics_of_part(log_w: Tensor, uniform: Tensor) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _statistics_of_part(log_w: Tensor, uniform: Tensor) -> tuple[dict[str, Tensor], Sources]:
     w, num_candidates = log_w.exp(), log_w.shape[1]
-    largest, first = w.max(1)
     statistics = {
         "kl": (w * log_w).sum(1) + math.log(num_candidates),
         "divergence": _divergence(w),
-        "single_source": (largest >= SINGLE_SOURCE).double(),
+        "single_source": (w.max(1).values >= SINGLE_SOURCE).double(),
     }
-    below = w.scatter_(1, first[:, None], 0.0).cumsum(1)
-    others = torch.searchsorted(below, uniform * below[:, -1:], right=True).clamp(max=num_candidates - 1)
-    return statistics, (first, others, below[:, -1].contiguous())
+    return statistics, draw_sources(w, uniform)
 
 
 def _divergence(w: Float[Tensor, "B N"]) -> Float[Tensor, "B"]:

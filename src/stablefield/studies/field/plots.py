@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from stablefield.evaluate.plots import label
+from stablefield.evaluate.plots import label, save_figure
 from stablefield.studies.field.estimate import Estimate
 from stablefield.studies.field.gaussian_study import GaussianStudy
 from stablefield.studies.field.linear import LinearDenoiser
@@ -54,7 +54,7 @@ def plot_field(path: Path, field: Field, title: str) -> None:
     below.set_ylim(0, 1.02)
     below.legend(frameon=False, fontsize=8)
     _mark_phases(field, above, below)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_bias(path: Path, field: Field, title: str) -> None:
@@ -86,7 +86,7 @@ def plot_bias(path: Path, field: Field, title: str) -> None:
     axes.set_yscale("log")
     axes.set_xscale("log")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_proposal(path: Path, field: Field, linear: LinearDenoiser, proposal: NoiseProposal, title: str) -> None:
@@ -132,7 +132,7 @@ def plot_proposal(path: Path, field: Field, linear: LinearDenoiser, proposal: No
         )
     below.set_ylim(bottom=0)
     above.set_xscale("log")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def plot_study(path: Path, study: GaussianStudy, errors: Iterable[tuple[int, Float[Tensor, "r"]]], title: str) -> None:
@@ -182,7 +182,7 @@ def plot_study(path: Path, study: GaussianStudy, errors: Iterable[tuple[int, Flo
     normal.set_xlim(-3.2, 3.2)
     normal.set_ylim(-4, 4)
     normal.legend(frameon=False, fontsize=8)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _panels(count: int, size: tuple[float, float], heights: list[float]) -> tuple[Figure, list[Axes]]:

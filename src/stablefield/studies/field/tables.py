@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stablefield.checkpoint import atomic_path
+from stablefield.files import atomic_path
 from stablefield.studies.field.estimate import Estimate
 from stablefield.studies.field.gaussian_study import GaussianStudy
 from stablefield.studies.field.record import Field
