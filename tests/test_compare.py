@@ -94,7 +94,8 @@ def test_all_arms_of_an_objective_train_on_the_same_x_t(tmp_path):
     inputs = {}
 
     def watched(self, denoiser, process, noisy, target, call=Objective.loss):
-        inputs.setdefault(type(self.target).__name__, []).append(noisy.x_t.clone())
+        if denoiser.training:
+            inputs.setdefault(type(self.target).__name__, []).append(noisy.x_t.clone())
         return call(self, denoiser, process, noisy, target)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -127,7 +127,7 @@ class Comparison:
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
-        """What every endpoint says about every target, corrected together by Holm's method."""
+        """Findings of every endpoint for every target, corrected together by Holm's method."""
         asked = [(c, endpoint) for c in self.experiment.contrasts for endpoint in self.experiment.endpoints]
         estimates = [self._estimate(*contrast, endpoint) for contrast, endpoint in asked]
         adjusted = holm([estimate.p for estimate in estimates])

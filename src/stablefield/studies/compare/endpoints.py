@@ -78,7 +78,7 @@ class Endpoint:
 
 
 def fixed_endpoints(spaces: Sequence[str]) -> tuple[Endpoint, ...]:
-    """All endpoints of a comparison.
+    """Endpoints of a comparison, in all spaces and for both sets of weights.
 
     Args:
         spaces: names of its feature spaces.
@@ -123,7 +123,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one endpoint says about one target.
+    """Result of one endpoint for one target.
 
     Attributes:
         objective: name of the objective; "" if all runs share one.

@@ -99,7 +99,7 @@ class Space:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What samples of every objective are compared with.
+    """Data that samples of every objective are compared with, and their features.
 
     Attributes:
         pool: the training data.

@@ -148,7 +148,7 @@ class Experiment:
 
     @cached_property
     def arms(self) -> tuple[Arm, ...]:
-        """All pairs of an objective and a target."""
+        """Pairs of an objective and a target."""
         return tuple(Arm(objective, target) for objective in self.objectives for target in self.targets)
 
     @cached_property

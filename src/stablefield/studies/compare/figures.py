@@ -80,7 +80,7 @@ def _losses(comparison: Comparison) -> Figure:
 
 
 def _forest(comparison: Comparison) -> Figure:
-    """All endpoints of all contrasts with their intervals."""
+    """Endpoints of all contrasts with their intervals."""
     contrasts = comparison.experiment.contrasts
     endpoints = comparison.experiment.endpoints
     columns = min(3, len(contrasts))

@@ -49,7 +49,7 @@ class Worker:
         self._evaluators: dict[str, Evaluator] = {}
 
     def reference(self, parts: Components | None = None) -> Reference:
-        """What samples are compared with, made at the first call.
+        """Data that samples are compared with, prepared at the first call.
 
         Args:
             parts: components of any run; built if there are none.

@@ -44,7 +44,7 @@ _CAPTIONS = {
 
 
 def summarize(comparison: Comparison) -> list[str]:
-    """What was found, in one sentence per contrast, and levels at the end in one per arm.
+    """Findings in one sentence per contrast, and levels at the end in one per arm.
 
     Args:
         comparison: the comparison.
@@ -118,7 +118,7 @@ def _status(comparison: Comparison) -> Iterator[str]:
 
 
 def _table(comparison: Comparison) -> Iterator[str]:
-    """All endpoints of all contrasts."""
+    """Table of the endpoints of all contrasts."""
     yield "## All endpoints"
     contrasts = [
         comparison.findings[at : at + len(comparison.experiment.endpoints)]
