@@ -16,7 +16,7 @@ from stablefield.build import build
 from stablefield.checkpoint import read
 from stablefield.cli import app
 from stablefield.cli.compare_command import parse_duration
-from stablefield.config import ConfigError, override, resolve
+from stablefield.config import ConfigError, override, resolve, split_targets
 from stablefield.evaluate import EfficientNetLite0
 from stablefield.networks import MLP
 from stablefield.objective import EDMWeight
@@ -69,7 +69,7 @@ SMALL = {"evaluations": 10, "samples": 12, "examples": 6}
 
 def make_experiment(folder: Path, targets: str = "dsm,stf:1,stf:16,exact", seeds=(0, 1), **changed) -> Experiment:
     config = resolve(override({}, [*SETTINGS, f"data.path={images(folder / 'data.npz')}"]))
-    return define(config, targets=targets.split(","), seeds=seeds, **(SMALL | changed))
+    return define(config, targets=split_targets(targets), seeds=seeds, **(SMALL | changed))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -209,7 +209,7 @@ def test_evaluation_points_are_at_least_ten_whole_steps_that_grow_by_equal_facto
         make_experiment(tmp_path, evaluations=40)
 
 
-@pytest.mark.parametrize("text", ["stf", "dsm:3", "stf:x", "stable", "exact:"])
+@pytest.mark.parametrize("text", ["dsm:3", "stf:x", "stable", "exact:"])
 def test_an_unknown_target_is_refused(text, tmp_path):
     with pytest.raises(ConfigError, match="target"):
         make_experiment(tmp_path, f"dsm,{text}")
@@ -241,11 +241,11 @@ def test_objectives_are_those_of_the_literature_and_arms_of_one_differ_only_in_t
 
 
 def test_every_objective_can_be_compared(tmp_path):
-    experiment = make_experiment(tmp_path, "dsm,knn:8", (0,), objectives=["flow", "ve", "vp"])
+    experiment = make_experiment(tmp_path, "dsm,stf:8,references=recent", (0,), objectives=["flow", "ve", "vp"])
     comparison = compare(experiment, tmp_path / "out")
     assert comparison.complete
     assert len(comparison.findings) == 3 * 14
-    lines = comparison.lines[Arm("ve", "knn:8"), 0]
+    lines = comparison.lines[Arm("ve", "stf:8,references=recent"), 0]
     assert all(np.isfinite([v for name in ("raw", "average") for v in line[name].values()]).all() for line in lines)
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from stablefield.cli.data_command import progress_bar
 from stablefield.cli.train_command import Allow, allow_option, merge_layers
-from stablefield.config import allowed_names, override, resolve
+from stablefield.config import allowed_names, override, resolve, split_targets
 from stablefield.engine.fit import stop_signals
 from stablefield.seeding import parse_seeds
 from stablefield.studies.compare import (
@@ -103,7 +103,7 @@ def compare(
     if not report_only:
         options = {"evaluations": evaluations, "samples": samples, "examples": examples}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-        given |= {"targets": tuple(map(str.strip, targets.split(",")))} if targets else {}
+        given |= {"targets": split_targets(targets)} if targets else {}
         given |= {"objectives": tuple(map(str.strip, objectives.split(",")))} if objectives else {}
         given |= {"seeds": parse_seeds(seeds)} if seeds else {}
         sections: dict[str, Any] = {"sampler": SAMPLER}
@@ -114,7 +114,7 @@ def compare(
             given = {name: getattr(before, name) for name in kept} | {"objectives": _names(before)} | given
         shared = resolve(override(merge_layers(sections, recipe, config, data), settings), allow=allowed)
         command = (date.today().isoformat(), shlex.join(["stablefield", *sys.argv[1:]]))
-        defaults = {"targets": TARGETS.split(","), "seeds": range(3)}
+        defaults = {"targets": split_targets(TARGETS), "seeds": range(3)}
         with progress_bar("decoding") as progress:
             experiment = define(shared, **(defaults | given), command=command, progress=progress)
         if measure:

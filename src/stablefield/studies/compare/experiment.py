@@ -12,20 +12,21 @@ images; with the same objective, also at the same times and noise (`engine.train
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stablefield.config import Allowed, Config, ConfigError, override, resolve
+from stablefield.config import Allowed, Config, ConfigError, override, resolve, target_section
 from stablefield.engine.checkpoints import RESUMABLE_KEYS
 from stablefield.files import write_text
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, refuse_other_data
 from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
 
-__all__ = ["MIN_EVALUATIONS", "OBJECTIVES", "Arm", "Experiment", "target_section"]
+__all__ = ["MIN_EVALUATIONS", "OBJECTIVES", "Arm", "Experiment"]
 
 FORMAT = "stablefield comparison 2"
 MIN_EVALUATIONS = 10
@@ -53,25 +54,6 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "vp": ("process.kind=vp", "times.kind=uniform", "weight.kind=snr", "preconditioning.kind=vp", "grid.kind=uniform"),
 }
 """Settings of the objectives that can be compared by name; any other comes from the shared configuration."""
-
-_SIZE_KEYS = {"dsm": "", "stf": "size", "knn": "neighbours", "exact": ""}
-
-
-def target_section(text: str) -> dict[str, Any]:
-    """Section `target` of a configuration for a target such as `dsm`, `stf:256`, `knn:32` or `exact`.
-
-    Args:
-        text: the kind, followed by a colon and the size of the support where the kind has one.
-
-    Raises:
-        ConfigError: the kind is unknown, or the size is missing, not a number, or not used by this kind.
-    """
-    kind, colon, number = text.strip().partition(":")
-    key = _SIZE_KEYS.get(kind)
-    if key is None or bool(colon) != bool(key) or (colon and not number.isdecimal()):
-        kinds = ", ".join(f"{kind}:NUMBER" if key else kind for kind, key in _SIZE_KEYS.items())
-        raise ConfigError(f"there is no target {text.strip()!r}; write it as one of {kinds}")
-    return {"kind": kind, **({key: int(number)} if key else {})}
 
 
 @dataclass(frozen=True)
@@ -180,7 +162,7 @@ class Experiment:
             seed: training seed of the run.
         """
         sections = override(self.config.sections, self.objectives[arm.objective])
-        target = target_section(arm.target)
+        target = target_section(arm.target, self.config.allowed)
         # further keys of the shared section apply only to targets of its kind
         shared = sections["target"] if sections["target"]["kind"] == target["kind"] else {}
         training = sections["training"] | {"seed": seed}
@@ -300,5 +282,5 @@ class Experiment:
 
 
 def _run_name(arm: Arm, seed: int) -> str:
-    parts = [arm.objective, arm.target.replace(":", "-"), f"seed-{seed}"]
-    return "-".join(part for part in parts if part)
+    parts = [arm.objective, arm.target, f"seed-{seed}"]
+    return "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts if part)
