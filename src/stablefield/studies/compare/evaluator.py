@@ -12,7 +12,7 @@ of copies at the end is a part of the record.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
 from pathlib import Path
@@ -212,10 +212,13 @@ class Evaluator:
         probes = Probes(parts.pool, loss, bins=PROBE_BINS, per_bin=-(-examples // PROBE_BINS), device=device)
         count = GRADIENT_BATCHES * GRADIENT_EXAMPLES
         points = Probes(parts.pool, loss, bins=GRADIENT_BATCHES, per_bin=GRADIENT_EXAMPLES, seed=1, device=device)
-        batches = [
-            (points.noisy.select(rows).map(lambda values: values.to(device)), points.exact.mean[rows].to(device))
-            for rows in torch.randperm(count, generator=generator(0, "gradients")).split(GRADIENT_EXAMPLES)
-        ]
+        batches = []
+        for number, rows in enumerate(
+            torch.randperm(count, generator=generator(0, "gradients")).split(GRADIENT_EXAMPLES)
+        ):
+            noisy = points.noisy.select(rows).map(lambda values: values.to(device))
+            step = torch.full((len(rows),), number * len(parts.pool))  # recent references are those of one step
+            batches.append((replace(noisy, image_number=step), points.exact.mean[rows].to(device)))
         return cls(reference, build_sampler(config), samples, held_out_loss, probes, batches)
 
     def __call__(self, state: TrainState, parts: Components, *, last: bool) -> tuple[dict[str, Any], Tensor]:
