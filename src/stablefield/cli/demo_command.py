@@ -60,7 +60,7 @@ def demo(
         f"  of {samples} digits drawn from them with replacement: {scores['real']:.2f} ({scores['real_least']:.2f} to "
         f"{scores['real_most']:.2f} in 8 draws)\n"
         f"  of {samples} digits to the others: {scores['disjoint']:.2f}, because both sets have sampling error\n"
-        "  Samples can be nearer than digits are: with fewer unusual digits among them, they have less sampling error.\n"
+        "  Samples can be nearer than digits are: with fewer unusual digits among them, sampling error is less.\n"
         f"samples            {sheet}\nloss curve         {loss}\n"
         f"target variance    {variance}\nrun                {out}\n"
         f"The same without stable targets: stablefield train --set target.kind=dsm"
