@@ -16,7 +16,7 @@ import torch
 
 from stablefield.build import build, choose_device
 from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
-from stablefield.data import Progress, silent
+from stablefield.data import Progress, StageProgress, silent, silent_stage
 from stablefield.engine.checkpoints import locked
 from stablefield.files import write_text
 from stablefield.run import RunFolder, fingerprint
@@ -28,7 +28,7 @@ from stablefield.studies.compare.endpoints import (
     endpoints_hash,
     measure_endpoint,
 )
-from stablefield.studies.compare.evaluator import StageProgress, find_spaces, no_stage_progress
+from stablefield.studies.compare.evaluator import find_spaces
 from stablefield.studies.compare.experiment import OBJECTIVES, Arm, Experiment
 from stablefield.studies.compare.jobs import ReportRun, Worker, run_all
 from stablefield.studies.compare.runs import is_finished, read_lines
@@ -209,7 +209,7 @@ def compare(
     stop_after: float = math.inf,
     should_stop: Callable[[], bool] = lambda: False,
     report: ReportRun = lambda arm, seed, status: None,
-    stage_progress: StageProgress = no_stage_progress,
+    stage_progress: StageProgress = silent_stage,
 ) -> Comparison:
     """Start or resume a comparison, and return what was found so far.
 

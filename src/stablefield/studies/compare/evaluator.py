@@ -10,8 +10,7 @@ The excess alone says little about quality: a denoiser without any would only re
 of copies at the end is a part of the record.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from stablefield.build import Components, build_sampler
 from stablefield.config import Config
-from stablefield.data import Progress, silent
+from stablefield.data import Progress, StageProgress, silent
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
 from stablefield.engine.metrics import HeldOutLoss, NoiseBins
@@ -49,24 +48,12 @@ from stablefield.sample import Sampler
 from stablefield.seeding import generator
 from stablefield.studies.compare.gradients import gradient_variance
 
-__all__ = ["Evaluator", "Reference", "Space", "StageProgress", "find_spaces", "no_stage_progress"]
-
-StageProgress = Callable[[str], AbstractContextManager[Progress]]  # title of a stage -> its progress callback
+__all__ = ["Evaluator", "Reference", "Space", "find_spaces"]
 
 BATCH_SIZE = 250
 BLOCK_SIZE = 1024
 GRADIENT_BATCHES, GRADIENT_EXAMPLES = 16, 32
 PROBE_BINS = 32
-
-
-@contextmanager
-def no_stage_progress(title: str) -> Iterator[Progress]:
-    """Stage progress that displays nothing.
-
-    Args:
-        title: ignored.
-    """
-    yield silent
 
 
 def find_spaces(data: Pool) -> tuple[str, ...]:
@@ -272,7 +259,7 @@ def _cached_statistics(cache: Path, features: Features, name: str, pool: Pool, p
             yield StatisticsAccumulator.from_features(features(block))
             progress(min((number + 1) * BLOCK_SIZE, len(pool)), len(pool))
 
-    statistics = merge_all(sums()).statistics()
+    statistics = replace(merge_all(sums()).statistics(), features=features.identity)
     cache.mkdir(parents=True, exist_ok=True)
-    statistics.save(file, features=features.identity, data="")
+    statistics.save(file)
     return statistics

@@ -15,8 +15,8 @@ import torch
 
 from stablefield.build import Components, build
 from stablefield.config import Allowed
-from stablefield.data import Progress
-from stablefield.studies.compare.evaluator import Evaluator, Reference, StageProgress, no_stage_progress
+from stablefield.data import Progress, StageProgress, silent_stage
+from stablefield.studies.compare.evaluator import Evaluator, Reference
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.runs import ReportImages, ShouldStop, is_finished, run_arm
 
@@ -41,9 +41,7 @@ class Worker:
         stage_progress: opens a progress callback for each stage of the preparation.
     """
 
-    def __init__(
-        self, out: Path, allow: Iterable[Allowed] = (), stage_progress: StageProgress = no_stage_progress
-    ) -> None:
+    def __init__(self, out: Path, allow: Iterable[Allowed] = (), stage_progress: StageProgress = silent_stage) -> None:
         self.out, self.experiment, self.stage_progress = out, Experiment.read(out, allow=allow), stage_progress
         self._reference: Reference | None = None
         self._evaluators: dict[str, Evaluator] = {}

@@ -14,8 +14,8 @@ from stablefield.distributed import Ranks
 from stablefield.engine import train
 from stablefield.engine.checkpoints import CheckpointManager
 from stablefield.engine.fit import compile_network, deterministic_algorithms, initial_state, make_optimization
-from stablefield.evaluate.images import save_sheet
 from stablefield.files import write_text
+from stablefield.generate.images import save_sheet
 from stablefield.studies.compare.endpoints import endpoints_hash
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
