@@ -85,7 +85,7 @@ def _forest(comparison: Comparison) -> Figure:
     endpoints = comparison.experiment.endpoints
     columns = min(3, len(contrasts))
     rows = -(-len(contrasts) // columns)
-    figure = Figure(figsize=(3.4 + 3.2 * columns, rows * (1.2 + 0.27 * len(endpoints))), layout="constrained")
+    figure = Figure(figsize=(4 + 3.6 * columns, rows * (1.2 + 0.27 * len(endpoints))), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for number, axes in enumerate(panels.flat):
         found = comparison.findings[number * len(endpoints) : (number + 1) * len(endpoints)]
