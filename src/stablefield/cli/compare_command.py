@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from stablefield.cli.data_command import progress_bar
-from stablefield.cli.train_command import Allow, allow_option, merge_layers
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
+from stablefield.cli.training import allow_option, merge_layers
 from stablefield.config import allowed_names, override, resolve, split_targets
 from stablefield.engine.fit import stop_signals
 from stablefield.seeding import parse_seeds
