@@ -187,11 +187,11 @@ def results_of(run: Path) -> Arrays:
 
 def draw(run: Path, settings: Sequence[str] = ("sampler.steps=4",), label: int | None = None) -> np.ndarray:
     """Eight samples of a run in float64, with the sampler of the settings."""
+    from stablefield.build import build_sampler
     from stablefield.config import override, resolve
     from stablefield.run import load, open_run
 
-    config = resolve(override(open_run(run).config.sections, settings))
-    sampler = config.make("sampler", grid=config.make("grid"))
+    sampler = build_sampler(resolve(override(open_run(run).config.sections, settings)))
     return sampler(load(run), (1, 8, 8), seeds=range(8), label=label).x.numpy()
 
 

@@ -6,9 +6,6 @@ import pytest
 from torch import nn
 
 from stablefield.config import (
-    COMPONENTS,
-    PROCESS_DEFAULTS,
-    SIGMA_DATA,
     ConfigError,
     Training,
     is_unedited,
@@ -16,7 +13,12 @@ from stablefield.config import (
     read_toml,
     refuse_other_format,
     resolve,
+    split_targets,
+    target_kind,
+    target_section,
 )
+from stablefield.config.classes import import_name
+from stablefield.kinds import KINDS, PROCESS_DEFAULTS, SIGMA_DATA
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -33,8 +35,8 @@ class Own(nn.Module):
 
 
 def test_a_resolved_configuration_is_restored_from_its_file():
-    for process in COMPONENTS["process"]:
-        config = resolve({"process": {"kind": process}, "training": {"seed": 3}})
+    for process in KINDS["process"]:
+        config = resolve({"process": {"kind": process, **NEEDS.get(process, {})}, "training": {"seed": 3}})
         assert resolve(tomllib.loads(config.toml())) == config
 
 
@@ -48,6 +50,8 @@ NEEDS = {
     "cifar": {"path": "cifar-10-python.tar.gz"},
     "huggingface": {"path": "mnist"},
     "prediction": {"prediction_type": "v"},
+    "tabulated": {"alphas_cumprod": [0.9, 0.1]},
+    "tabulated-ve": {"sigmas": [0.1, 10.0]},
     ("preconditioning", "none"): {"prediction_type": "v"},
 }
 GOES_WITH = {
@@ -57,7 +61,7 @@ GOES_WITH = {
 }
 
 
-@pytest.mark.parametrize(("section", "kind"), [(s, k) for s, kinds in COMPONENTS.items() for k in kinds if s != k])
+@pytest.mark.parametrize(("section", "kind"), [(s, k) for s, kinds in KINDS.items() for k in kinds if s != k])
 def test_every_kind_of_every_section_can_be_configured(section, kind):
     values = {"kind": kind, **NEEDS.get(kind, NEEDS.get((section, kind), {}))}
     config = resolve({section: values, **GOES_WITH.get((section, kind), {})})
@@ -67,15 +71,16 @@ def test_every_kind_of_every_section_can_be_configured(section, kind):
 
 def test_defaults_are_those_of_the_classes_and_suit_the_process():
     for process, kinds in PROCESS_DEFAULTS.items():
-        config = resolve({"process": {"kind": process}, "data": {"kind": "arrays", "path": "x.npz"}})
+        keys = {"kind": process, **NEEDS.get(process, {})}
+        config = resolve({"process": keys, "data": {"kind": "arrays", "path": "x.npz"}})
         for section, kind in kinds.items():
             assert config[section]["kind"] == kind
-            assert config.make(section) == COMPONENTS[section][kind]()
+            assert config.make(section) == import_name(KINDS[section][kind])()
 
 
 def test_sigma_data_is_the_standard_deviation_of_the_data():
     for data, sigma_data in SIGMA_DATA.items():
-        pool = COMPONENTS["data"][data]().load()
+        pool = import_name(KINDS["data"][data])().load()
         assert pool.decode(pool.data).std().item() == pytest.approx(sigma_data, rel=0.01)
         config = resolve({"data": {"kind": data}})
         assert config["preconditioning"]["sigma_data"] == config["weight"]["sigma_data"] == sigma_data
@@ -224,3 +229,48 @@ def test_a_configuration_of_a_later_format_asks_for_an_upgrade(tmp_path):
 def test_a_configuration_that_a_user_wrote_needs_no_format(tmp_path):
     (tmp_path / "mine.toml").write_text('[target]\nkind = "exact"\n')
     assert read_toml(tmp_path / "mine.toml") == {"target": {"kind": "exact"}}
+
+
+# --- targets as text
+
+
+@pytest.mark.parametrize(
+    ("text", "section"),
+    [
+        ("dsm", {"kind": "dsm"}),
+        (" stf ", {"kind": "stf"}),
+        ("stf:256", {"kind": "stf", "size": 256}),
+        ("stf:256, references=recent", {"kind": "stf", "size": 256, "references": "recent"}),
+        ("stf,size=8", {"kind": "stf", "size": 8}),
+        ("knn:32,search=faiss,index='PCA8'", {"kind": "knn", "neighbours": 32, "search": "faiss", "index": "PCA8"}),
+        ("exact", {"kind": "exact"}),
+        ("exact,missing_mass=0", {"kind": "exact", "missing_mass": 0}),
+    ],
+)
+def test_a_target_as_text_is_the_section_of_a_configuration(text, section):
+    assert target_section(text) == section
+    assert target_kind(text) == section["kind"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sft:3", "target.kind: 'sft' is none of stf, dsm, knn, exact; did you mean stf"),
+        ("dsm:3", "'dsm:3' has a size, but 'dsm' has none"),
+        ("exact:3", "'exact:3' has a size, but 'exact' has none"),
+        ("stf:", "the size in the target 'stf:' is not a whole number; write for example stf:64"),
+        ("stf:x", "the size in the target 'stf:x' is not a whole number"),
+        ("mine:Target", "names code outside this package"),
+        ("stf,recent", "settings have the form section.key=value"),
+        ("", "target.kind: '' is none of"),
+    ],
+)
+def test_a_target_of_another_form_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        target_section(text)
+
+
+def test_a_list_of_targets_keeps_the_keys_of_each():
+    assert split_targets("dsm,stf:256,references=recent, exact,missing_mass=0,knn:8") == [
+        *("dsm", "stf:256,references=recent", "exact,missing_mass=0", "knn:8")
+    ]

@@ -17,7 +17,8 @@ from stablefield.config import Config, override, resolve
 from stablefield.data import ShuffledBatches
 from stablefield.distributed import Ranks, _forget, process_group
 from stablefield.engine import Optimization, train
-from stablefield.engine.fit import fit, make_optimization
+from stablefield.engine.fit import fit, initial_state, make_optimization
+from stablefield.engine.probing import RunProbes
 from stablefield.networks import UNet
 from stablefield.objective import EDMWeight
 from stablefield.preconditioning import EDMPreconditioning
@@ -42,6 +43,14 @@ def losses(ranks: Ranks, *, steps: int = 6, micro_batch_size: int | None = None)
     for step in train(state, objective, batches, images=16 * steps, seed=3, optimization=optimization, ranks=ranks):
         results.append(torch.cat([ranks.all_gather(step.report.losses), step.gradient_norm.reshape(1)]))
     return torch.stack(results)
+
+
+def probed_run(ranks: Ranks) -> torch.Tensor:
+    """Excess and floors of an untrained network at the probes of a run."""
+    config = resolve({"network": {"kind": "mlp", "width": 8, "layers": 1}, "training": {"probes": 5}})
+    components = build(config, ranks=ranks)
+    line = RunProbes(config, components, ranks)(initial_state(config, components))
+    return torch.tensor([line[key] for key in sorted(line) if not key.startswith("timing")])
 
 
 def on_ranks(world_size: int, out: Path, function: str = "losses", **options: object) -> torch.Tensor:

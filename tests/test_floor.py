@@ -102,7 +102,7 @@ def test_the_floor_of_a_sample_of_two_gaussians_is_that_of_the_mixture(dim, sigm
     std, mean, n = 0.3, torch.full((dim,), 0.6, dtype=torch.float64), 50_000
     sign = torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0).double()
     data = sign[:, None] * mean + std * cloud(n, dim)
-    found = LossFloor.measure(data, at(sigma), bins=1, per_bin=1000).floors["dsm"]
+    found = LossFloor.measure(data, at(sigma), bins=1, per_bin=2000).floors["dsm"]
     # E Tr Cov = Tr Cov[x] - Tr Cov[E[x | x_t]], on a grid along the mean; across it the data are Gaussian
     variance, length = std**2 + sigma**2, float(mean.norm())
     y = torch.linspace(-12, 12, 40_001, dtype=torch.float64)

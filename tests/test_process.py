@@ -21,11 +21,18 @@ from stablefield.prediction import (
     convert,
     stable_target,
 )
-from stablefield.process import NoisyBatch, Process, per_example
+from stablefield.process import NoisyBatch, Process, Tabulated, TabulatedVE, per_example
 from stablefield.times import LogitNormal, LogNormal, LogUniform, Stratified, TimeDistribution, Uniform
 
 PROCESSES = [VE(), VP(), VP(beta_min=0.3, beta_d=5.0), SubVP(), Cosine(), Flow()]
 everywhere = pytest.mark.parametrize("process", PROCESSES, ids=repr)
+STEPS = [i / 100 for i in range(1, 101)]
+# tables whose interpolation is known in closed form: the noise level is tan(phi), and phi = pi t / 2 or pi t / 2.2
+TABLES = [
+    Tabulated((*(math.cos(math.pi * t / 2) ** 2 for t in STEPS[:-1]), 0.0)),
+    TabulatedVE(tuple(math.tan(math.pi * t / 2.2) for t in STEPS)),
+]
+PROCESSES += TABLES
 INSIDE = torch.cat([torch.logspace(-6, -1, 11, dtype=torch.float64), torch.linspace(0.15, 0.999, 12).double()])
 
 
@@ -39,7 +46,9 @@ def closed_form(process: Process, t: float) -> tuple[float, float]:
             return alpha, variance if isinstance(process, SubVP) else math.sqrt(variance)
         case VE():
             return 1.0, t
-        case Cosine():
+        case TabulatedVE():
+            return 1.0, math.tan(math.pi * t / 2.2)
+        case Cosine() | Tabulated():
             return math.cos(math.pi * t / 2), math.sin(math.pi * t / 2)
         case _:
             return 1 - t, t
@@ -68,13 +77,13 @@ def test_noise_grows_from_zero(process: Process) -> None:
     assert ((sigma / alpha).diff() > 0).all()
 
 
-@pytest.mark.parametrize("process", [VP(), VP(0.3, 5.0), Cosine()], ids=repr)
+@pytest.mark.parametrize("process", [VP(), VP(0.3, 5.0), Cosine(), TABLES[0]], ids=repr)
 def test_variance_preserving_processes_preserve_the_variance(process: Process) -> None:
     alpha, sigma = process.scales(INSIDE)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(INSIDE), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
+@pytest.mark.parametrize("process", [Cosine(), Flow(), TABLES[0]], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_flow_and_cosine_end_in_pure_noise(process: Process, dtype: torch.dtype) -> None:
     alpha, sigma = process.scales(torch.ones(1, dtype=dtype))
@@ -87,12 +96,13 @@ def test_time_inverts_the_noise_level(process: Process) -> None:
     alpha, sigma = process.scales(INSIDE)
     torch.testing.assert_close(process.time(sigma / alpha), INSIDE, rtol=1e-9, atol=0)
     ratio = torch.logspace(-8, 3, 45, dtype=torch.float64)
+    ratio = ratio[ratio < 6] if isinstance(process, TabulatedVE) else ratio  # where its table ends
     alpha, sigma = process.scales(process.time(ratio))
     torch.testing.assert_close(sigma / alpha, ratio, rtol=1e-9, atol=0)
     assert process.time(torch.zeros(1)) == 0
 
 
-@pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
+@pytest.mark.parametrize("process", [Cosine(), Flow(), TABLES[0]], ids=repr)
 def test_an_infinite_noise_level_is_the_last_time(process: Process) -> None:
     assert process.time(torch.tensor([math.inf])) == 1
 
@@ -116,6 +126,50 @@ def test_rates_are_the_same_without_gradients(process: Process) -> None:
     for a, b, c in zip(wanted, off, inferred, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
+
+
+BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+DDPM = tuple((1 - BETAS).cumprod(0).tolist())
+
+
+def test_a_tabulated_process_is_exact_at_the_steps_of_its_table() -> None:
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    alpha, sigma = Tabulated(DDPM).scales(t)
+    torch.testing.assert_close(alpha**2, torch.tensor(DDPM, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(sigma**2, 1 - torch.tensor(DDPM, dtype=torch.float64), rtol=1e-11, atol=0)
+    sigmas = (0.01, 0.1, 3.0, 80.0)
+    torch.testing.assert_close(
+        TabulatedVE(sigmas).scales(torch.tensor([0.25, 0.5, 0.75, 1.0]).double())[1],
+        torch.tensor(sigmas, dtype=torch.float64),
+    )
+
+
+def test_the_table_of_ddpm_is_nearly_the_vp_process_between_its_steps() -> None:
+    t = torch.linspace(0.005, 0.9995, 977, dtype=torch.float64)
+    (alpha, sigma), (wanted_alpha, wanted_sigma) = Tabulated(DDPM).scales(t), VP().scales(t)
+    torch.testing.assert_close(alpha, wanted_alpha, rtol=0.05, atol=0)
+    torch.testing.assert_close(sigma, wanted_sigma, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("process", [Tabulated(DDPM), TabulatedVE((0.01, 0.1, 3.0, 80.0)), *TABLES], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_time_inverts_any_table_within_its_range(process: Process, dtype: torch.dtype) -> None:
+    t = torch.linspace(0.001, 0.999, 333, dtype=dtype)
+    alpha, sigma = process.scales(t)
+    torch.testing.assert_close(process.time(sigma / alpha), t, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+    assert process.time(torch.tensor([math.inf], dtype=dtype)) == 1
+
+
+@pytest.mark.parametrize("table", [(), (1.0, 0.5), (0.5, 0.5), (0.5, -0.1), (0.1, 0.2), (math.nan,)])
+def test_a_table_that_does_not_decrease_is_refused(table: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="alphas_cumprod must decrease"):
+        Tabulated(table)
+
+
+@pytest.mark.parametrize("table", [(), (0.0, 1.0), (2.0, 1.0), (1.0, math.inf), (math.nan,)])
+def test_a_table_of_sigmas_that_does_not_increase_is_refused(table: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="sigmas must increase"):
+        TabulatedVE(table)
 
 
 @everywhere
@@ -303,7 +357,7 @@ def test_without_noise_no_other_type_follows_from_x0(prediction_type: str, proce
         convert(x0, x0, torch.tensor([0.5, 0.0], dtype=torch.float64), process, source="x0", to=prediction_type)
 
 
-@pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
+@pytest.mark.parametrize("process", [Cosine(), Flow(), TABLES[0]], ids=repr)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "score"])
 def test_in_pure_noise_x0_does_not_follow_from_epsilon_or_score(prediction_type: str, process: Process) -> None:
     x0, _ = states(2)
@@ -311,7 +365,7 @@ def test_in_pure_noise_x0_does_not_follow_from_epsilon_or_score(prediction_type:
         convert(x0, x0, torch.tensor([0.5, 1.0], dtype=torch.float64), process, source=prediction_type, to="x0")
 
 
-@pytest.mark.parametrize("process", [Cosine(), Flow()], ids=repr)
+@pytest.mark.parametrize("process", [Cosine(), Flow(), TABLES[0]], ids=repr)
 @pytest.mark.parametrize("prediction_type", ["velocity", "v"])
 def test_in_pure_noise_x0_follows_from_velocity_and_v(prediction_type: str, process: Process) -> None:
     x0, noise = states(1)

@@ -20,6 +20,7 @@ from stablefield.cli import app
 from stablefield.config import Config, ConfigError, resolve
 from stablefield.data import HuggingFace
 from stablefield.evaluate import ExportedNetwork
+from stablefield.kinds import BASES
 from stablefield.run import open_run
 from stablefield.studies.compare import Arm, Experiment
 
@@ -157,10 +158,21 @@ def test_a_kind_of_another_type_is_refused_with_a_message(section, kind, marker)
         resolve([kind])
 
 
-def test_only_networks_can_be_classes_outside_the_package(marker):
-    for section in ("data", "target", "sampler", "weight"):
-        with pytest.raises(ConfigError, match="is none of"):
-            resolve({section: {"kind": "beside:Net"}}, allow=["beside:Net"])
+@pytest.mark.parametrize("section", BASES)
+def test_a_class_of_any_section_must_be_allowed_and_have_the_base_class_of_the_section(section, marker):
+    for allow in ((), ["other:Net"], ["beside:Other"]):
+        with pytest.raises(ConfigError, match=f"{section}.kind: 'beside:Net' names code .*--allow beside:Net"):
+            resolve({section: {"kind": "beside:Net"}}, allow=allow)
+    assert not marker.exists()
+    base = BASES[section].replace(":", ".")
+    with pytest.raises(ConfigError, match=f"{section}.kind: 'math:pi' is not a {base}"):
+        resolve({section: {"kind": "math:pi"}}, allow=["math:pi"])
+    assert not marker.exists()
+
+
+def test_the_section_without_kinds_takes_no_class(marker):
+    with pytest.raises(ConfigError, match=r"training.kind: 'training' has no such key"):
+        resolve({"training": {"kind": "beside:Net"}}, allow=["beside:Net"])
     assert not marker.exists()
 
 

@@ -150,11 +150,10 @@ def _build_target(config: Config, order: ShuffledBatches, ranks: Ranks, progress
             f"training.target_sharding is for targets that average over all data, not target.kind={section['kind']!r}; "
             "set target.kind=exact or leave it out"
         )
-    runtime: dict[str, Any] = {} if section["kind"] == "dsm" else {"pool": pool}
-    if section.get("references") == "recent":
-        runtime["order"] = order
     try:
-        target: TargetEstimator = config.make("target", **runtime)
+        target: TargetEstimator = config.make("target", pool, order)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
     return target
@@ -244,7 +243,7 @@ def build_sampler(config: Config) -> Sampler:
     Args:
         config: the resolved configuration.
     """
-    return config.make("sampler", grid=config.make("grid"))
+    return config.make("sampler", config.make("grid"))
 
 
 def choose_device(name: str) -> torch.device:

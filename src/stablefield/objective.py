@@ -18,7 +18,7 @@ from typing_extensions import override
 from stablefield.denoise import Denoiser
 from stablefield.kernel import Posterior
 from stablefield.prediction import canonical_prediction_type, coefficients
-from stablefield.process import NoisyBatch, Process
+from stablefield.process import NoisyBatch, Process, draw_noise
 from stablefield.targets import TargetEstimator
 from stablefield.times import TimeDistribution
 
@@ -206,7 +206,7 @@ class Objective:
                 the target and none on the device. By default torch's global one.
         """
         t = self.times.draw(len(x), generator).to(x)
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        noise = draw_noise(x, generator)
         noisy = denoiser.process.perturb(
             x, t, noise, label=label, index=index, augment_label=augment_label, image_number=image_number
         )

@@ -5,6 +5,7 @@ runs/digits/config.toml               the resolved configuration
             checkpoints/              the checkpoints before it, up to `training.keep_checkpoints` with the newest
             best.safetensors          the checkpoint with the lowest loss on held-out data, if there are any
             metrics.jsonl             the metrics, one JSON object per line
+            loss.png                  the loss, its floor and the excess over it
             tensorboard/, sheets/     the same metrics as events; sheets of samples during training
 """
 
@@ -66,6 +67,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """File of the metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def loss_figure(self) -> Path:
+        """Figure of the loss, its floor and the excess over it."""
+        return self.path / "loss.png"
 
     @property
     def sheets(self) -> Path:

@@ -10,6 +10,7 @@ import typer
 
 from stablefield.cli import (
     compare_command,
+    config_command,
     convert_command,
     data_command,
     demo_command,
@@ -33,6 +34,7 @@ app = typer.Typer(
     stablefield train --dry-run --set process.kind=flow  print the resolved configuration and exit
     stablefield train --resume runs/digits-stf           resume a run
     stablefield recipes                                  list the published settings
+    stablefield config target                            list the keys of a section with their meanings
     stablefield train --recipe cifar10-ncsnpp-edm-stf --data cifar10-32x32.zip
     stablefield sample runs/digits-stf --seeds 0-63
     stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
@@ -54,6 +56,7 @@ app = typer.Typer(
 app.command()(demo_command.demo)
 app.command()(train_command.train)
 app.command()(recipes_command.recipes)
+app.command()(config_command.config)
 app.command()(sample_command.sample)
 app.command()(evaluate_command.evaluate)
 app.command()(compare_command.compare)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from stablefield.config import COMPONENTS, ConfigError, override, resolve
+from stablefield.config import ConfigError, override, resolve
 from stablefield.data import (
     DataSummary,
     Progress,
@@ -25,6 +25,7 @@ from stablefield.data import (
     write_zip,
 )
 from stablefield.evaluate.images import save_sheet
+from stablefield.kinds import KINDS
 from stablefield.objective import EDMWeight
 from stablefield.pool import Pool
 from stablefield.process import VE
@@ -56,7 +57,7 @@ data = typer.Typer(
     rich_markup_mode=None,
 )
 
-_KINDS = [kind for kind in COMPONENTS["data"] if kind != "unknown"]
+_KINDS = [kind for kind in KINDS["data"] if kind != "unknown"]
 _SourceArgument = Annotated[
     str,
     typer.Argument(

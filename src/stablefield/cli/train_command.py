@@ -1,6 +1,6 @@
 """`stablefield train`: start a run or resume one.
 
-    recipe < --config FILE < --data PATH < --set SECTION.KEY=VALUE
+    recipe < --config FILE < --data PATH < --target TARGET < --set SECTION.KEY=VALUE
 
 A configuration is merged from these layers, each of which overrides those before it; keys that none of them sets have
 their defaults. Under `torchrun` or `accelerate launch` this runs on every rank, and the main rank prints and writes.
@@ -19,10 +19,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stablefield.build import Components, build, choose_device
 from stablefield.cli.data_command import progress_bar, section_of
-from stablefield.config import Allowed, Config, ConfigError, allowed_names, overlay, override, read_toml, resolve
+from stablefield.config import (
+    Allowed,
+    Config,
+    ConfigError,
+    allowed_names,
+    overlay,
+    override,
+    read_toml,
+    resolve,
+    target_kind,
+    target_section,
+)
 from stablefield.distributed import Ranks, process_group
 from stablefield.engine.checkpoints import latest_config, refuse_changed_config, refuse_edited_config
 from stablefield.engine.fit import OnStep, fit
+from stablefield.kinds import list_kinds
 from stablefield.recipes import read_recipe
 from stablefield.run import RunFolder, TrainedRun, fingerprint, open_run
 
@@ -43,7 +55,7 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         metavar="MODULE:CLASS",
-        help="Allow a file to name this network; importing it runs its code. May be repeated.",
+        help="Allow a file to name this class of yours; importing it runs its code. May be repeated.",
     ),
 ]
 
@@ -64,6 +76,14 @@ def train(
     config: Annotated[Path | None, typer.Option(help="TOML file with the keys that differ from the defaults.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key. May be repeated.")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TARGET",
+            help=f"Training target, one of {list_kinds('target')}, with its size and keys: dsm, stf:256, knn:32, "
+            "exact, stf:256,references=recent.",
+        ),
     ] = None,
     network: Annotated[
         str | None,
@@ -88,9 +108,10 @@ def train(
 ) -> None:
     """Train a denoiser. By default: scikit-learn's digits, EDM's settings, stable targets from 1,024 references."""
     settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
-    allowed = allowed_names(settings, allow)
+    allowed = allowed_names([*settings, *([f"target.kind={target_kind(target)}"] if target else [])], allow)
     if resume:
         others = {"--recipe": recipe, "--data": data, "--config": config, "--out": out, "--init-from": init_from}
+        others |= {"--target": target}
         if given := [option for option, value in others.items() if value]:
             raise ConfigError(
                 f"--resume cannot be combined with {', '.join(given)}: a run keeps its own configuration; change "
@@ -101,6 +122,7 @@ def train(
         folder, wanted = RunFolder(resume), resumed_config(RunFolder(resume), settings, allowed)
     else:
         raw = merge_layers(base.config.sections if base else {}, recipe, config, data)
+        raw = overlay(raw, {"target": target_section(target, allowed)} if target else {})
         wanted = resolve(override(raw, settings), allow=allowed)
         folder = RunFolder(out or Path("runs") / f"{recipe or wanted['data']['kind']}-{wanted['target']['kind']}")
     with process_group(choose_device(wanted.training.device)) as ranks:
@@ -126,13 +148,12 @@ def train(
 
 
 def allow_option(config: Config) -> str:
-    """The `--allow` option that later commands need for a run whose network is the user's own; else nothing.
+    """The `--allow` options that later commands need for a run with classes of the user's own; else nothing.
 
     Args:
         config: configuration of the run.
     """
-    kind = config["network"]["kind"]
-    return f" --allow {kind}" if ":" in kind else ""
+    return "".join(f" --allow {name}" for name in config.own_classes)
 
 
 def merge_layers(raw: dict[str, Any], recipe: str | None, config: Path | None, data: str | None) -> dict[str, Any]:
@@ -282,5 +303,12 @@ def progress_text(line: Mapping[str, Any]) -> str:
     parts = [f"{1000 / line['timing/sec_per_kimg']:,.0f} img/s"]
     if "loss/loss" in line:
         averaged = f"ESS > 1.01: {line['target/fraction_ess_above_1.01']:.0%}"
-        parts += [f"loss {line['loss/loss']:.4f}", f"ESS {line['target/ess']:.1f}", averaged]
+        parts += [f"loss {line['loss/loss']:.4f}{_over_floor(line)}", f"ESS {line['target/ess']:.1f}", averaged]
     return "  ".join([*parts, *([f"{line['steps/skipped']} skipped"] if line["steps/skipped"] else [])])
+
+
+def _over_floor(line: Mapping[str, Any]) -> str:
+    """The excess and the floor that were measured last; nothing before."""
+    if "loss/floor" not in line:
+        return ""
+    return f", excess {line['loss/excess']:.4f}, floor {line['loss/floor']:.4f} ({line['target/name']})"

@@ -4,15 +4,14 @@
     kind = "stf"
     size = 1024
 
-A section chooses a class by its `kind`; its other keys are the fields of that class, with the defaults of the class. So
-a configuration has no defaults of its own, except those that depend on the process, the data or the kind
-(`PROCESS_DEFAULTS`, `SIGMA_DATA`, `KIND_DEFAULTS`). Arguments that are known only at run time, such as the pool or the
-shape of the data, are not configured.
+A section chooses a class by its `kind` (see `stablefield.kinds`); its other keys are the fields of that class, with the
+defaults of the class. So a configuration has no defaults of its own, except those that depend on the process, the data
+or the kind. Arguments that are known only at run time, such as the pool or the shape of the data, are not configured.
 """
 
 from stablefield.config.classes import Allowed, allowed_names
-from stablefield.config.components import COMPONENTS, KIND_DEFAULTS, PROCESS_DEFAULTS, SIGMA_DATA
 from stablefield.config.resolution import Config, resolve
+from stablefield.config.targets import split_targets, target_kind, target_section
 from stablefield.config.text import (
     CHECKSUM_LINE,
     ConfigError,
@@ -28,10 +27,6 @@ from stablefield.config.training import Training
 
 __all__ = [
     "CHECKSUM_LINE",
-    "COMPONENTS",
-    "KIND_DEFAULTS",
-    "PROCESS_DEFAULTS",
-    "SIGMA_DATA",
     "Allowed",
     "Config",
     "ConfigError",
@@ -44,5 +39,8 @@ __all__ = [
     "read_toml",
     "refuse_other_format",
     "resolve",
+    "split_targets",
+    "target_kind",
+    "target_section",
     "toml_value",
 ]

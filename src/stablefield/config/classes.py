@@ -1,40 +1,59 @@
 """From a kind to a class, and from a class to the keys that can be configured.
 
-A network may be a class of the user's own, named as `module:Class`. Such a name is code, so it is imported only if the
-caller allows that very name; the source of a configuration (a checkpoint, a TOML file, a recipe) never decides it.
+A component may be a class of the user's own, named as `module:Class`. Such a name is code, so it is imported only if
+the caller allows that very name; the source of a configuration (a checkpoint, a TOML file, a recipe) never decides it.
+
+The arguments of a class are the keys of its section if they have types of values that TOML can hold: numbers, strings,
+booleans, paths, and lists of them. Any other argument asks for an object that exists only at run time, such as a `Pool`
+or a `TimeGrid`, and gets the one that has its type. Only networks are given something by name: `shape` and, if they are
+conditional, `num_classes`.
 """
 
 import difflib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import _MISSING_TYPE, fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from stablefield.config.components import COMPONENTS, RUNTIME_ARGUMENTS
-from stablefield.config.text import ConfigError, override
+from stablefield.config.text import ConfigError, override, read_numbers
+from stablefield.kinds import BASES, KINDS, list_kinds
 
-__all__ = ["Allowed", "allowed_names", "close_match", "component_class", "schema"]
+__all__ = [
+    "Allowed",
+    "allowed_names",
+    "close_match",
+    "component_class",
+    "import_name",
+    "runtime_arguments",
+    "runtime_values",
+    "schema",
+]
 
-Allowed = str | type[torch.nn.Module]  # `module:Class`, or the class itself
+Allowed = str | type  # `module:Class`, or the class itself
+
+NETWORK_ARGUMENTS = ("shape", "num_classes")
+_PLAIN = (bool, int, float, str, Path, NoneType, tuple, list, dict)
+_CONTAINERS = (Union, UnionType, Annotated, tuple, list, dict, Sequence, Mapping)
 
 
 def allowed_names(settings: Iterable[str], allow: Iterable[str] | None = None) -> tuple[Allowed, ...]:
-    """Names of classes that a user allows at the terminal: by `--allow`, or by typing one as `network.kind`.
+    """Names of classes that a user allows at the terminal: by `--allow`, or by typing one as the kind of a section.
 
     Args:
         settings: settings of the command, as `section.key=value`.
         allow: names given with `--allow`.
     """
-    kind = override({}, settings).get("network", {}).get("kind")
-    return (*(allow or ()), *([kind] if isinstance(kind, str) and ":" in kind else []))
+    kinds = [values.get("kind") for values in override({}, settings).values()]
+    return (*(allow or ()), *(kind for kind in kinds if isinstance(kind, str) and ":" in kind))
 
 
 def component_class(section: str, kind: Any, allowed: Collection[Allowed] = ()) -> Callable[..., Any]:
@@ -42,41 +61,55 @@ def component_class(section: str, kind: Any, allowed: Collection[Allowed] = ()) 
 
     Args:
         section: name of the section.
-        kind: a kind of this section; for a network also `module:Class`.
+        kind: a kind of this section, or `module:Class`.
         allowed: classes outside this package that may be used.
 
     Raises:
-        ConfigError: an unknown kind, or a class that is not allowed, does not exist or is not a network.
+        ConfigError: an unknown kind, or a class that is not allowed, does not exist or has not the base class of the
+            section.
     """
-    if section == "network" and isinstance(kind, str) and ":" in kind:
-        return _own_network(kind, allowed)
-    if not isinstance(kind, str) or kind not in COMPONENTS[section]:
-        kinds = ", ".join(COMPONENTS[section])
-        raise ConfigError(f"{section}.kind: {kind!r} is none of {kinds}{close_match(str(kind), COMPONENTS[section])}")
-    return COMPONENTS[section][kind]
+    if section in BASES and isinstance(kind, str) and ":" in kind:
+        return _own_class(section, kind, allowed)
+    if not isinstance(kind, str) or kind not in KINDS[section]:
+        raise ConfigError(
+            f"{section}.kind: {kind!r} is none of {list_kinds(section)}{close_match(str(kind), KINDS[section])}"
+        )
+    found: Callable[..., Any] = import_name(KINDS[section][kind])
+    return found
 
 
-def _own_network(name: str, allowed: Collection[Allowed]) -> Callable[..., Any]:
-    """A network outside this package, imported only if its name is allowed."""
+def import_name(name: str) -> Any:
+    """The object that a name such as `stablefield.targets:STFTarget` in the table of kinds stands for.
+
+    Args:
+        name: module and attribute.
+    """
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _own_class(section: str, name: str, allowed: Collection[Allowed]) -> Callable[..., Any]:
+    """A class outside this package, imported only if its name is allowed."""
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
-        raise ConfigError(f"network.kind: {name!r} does not have the form module:Class")
+        raise ConfigError(f"{section}.kind: {name!r} does not have the form module:Class")
     for given in allowed:
         if isinstance(given, type) and _has_name(given, module, attribute):
-            return _checked_network(name, given)
+            return _checked_class(section, name, given)
     if name not in allowed:
         raise ConfigError(
-            f"network.kind: {name!r} names code outside this package, and importing it runs it; if you trust it, allow "
-            f"this name: --allow {name} at the terminal, allow=[{attribute}] (the class) or allow=[{name!r}] in Python"
+            f"{section}.kind: {name!r} names code outside this package, and importing it runs it; if you trust it, "
+            f"allow this name: --allow {name} at the terminal, allow=[{attribute}] (the class) or allow=[{name!r}] in "
+            "Python"
         )
     try:
         with _current_folder_on_path():
             found = getattr(import_module(module), attribute)
     except AttributeError:
-        raise ConfigError(f"network.kind: the module {module!r} has no {attribute!r}") from None
+        raise ConfigError(f"{section}.kind: the module {module!r} has no {attribute!r}") from None
     except Exception as error:  # a module may fail in any way
-        raise ConfigError(f"network.kind: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    return _checked_network(name, found)
+        raise ConfigError(f"{section}.kind: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    return _checked_class(section, name, found)
 
 
 def _has_name(given: type, module: str, attribute: str) -> bool:
@@ -96,29 +129,104 @@ def _current_folder_on_path() -> Iterator[None]:
         sys.path[:] = [entry for entry in sys.path if entry is not folder]
 
 
-def _checked_network(name: str, found: Any) -> Callable[..., Any]:
-    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-        raise ConfigError(f"network.kind: {name!r} is not a torch.nn.Module")
+def _checked_class(section: str, name: str, found: Any) -> Callable[..., Any]:
+    if not (isinstance(found, type) and issubclass(found, import_name(BASES[section]))):
+        raise ConfigError(f"{section}.kind: {name!r} is not a {BASES[section].replace(':', '.')}")
     return found
 
 
 @cache
-def schema(component: Callable[..., Any]) -> type[BaseModel]:
-    """Keys that can be configured for a component: the arguments of its class, except those given when it is made.
+def schema(section: str, component: Callable[..., Any]) -> type[BaseModel]:
+    """Keys that can be configured for a component: the arguments of its class, except those given at run time.
 
     Args:
+        section: name of the section.
         component: class of the component.
     """
+    given = runtime_arguments(section, component)
     arguments: dict[str, Any] = {
-        name: (
-            Any if argument.annotation is inspect.Parameter.empty else argument.annotation,
-            _default(component, argument),
-        )
-        for name, argument in inspect.signature(component).parameters.items()
-        if name not in RUNTIME_ARGUMENTS and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+        name: (_type(argument), _default(component, argument))
+        for name, argument in _arguments(component).items()
+        if name not in given
     }
-    options = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_namespaces=())
+    options = ConfigDict(extra="forbid", protected_namespaces=())
     return create_model(getattr(component, "__name__", "component"), __config__=options, **arguments)
+
+
+@cache
+def runtime_arguments(section: str, component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Arguments of a component that are given at run time, by name.
+
+    Args:
+        section: name of the section.
+        component: class of the component.
+    """
+    return {
+        name: argument
+        for name, argument in _arguments(component).items()
+        if not _is_plain(argument.annotation) or (section == "network" and name in NETWORK_ARGUMENTS)
+    }
+
+
+def runtime_values(section: str, component: Callable[..., Any], values: Iterable[object]) -> dict[str, object]:
+    """Values of the arguments that are given at run time: for each, the first value of its type.
+
+    Args:
+        section: name of the section.
+        component: class of the component.
+        values: objects of the run.
+
+    Raises:
+        ConfigError: an argument without default asks for a type that none of the values has.
+    """
+    found: dict[str, object] = {}
+    for name, argument in runtime_arguments(section, component).items():
+        if section == "network" and name in NETWORK_ARGUMENTS:
+            continue
+        matching = [value for value in values if any(isinstance(value, kind) for kind in _classes(argument.annotation))]
+        if matching:
+            found[name] = matching[0]
+        elif argument.default is inspect.Parameter.empty:
+            offered = ", ".join(sorted({type(value).__name__ for value in values})) or "nothing"
+            wanted = inspect.formatannotation(argument.annotation)
+            raise ConfigError(
+                f"{section}: {getattr(component, '__name__', component)} needs {name}: {wanted}, but a {section} can "
+                f"ask for {offered} only; give it a default, or a type that can be configured"
+            )
+    return found
+
+
+def _arguments(component: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Named arguments of a class with the types that their annotations stand for."""
+    try:
+        parameters = inspect.signature(component, eval_str=True).parameters
+    except NameError:  # an annotation that exists for type checkers only
+        parameters = inspect.signature(component).parameters
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: argument for name, argument in parameters.items() if argument.kind not in variable}
+
+
+def _is_plain(annotation: Any) -> bool:
+    """True for types of values that TOML can hold, and where there is no type."""
+    if annotation in (Any, inspect.Parameter.empty, Ellipsis):
+        return True
+    origin = get_origin(annotation)
+    if origin is not None:
+        return origin is Literal or (origin in _CONTAINERS and all(map(_is_plain, get_args(annotation))))
+    return isinstance(annotation, type) and issubclass(annotation, _PLAIN)
+
+
+def _classes(annotation: Any) -> list[type]:
+    """Classes of which a value may be an instance."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    return [option for option in options if isinstance(option, type) and option is not NoneType]
+
+
+def _type(argument: inspect.Parameter) -> Any:
+    """The type of a key as pydantic takes it; a list of numbers may also be the name of a file."""
+    if argument.annotation == tuple[float, ...]:
+        return Annotated[argument.annotation, BeforeValidator(read_numbers)]
+    return Any if argument.annotation is inspect.Parameter.empty else argument.annotation
 
 
 def _default(component: Callable[..., Any], argument: inspect.Parameter) -> Any:

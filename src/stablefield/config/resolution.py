@@ -1,6 +1,5 @@
 """Resolution of a configuration: every key gets a value, and every mistake is reported."""
 
-import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,10 +8,18 @@ import tomli_w
 import torch
 from pydantic import ValidationError
 
-from stablefield.config.classes import Allowed, close_match, component_class, schema
-from stablefield.config.components import COMPONENTS, KIND_DEFAULTS, PROCESS_DEFAULTS, RUNTIME_ARGUMENTS, SIGMA_DATA
+from stablefield.config.classes import (
+    Allowed,
+    close_match,
+    component_class,
+    import_name,
+    runtime_arguments,
+    runtime_values,
+    schema,
+)
 from stablefield.config.text import ConfigError, add_checksum, kind_of
 from stablefield.config.training import Training
+from stablefield.kinds import KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS, SIGMA_DATA
 
 __all__ = ["Config", "resolve"]
 
@@ -32,16 +39,28 @@ class Config:
     def __getitem__(self, section: str) -> dict[str, Any]:
         return self.sections[section]
 
-    def make(self, section: str, **runtime: Any) -> Any:
+    def make(self, section: str, *runtime: object, **named: Any) -> Any:
         """The component of a section.
 
         Args:
             section: name of the section.
-            runtime: arguments that are not configured, such as `pool`, `shape` or `grid`.
+            *runtime: objects such as the pool or the time grid; each argument that is not configured gets the one of
+                its type.
+            **named: `shape` and `num_classes` of a network.
+
+        Raises:
+            ConfigError: the component needs an object of another type.
         """
         values = {key: value for key, value in self.sections[section].items() if key != "kind"}
         component = component_class(section, self.sections[section].get("kind", section), self.allowed)
-        return component(**dict(schema(component).model_validate(values)), **runtime)
+        configured = dict(schema(section, component).model_validate(values))
+        return component(**configured, **runtime_values(section, component, runtime), **named)
+
+    @property
+    def own_classes(self) -> list[str]:
+        """Names `module:Class` of the components that are not of this package."""
+        kinds = [str(values.get("kind", "")) for values in self.sections.values()]
+        return [kind for kind in kinds if ":" in kind]
 
     @property
     def training(self) -> Training:
@@ -83,11 +102,10 @@ def resolve(raw: Mapping[str, Any], *, allow: Iterable[Allowed] = ()) -> Config:
         raise ConfigError(f"a configuration is a table of sections, not {raw!r}")
     mistakes: list[str] = []
     allowed = (allow,) if isinstance(allow, str | type) else tuple(allow)
-    for section in raw.keys() - COMPONENTS.keys():
-        mistakes.append(f"{section}: there is no such section{_suggestion(section, COMPONENTS)}")
-    kinds = PROCESS_DEFAULTS.get(kind_of(raw, "process", "ve"), PROCESS_DEFAULTS["ve"])
-    defaults = _common_defaults(raw)
-    sections = {name: _section(name, raw.get(name, {}), kinds, defaults, allowed, mistakes) for name in COMPONENTS}
+    for section in raw.keys() - KINDS.keys():
+        mistakes.append(f"{section}: there is no such section{_suggestion(section, KINDS)}")
+    kinds, defaults = _kinds_for_process(raw, allowed), _common_defaults(raw, allowed)
+    sections = {name: _section(name, raw.get(name, {}), kinds, defaults, allowed, mistakes) for name in KINDS}
     if not mistakes:
         mistakes += _conflicts(Config(sections, allowed))
     if mistakes:
@@ -95,13 +113,28 @@ def resolve(raw: Mapping[str, Any], *, allow: Iterable[Allowed] = ()) -> Config:
     return Config(sections, allowed)
 
 
-def _common_defaults(raw: Mapping[str, Any]) -> dict[str, Any]:
+def _kinds_for_process(raw: Mapping[str, Any], allowed: Collection[Allowed]) -> dict[str, str]:
+    """Kinds of other sections that suit the process; those of VP for a user's own with t from 0 to 1."""
+    kind = kind_of(raw, "process", "ve")
+    component: Any = _class_or_none("process", kind, allowed)
+    return PROCESS_DEFAULTS.get(kind, PROCESS_DEFAULTS["ve" if component is None or component.t_max > 1 else "vp"])
+
+
+def _common_defaults(raw: Mapping[str, Any], allowed: Collection[Allowed]) -> dict[str, Any]:
     """Defaults of keys of any section that depend on the data or the augmentation."""
     sigma_data = SIGMA_DATA.get(kind_of(raw, "data", "digits"))
-    augmentation: Any = COMPONENTS["augmentation"].get(kind_of(raw, "augmentation", "none"))
+    augmentation: Any = _class_or_none("augmentation", kind_of(raw, "augmentation", "none"), allowed)
     augment_dim = augmentation.augment_dim if augmentation else 0
     defaults = {"sigma_data": sigma_data, "augment_dim": augment_dim or None}
     return {key: value for key, value in defaults.items() if value is not None}
+
+
+def _class_or_none(section: str, kind: str, allowed: Collection[Allowed]) -> Callable[..., Any] | None:
+    """The class of a component; None for a mistake, which is reported with the section."""
+    try:
+        return component_class(section, kind, allowed)
+    except ConfigError:
+        return None
 
 
 def _section(
@@ -116,7 +149,7 @@ def _section(
     if not isinstance(given, dict):
         mistakes.append(f"{section}: must be a section of keys, not {given!r}")
         return {}
-    kinds = COMPONENTS[section]
+    kinds = KINDS[section]
     has_kinds = section not in kinds
     kind = given.get("kind", default_kinds.get(section, next(iter(kinds)))) if has_kinds else section
     try:
@@ -126,10 +159,11 @@ def _section(
         return {}
     values = {key: value for key, value in given.items() if key != "kind" or not has_kinds}
     try:
-        keys = schema(component)
+        keys = schema(section, component)
         defaults = {key: value for key, value in common_defaults.items() if key in keys.model_fields}
-        valid = keys.model_validate(defaults | KIND_DEFAULTS.get(kind, {}) | values)
-        if not RUNTIME_ARGUMENTS & inspect.signature(component).parameters.keys():
+        of_kind = import_name(KIND_DEFAULTS[kind]) if kind in KIND_DEFAULTS else {}
+        valid = keys.model_validate(defaults | of_kind | values)
+        if not runtime_arguments(section, component):
             component(**dict(valid))  # it checks the ranges of its values itself
     except ValidationError as error:
         mistakes += [_mistake(section, kind, found, component) for found in error.errors()]
@@ -145,11 +179,11 @@ def _mistake(section: str, kind: str, found: Any, component: Callable[..., Any])
     """A mistake that pydantic found, as one line."""
     place = ".".join(str(step) for step in (section, *found["loc"]))
     if found["type"] == "extra_forbidden":
-        known, key = schema(component).model_fields, str(found["loc"][0])
+        known, key = schema(section, component).model_fields, str(found["loc"][0])
         others = [
             other
-            for other in COMPONENTS[section]
-            if other != kind and key in schema(component_class(section, other)).model_fields
+            for other in KINDS[section]
+            if other != kind and key in schema(section, component_class(section, other)).model_fields
         ]
         if others and not close_match(key, known):
             return f"{place}: {kind!r} has no such key; set {section}.kind too, to one that has it: {', '.join(others)}"
@@ -157,6 +191,8 @@ def _mistake(section: str, kind: str, found: Any, component: Callable[..., Any])
     if found["type"] == "missing":
         option = ", with --data PATH at the terminal" if place == "data.path" else ""
         return f"{place}: has no default and must be set{option}"
+    if found["type"] == "value_error":
+        return f"{place}: {found['ctx']['error']}"
     return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {found['input']!r}"
 
 
@@ -185,7 +221,7 @@ def _conflicts(config: Config) -> list[str]:
             "or leave it out (augmentation.kind=mirror has no labels)"
         )
     try:
-        config.make("sampler", grid=config.make("grid"))
+        config.make("sampler", config.make("grid"))
     except ValueError as error:
         return [*found, f"sampler: {error}"]
     try:

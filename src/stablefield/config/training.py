@@ -44,6 +44,9 @@ class Training:
         keep_checkpoints: number of recent checkpoints that are kept.
         log_every: images between lines of the metrics.
         sample_every: images between sheets of samples; 0 draws none.
+        probe_every: images between measurements of the excess of the network over the floor of its loss; 0 measures
+            none. A run of at least that many images is also measured at its end.
+        probes: noisy examples in each of 8 ranges of the noise level, at which the excess is measured.
 
     Raises:
         ValueError: a value out of range, or settings that exclude each other.
@@ -73,6 +76,8 @@ class Training:
     keep_checkpoints: int = 1
     log_every: int = 1_000
     sample_every: int = 0
+    probe_every: int = 25_000
+    probes: int = 32
 
     def __post_init__(self) -> None:
         for name in (
@@ -84,10 +89,17 @@ class Training:
             "save_every",
             "keep_checkpoints",
             "log_every",
+            "probes",
         ):
             if (value := getattr(self, name)) is not None and not 0 < value < inf:
                 raise ValueError(f"{name} must be positive, not {value}")
-        for name in ("learning_rate_warmup", "ema_rampup_ratio", "learning_rate_decay_start", "sample_every"):
+        for name in (
+            "learning_rate_warmup",
+            "ema_rampup_ratio",
+            "learning_rate_decay_start",
+            "sample_every",
+            "probe_every",
+        ):
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         for half_life in self.half_lives:

@@ -54,6 +54,8 @@ __all__ = [
 
 RESUMABLE_KEYS = {
     *(f"training.{key}" for key in ("images", "save_every", "keep_checkpoints", "log_every", "sample_every")),
+    "training.probe_every",
+    "training.probes",
     *(f"training.{key}" for key in ("device", "micro_batch_size", "compile", "deterministic")),
     "training.target_prefetch",
     "training.target_sharding",

@@ -22,6 +22,7 @@ from stablefield.distributed import Ranks
 from stablefield.engine.checkpoints import CheckpointManager, locked
 from stablefield.engine.loop import Optimization, StepReport, train
 from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
+from stablefield.engine.probing import LossFigure, RunProbes
 from stablefield.engine.state import TrainState
 from stablefield.engine.tensorboard import TensorBoardWriter, samples
 from stablefield.files import write_text
@@ -159,6 +160,8 @@ class _Fit:
         batch_size = training.micro_batch_size or training.batch_size // ranks.world_size
         held_out = components.held_out
         self.held_out = None if held_out is None else HeldOutLoss(held_out, objective, bins, ranks, batch_size)
+        self.probes = RunProbes(config, components, ranks)
+        self.figure = LossFigure(folder, history)
         self.tensorboard = TensorBoardWriter(folder, self.state.images) if ranks.is_main else None
         self.metrics: dict[str, Any] = {}
 
@@ -191,7 +194,7 @@ class _Fit:
             number = int(self.ranks.all_gather_int(stop.number).max())  # a signal to one rank stops all
             self._record(step, stopping=number > 0)
             if on_step is not None:
-                on_step(step.images, self.metrics)
+                on_step(step.images, self.metrics | self.probes.latest)
             self.checkpoints.raise_failure()
             if number:
                 return number
@@ -220,12 +223,15 @@ class _Fit:
         self.logger.add(step, batch_size)
         last = stopping or step.images >= training.images
         save = last or due(training.save_every)
+        probe = self.probes.due(step.images, batch_size)
         if save:
             self.ranks.on_main(self.checkpoints.wait)  # the metrics on the disk are of one interval at most
-        if save or due(training.log_every):
+        if save or probe or due(training.log_every):
             self.metrics = self.logger.flush(self.state)
+            if probe:
+                self.metrics |= self.probes(self.state)
             score = self._rate_average() if save and not stopping else None
-            self.ranks.on_main(self._write_metrics)
+            self.ranks.on_main(lambda: self._write_metrics(draw=save))
             if save:
                 self.ranks.on_main(lambda: self.checkpoints.save(self.state, score, background=not last))
         if training.sample_every and due(training.sample_every) and not stopping:
@@ -243,8 +249,11 @@ class _Fit:
             score = self.metrics["score/score"] = float(self.score(self.state.average))
         return score
 
-    def _write_metrics(self) -> None:
+    def _write_metrics(self, draw: bool) -> None:
         self.folder.log(self.metrics)
+        self.figure.add(self.metrics)
+        if draw:
+            self.figure.draw()
         if self.tensorboard:
             self.tensorboard.add_metrics(self.metrics, self.state.images)
 

@@ -23,7 +23,7 @@ from stablefield.distributed import Ranks, no_sync
 from stablefield.engine.state import TrainState
 from stablefield.kernel.accumulator import Posterior
 from stablefield.objective import LossReport, Objective
-from stablefield.process import NoisyBatch
+from stablefield.process import NoisyBatch, draw_noise
 from stablefield.schedule import LearningRate
 from stablefield.seeding import derive, generator
 from stablefield.targets import Prefetched
@@ -160,12 +160,10 @@ def perturb(state: TrainState, times: TimeDistribution, batches: BatchSource, im
     """
     batch = batches(images).to(state.device)
     t = times.draw(batches.size, generator(seed, "times", images))[batch.image_number - images]
-    shape, dtype = batch.x.shape[1:], batch.x.dtype
-    noise = torch.stack([torch.randn(shape, generator=g, dtype=dtype) for g in batch.generators(seed, "noise")])
     return state.denoiser.process.perturb(
         batch.x,
         t.to(batch.x),
-        noise.to(batch.x.device),
+        draw_noise(batch.x, batch.generators(seed, "noise")),
         label=batch.label,
         index=batch.index,
         augment_label=batch.augment_label,

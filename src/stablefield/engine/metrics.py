@@ -22,7 +22,7 @@ from stablefield.engine.loop import StepReport
 from stablefield.engine.state import TrainState
 from stablefield.objective import Objective
 from stablefield.pool import Pool
-from stablefield.process import Process
+from stablefield.process import Process, draw_noise
 from stablefield.seeding import generator
 from stablefield.targets import DSMTarget
 from stablefield.times import TimeDistribution
@@ -211,14 +211,11 @@ class HeldOutLoss:
         """Sums for each range over some examples, whose numbers seed their noise."""
         device = self.ranks.device
         x, label = self.pool.take(index).to(device), self.pool.label(index)
-        noise = [
-            torch.randn(x.shape[1:], generator=generator(0, "held out", number), dtype=x.dtype)
-            for number in examples.tolist()
-        ]
+        noise = draw_noise(x, (generator(0, "held out", number) for number in examples.tolist()))
         noisy = denoiser.process.perturb(
             x,
             t.to(x),
-            torch.stack(noise).to(device),
+            noise,
             label=None if label is None else label.to(device),
             index=index,
         )

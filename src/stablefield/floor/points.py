@@ -17,7 +17,7 @@ from stablefield.floor.loss import SquaredError
 from stablefield.floor.weights import EnergyRecorder, Sources, draw_sources, stable_means
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size, float64_device
 from stablefield.pool import NULL_LABEL, Pool, draw_without_replacement
-from stablefield.process import NoisyBatch
+from stablefield.process import NoisyBatch, draw_noise
 from stablefield.seeding import generator
 
 __all__ = ["MAX_ELEMENTS", "Exact", "Progress", "draw_points", "exact_posteriors", "noise_levels_of_bins"]
@@ -71,9 +71,7 @@ def draw_points(
     x, label = pool.take(index).cpu(), pool.label(index)
     if label is not None:
         label = torch.where(spread[3][only] < label_dropout, NULL_LABEL, label.cpu())
-    noise = torch.stack(
-        [torch.randn(x.shape[1:], generator=generator(seed, "floor", "noise", n), dtype=x.dtype) for n in only.tolist()]
-    )
+    noise = draw_noise(x, (generator(seed, "floor", "noise", n) for n in only.tolist()))
     t = loss.quantile(u)[only].to(x.dtype)
     return loss.process.perturb(x, t, noise, label=label, index=index, image_number=only)
 

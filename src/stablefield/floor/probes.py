@@ -10,6 +10,7 @@ set. A network that begins to copy its training data approaches that mean there,
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -167,13 +168,33 @@ class Probes:
         """
         return self.by_noise(self.floors(target))
 
-    @torch.no_grad()
     def errors(self, prediction: Prediction, *, batch_size: int = 64) -> tuple[Float[Tensor, "B 1"], ...]:
         """Weighted squared distances of a network from its best prediction and from the DSM target, at each example.
 
         Args:
             prediction: the network, as for `excess`.
             batch_size: examples that pass through the network at once.
+        """
+        return tuple(self.weighted(square) for square in self.squares(prediction, batch_size=batch_size))
+
+    def weighted(self, squares: Float[Tensor, "B"]) -> Float[Tensor, "B 1"]:
+        """Squared errors of the prediction in units of the loss.
+
+        Args:
+            squares: squared errors at each example of this part, summed over the dimensions.
+        """
+        return (self.loss.factor(self.noisy.t.double(), self.noisy.x[0].numel()) * squares)[:, None]
+
+    @torch.no_grad()
+    def squares(self, prediction: Prediction, *, batch_size: int = 64) -> tuple[Float[Tensor, "B"], ...]:
+        """Squared distances of a network from its best prediction and from the DSM target, without weights.
+
+        Args:
+            prediction: the network, as for `excess`.
+            batch_size: examples that pass through the network at once.
+
+        Raises:
+            ValueError: the network returns another shape than its input.
         """
         device = next((p.device for p in getattr(prediction, "parameters", list)()), torch.device("cpu"))
         found = [
@@ -185,9 +206,18 @@ class Probes:
             raise ValueError(
                 f"the network returns the shape {tuple(predicted.shape)} for an input {tuple(self.noisy.x_t.shape)}"
             )
-        factor = self.loss.factor(self.noisy.t.double(), self.noisy.x[0].numel())
-        squares = ((predicted - best).flatten(1).square().sum(1) for best in (self.exact_prediction, self._sources))
-        return tuple((factor * square)[:, None] for square in squares)
+        return tuple((predicted - best).flatten(1).square().sum(1) for best in (self.exact_prediction, self._sources))
+
+    def with_weight(self, loss: SquaredError) -> "Probes":
+        """Probes for a loss that differs in its weight alone; examples and exact means are shared.
+
+        Args:
+            loss: the other loss.
+        """
+        self.exact_prediction  # noqa: B018 (it is computed once for both)
+        other = copy(self)
+        other.loss = loss
+        return other
 
     def floors(self, target: str = "dsm") -> Float[Tensor, "B R"]:
         """The floor of the loss at each example of this part.

@@ -1,34 +1,15 @@
-"""Forward processes: how data x turn into noise.
+"""The base class of processes, and the record of a noisy batch."""
 
-    x_t = alpha_t x + sigma_t noise,      noise ~ N(0, I)
-
-A `Process` is the pair (alpha, sigma) as functions of t, and the inverse of their ratio. Posterior weights, the
-preconditioning of a network and the steps of a sampler follow from these two numbers. A process with alpha > 0 is
-the variance-exploding one rescaled: x_t / alpha is x plus noise of level sigma / alpha.
-
-| process  | alpha                                   | sigma             | source                               |
-|----------|-----------------------------------------|-------------------|--------------------------------------|
-| `VE`     | 1                                       | t                 | Song et al. 2021; Karras et al. 2022 |
-| `VP`     | exp(-(beta_d t^2 / 2 + beta_min t) / 2) | sqrt(1 - alpha^2) | Ho et al. 2020; Song et al. 2021     |
-| `SubVP`  | as VP                                   | 1 - alpha^2       | Song et al. 2021                     |
-| `Cosine` | cos(pi t / 2)                           | sin(pi t / 2)     | Nichol & Dhariwal 2021               |
-| `Flow`   | 1 - t                                   | t                 | Liu et al. 2022; Lipman et al. 2023  |
-
-t runs from 0 (data) to 1; VE's t has no upper bound.
-"""
-
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from typing_extensions import override
 
-__all__ = ["VE", "VP", "BatchRecord", "Cosine", "Flow", "NoisyBatch", "Process", "SubVP", "per_example", "pick"]
+__all__ = ["BatchRecord", "NoisyBatch", "Process", "draw_noise", "per_example", "pick"]
 
 
 def per_example(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
@@ -135,6 +116,22 @@ def pick(values: Shaped[Tensor, "B *D"], index: Int[Tensor, "b"] | slice) -> Ten
     return values[index if isinstance(index, slice) else index.to(values.device)]
 
 
+def draw_noise(
+    x: Float[Tensor, "B *D"], generators: torch.Generator | Iterable[torch.Generator] | None = None
+) -> Float[Tensor, "B *D"]:
+    """Standard normal noise for a batch. It is drawn on the CPU, so that it does not depend on the device.
+
+    Args:
+        x: clean data, for shape, type and device.
+        generators: one generator per example, or one for the batch; by default torch's global one.
+    """
+    if generators is None or isinstance(generators, torch.Generator):
+        noise = torch.randn(x.shape, generator=generators, dtype=x.dtype)
+    else:
+        noise = torch.stack([torch.randn(x.shape[1:], generator=each, dtype=x.dtype) for each in generators])
+    return noise.to(x.device)
+
+
 class Process(ABC):
     """Base class of forward processes: the pair (alpha, sigma) as functions of t.
 
@@ -193,97 +190,3 @@ class Process(ABC):
         alpha, sigma = self.scales(t)
         x_t = per_example(alpha, x) * x + per_example(sigma, x) * noise
         return NoisyBatch(x, noise, t, alpha, sigma, x_t, label, index, augment_label, image_number)
-
-
-@dataclass(frozen=True)
-class VE(Process):
-    """The variance-exploding process: x_t = x + t noise. EDM uses this process, with t = sigma."""
-
-    t_max: ClassVar[float] = math.inf
-
-    @override
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(t), t
-
-    @override
-    def time(self, ratio: Tensor) -> Tensor:
-        return ratio
-
-
-@dataclass(frozen=True)
-class VP(Process):
-    """The variance-preserving process: alpha^2 + sigma^2 = 1, with beta(t) = beta_min + beta_d t.
-
-    This is DDPM's linear schedule in continuous time (Song et al. 2021, eq. 33).
-
-    Attributes:
-        beta_min: beta at t = 0.
-        beta_d: growth of beta from t = 0 to t = 1.
-    """
-
-    beta_min: float = 0.1
-    beta_d: float = 19.9
-
-    @override
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha = self._log_alpha(t)
-        return log_alpha.exp(), (-torch.expm1(2 * log_alpha)).sqrt()  # expm1: sigma keeps its digits near t = 0
-
-    @override
-    def time(self, ratio: Tensor) -> Tensor:
-        return self._time_of(-0.5 * torch.log1p(ratio**2))
-
-    def _log_alpha(self, t: Tensor) -> Tensor:
-        return -0.25 * self.beta_d * t**2 - 0.5 * self.beta_min * t
-
-    def _time_of(self, log_alpha: Tensor) -> Tensor:
-        """The root of beta_d t^2 / 2 + beta_min t + 2 log_alpha = 0, written without cancellation near t = 0."""
-        integral = -2 * log_alpha  # of beta, from 0 to t
-        return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * self.beta_d * integral).sqrt())
-
-
-@dataclass(frozen=True)
-class SubVP(VP):
-    """The sub-VP process: VP's alpha with the smaller noise sigma = 1 - alpha^2 (Song et al. 2021, eq. 29).
-
-    Attributes:
-        beta_min: beta at t = 0.
-        beta_d: growth of beta from t = 0 to t = 1.
-    """
-
-    @override
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        log_alpha = self._log_alpha(t)
-        return log_alpha.exp(), -torch.expm1(2 * log_alpha)
-
-    @override
-    def time(self, ratio: Tensor) -> Tensor:
-        # alpha^2 + ratio alpha - 1 = 0 means 1 / alpha - alpha = ratio, so -log alpha = asinh(ratio / 2)
-        return self._time_of(-torch.asinh(ratio / 2))
-
-
-@dataclass(frozen=True)
-class Cosine(Process):
-    """The cosine process: alpha = cos(pi t / 2), sigma = sin(pi t / 2); variance preserving."""
-
-    @override
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        quarter = math.pi / 2
-        return torch.sin((1 - t) * quarter), torch.sin(t * quarter)  # cos(pi t / 2) would lose its digits near t = 1
-
-    @override
-    def time(self, ratio: Tensor) -> Tensor:
-        return torch.atan(ratio) * (2 / math.pi)
-
-
-@dataclass(frozen=True)
-class Flow(Process):
-    """Rectified flow: the straight line x_t = (1 - t) x + t noise."""
-
-    @override
-    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 - t, t
-
-    @override
-    def time(self, ratio: Tensor) -> Tensor:
-        return 1 / (1 + 1 / ratio)  # right at both ends: 0 gives 0, infinity gives 1

@@ -1,0 +1,75 @@
+"""Targets as text, as the options `train --target` and `compare --targets` have them.
+
+    dsm    stf:256    stf:256,references=recent    knn:32    exact    exact,missing_mass=0    mine:Target,level=3
+
+The number after the kind is the size of the support: the first key of the target, if that takes a whole number. Further
+keys of the section follow after commas.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from stablefield.config.classes import Allowed, component_class, schema
+from stablefield.config.text import ConfigError, override
+from stablefield.kinds import KINDS
+
+__all__ = ["split_targets", "target_kind", "target_section"]
+
+
+def split_targets(text: str) -> list[str]:
+    """Targets of a list; a part such as `references=recent` belongs to the target before it.
+
+    >>> split_targets("dsm, stf:256,references=recent,exact")
+    ['dsm', 'stf:256,references=recent', 'exact']
+
+    Args:
+        text: targets, separated by commas.
+    """
+    targets: list[str] = []
+    for part in (part.strip() for part in text.split(",")):
+        if "=" in part and targets:
+            targets[-1] += f",{part}"
+        else:
+            targets.append(part)
+    return targets
+
+
+def target_kind(text: str) -> str:
+    """The kind that a target's text names.
+
+    >>> target_kind("stf:256"), target_kind("mine:Target,level=3")
+    ('stf', 'mine:Target')
+
+    Args:
+        text: a target as text.
+    """
+    head = text.partition(",")[0].strip()
+    kind, _, number = head.rpartition(":")
+    return kind if kind and number.strip().isdecimal() else head
+
+
+def target_section(text: str, allow: Iterable[Allowed] = ()) -> dict[str, Any]:
+    """The section `target` of a configuration that a target's text stands for.
+
+    >>> target_section("stf:256,references=recent")
+    {'kind': 'stf', 'size': 256, 'references': 'recent'}
+
+    Args:
+        text: a target as text.
+        allow: classes outside this package that it may name.
+
+    Raises:
+        ConfigError: there is no such kind, it has no size, or a key has another form.
+    """
+    kind = target_kind(text)
+    head, _, rest = text.partition(",")
+    if (of_ours := kind.partition(":")[0]) in KINDS["target"] and kind != of_ours:
+        raise ConfigError(f"the size in the target {text!r} is not a whole number; write for example {of_ours}:64")
+    keys = schema("target", component_class("target", kind, tuple(allow))).model_fields
+    first = next(iter(keys), "")
+    number = head.strip().removeprefix(kind).removeprefix(":")
+    if number and not (first and keys[first].annotation is int):
+        raise ConfigError(f"the target {text!r} has a size, but {kind!r} has none; leave it out")
+    size = {first: int(number)} if number else {}
+    further = override({}, [f"target.{part.strip()}" for part in rest.split(",")] if rest else [])
+    return {"kind": kind, **size, **further.get("target", {})}

@@ -1,0 +1,235 @@
+"""Excess of a run's network over the floor of its loss, at fixed noisy examples (`stablefield.floor`).
+
+The exact posterior means of the examples are computed when they are first due, not before the first step. The examples
+and the image counts at which they are due follow from the configuration, the network is copied and evaluated without
+dropout, and no random number of training is used. So a run has the same weights with probes and without.
+
+Two losses are measured: the run's own, with its noise and weight, and EDM's with its default noise and weight, which
+alone is comparable between runs on the same data. At held-out images the denoising loss of the network stands beside
+its distance from the posterior mean over the *training* data, which falls if the network begins to copy them.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stablefield.build import Components
+from stablefield.config import Config
+from stablefield.distributed import Ranks
+from stablefield.engine.metrics import NoiseBins
+from stablefield.engine.state import TrainState
+from stablefield.evaluate.plots import plot_excess
+from stablefield.floor import ByNoise, Probes, SquaredError, edm_loss
+from stablefield.objective import Objective
+from stablefield.process import VE, Process
+from stablefield.run import RunFolder
+from stablefield.seeding import derive
+from stablefield.targets import DSMTarget, ExactTarget, Prefetched, Sharded, STFTarget, TargetEstimator
+from stablefield.times import LogNormal, Stratified
+
+__all__ = ["LossFigure", "RunProbes", "target_name"]
+
+LOGGER = logging.getLogger("stablefield")
+
+
+def target_name(target: TargetEstimator) -> str | None:
+    """The name of a target whose floor is known: "dsm", "stf:n" or "exact"; None for others.
+
+    Args:
+        target: the estimator of a run.
+    """
+    match target:
+        case Prefetched(target=inner) | Sharded(target=inner):
+            return target_name(inner)
+        case DSMTarget():
+            return "dsm"
+        case STFTarget(size=size):
+            return f"stf:{size}"
+        case ExactTarget():
+            return "exact"
+        case _:
+            return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Probes of one loss, and the beginning of the names of their metrics."""
+
+    prefix: str
+    probes: Probes
+    bins: NoiseBins
+
+    def means(self, group: str, name: str, values: ByNoise) -> dict[str, float]:
+        """Mean over all noise levels and over each range, by the names of the metrics."""
+        by_noise = f"{'' if group == 'loss' else group + '_'}{name}_by_noise"
+        ranges = zip(self.bins.names, values.by_bin.tolist(), strict=True)
+        return {f"{group}/{name}": values.value} | {f"{by_noise}/{label}": value for label, value in ranges}
+
+
+class RunProbes:
+    """Measures the excess of the network of a run at fixed noisy examples.
+
+    Args:
+        config: configuration of the run.
+        components: the parts of the run.
+        ranks: this process and those it trains with, among which the examples are divided.
+
+    Attributes:
+        every: images between two measurements; 0 for none.
+        target: name of the targets that the run is trained with; None if their floor is not known.
+        latest: the excess and the floor that were measured last, and the name of the target; empty before.
+    """
+
+    def __init__(self, config: Config, components: Components, ranks: Ranks) -> None:
+        training, self.components, self.ranks = config.training, components, ranks
+        self.every, self.per_bin, self.images = training.probe_every, training.probes, training.images
+        self.label_dropout, self.seed = training.label_dropout, training.seed
+        self.target = target_name(components.objective.target)
+        self.batch_size = training.micro_batch_size or training.batch_size // ranks.world_size
+        self.augmented = bool(config.make("augmentation").augment_dim)
+        self.latest: dict[str, Any] = {}
+        self._made: tuple[list[_Group], Probes | None] | None = None
+
+    def due(self, images: int, batch_size: int) -> bool:
+        """True if a measurement is due after a step.
+
+        Args:
+            images: images seen at the end of the step.
+            batch_size: images of the step.
+        """
+        if not self.every or images < self.every:
+            return False
+        return images // self.every > (images - batch_size) // self.every or images >= self.images
+
+    def __call__(self, state: TrainState) -> dict[str, Any]:
+        """Metrics of the network with its weights as they are and averaged; must be called on all ranks.
+
+        Args:
+            state: the state of training, which is not changed.
+        """
+        start = perf_counter()
+        groups, held_out = self._groups(state.denoiser.process)
+        devices = [] if state.device.type == "cpu" else [state.device]
+        with torch.random.fork_rng(devices):  # networks that draw random numbers take none from training
+            torch.manual_seed(derive(self.seed, "probes"))
+            metrics = self._floors(groups)
+            raw = copy.deepcopy(state.average)
+            raw.load_state_dict(state.denoiser.state_dict())
+            for suffix, network in (("", raw), ("_average", state.average)):
+                metrics |= self._excess(groups, network, suffix)
+            if held_out is not None:
+                metrics |= self._held_out(groups[0], held_out, state.average)
+        name = "floor_target" if self.target else "floor_dsm"
+        self.latest = {"loss/excess": metrics["loss/excess"], "loss/floor": metrics[f"loss/{name}"]}
+        self.latest["target/name"] = self.target or "dsm"
+        return metrics | {"timing/probe_sec": perf_counter() - start}
+
+    def _excess(self, groups: list[_Group], network: Callable[..., Tensor], suffix: str) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        squares: dict[int, Tensor] = {}  # groups that differ in their weight share one evaluation of the network
+        for group in groups:
+            probes = group.probes
+            if id(probes.noisy) not in squares:
+                squares[id(probes.noisy)] = probes.squares(network, batch_size=self.batch_size)[0]
+            excess = self._gathered(probes, probes.weighted(squares[id(probes.noisy)]))
+            metrics |= group.means(group.prefix, f"excess{suffix}", excess)
+            metrics[f"{group.prefix}/excess{suffix}_error"] = excess.error
+        return metrics
+
+    def _floors(self, groups: list[_Group]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for group in groups:
+            names = {"floor_dsm": "dsm"} | ({"floor_target": self.target} if self.target else {})
+            for name, target in names.items():
+                floor = self._gathered(group.probes, group.probes.floors(target))
+                metrics |= group.means(group.prefix, name, floor)
+                metrics[f"{group.prefix}/{name}_error"] = floor.error
+        return metrics
+
+    def _held_out(self, own: _Group, probes: Probes, network: Callable[..., Tensor]) -> dict[str, float]:
+        squares = probes.squares(network, batch_size=self.batch_size)
+        metrics: dict[str, float] = {}
+        for name, square in zip(("distance_to_training_mean", "probe_loss"), squares, strict=True):
+            metrics |= own.means("held_out", name, self._gathered(probes, probes.weighted(square)))
+        return metrics
+
+    def _gathered(self, probes: Probes, values: Float[Tensor, "B R"]) -> ByNoise:
+        """Values at the examples of all ranks."""
+        return probes.by_noise(self.ranks.all_gather(values.to(self.ranks.device).float()).cpu().double())
+
+    def _groups(self, process: Process) -> tuple[list[_Group], Probes | None]:
+        """The probes of the run's own loss, of EDM's, and of held-out images; made when they are first due."""
+        if self._made is None:
+            if self.augmented and self.ranks.is_main:
+                LOGGER.warning(
+                    "the excess and the floor of the loss are measured without augmentation (at the identity map)"
+                )
+            objective, held_out = self.components.objective, self.components.held_out
+            own, edm = SquaredError.of_objective(objective, process), edm_loss(process)
+            probes = self._probes(own)
+            of_edm = probes.with_weight(edm) if _has_noise_of_edm(objective, process) else self._probes(edm)
+            groups = [
+                _Group(prefix, each, NoiseBins.equally_likely(each.loss.times, process, each.bins))
+                for prefix, each in (("loss", probes), ("edm", of_edm))
+                if each.loss.times is not None
+            ]
+            self._made = groups, None if held_out is None else self._probes(own, sources=held_out)
+        return self._made
+
+    def _probes(self, loss: SquaredError, **sources: Any) -> Probes:
+        return Probes(
+            self.components.pool,
+            loss,
+            target=self.target or "dsm",
+            per_bin=self.per_bin,
+            label_dropout=self.label_dropout,
+            part=(self.ranks.rank, self.ranks.world_size),
+            device=self.ranks.device,
+            **sources,
+        )
+
+
+class LossFigure:
+    """Figure of a run: its loss, the floor of it and the excess, during training and by noise level.
+
+    Args:
+        folder: folder of the run.
+        history: lines of the metrics so far.
+
+    Attributes:
+        folder: folder of the run.
+        lines: the lines of the metrics that the figure shows.
+    """
+
+    def __init__(self, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []
+        for line in history:
+            self.add(line)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a line of the metrics.
+
+        Args:
+            line: values by the name of the metric.
+        """
+        prefixes = ("progress/", "loss/", "excess", "floor")
+        self.lines.append({key: value for key, value in line.items() if key.startswith(prefixes)})
+
+    def draw(self) -> None:
+        """Write the figure, if the excess was measured."""
+        if any("loss/excess" in line for line in self.lines):
+            plot_excess(self.folder.loss_figure, self.lines, f"Loss and excess of {self.folder.path.name}")
+
+
+def _has_noise_of_edm(objective: Objective, process: Process) -> bool:
+    """True if a run draws its noise levels as EDM does by default."""
+    times = objective.times.times if isinstance(objective.times, Stratified) else objective.times
+    return isinstance(process, VE) and times == LogNormal()
