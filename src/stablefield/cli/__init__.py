@@ -65,6 +65,11 @@ app.command()(field_command.field)
 app.add_typer(data_command.data, name="data")
 
 
+def _printable(text: str) -> str:
+    """Text without terminal codes: an error may quote what a file contains."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def main() -> None:
     """Run the command of `sys.argv`; print an error that the user can fix as one line instead of a traceback."""
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # child processes import no modules from the current folder
@@ -72,5 +77,5 @@ def main() -> None:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{_printable(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -279,7 +279,7 @@ class CheckpointManager:
         if saved is not None:
             self._check(saved.config, saved.images)
             state.restore(saved.tensors, saved.images)
-            self.newest_images, self.best = saved.images, saved.config.get("best", {})
+            self.newest_images, self.best = saved.images, _best_of(saved.config)
         if len(ranks.all_gather_int(self.newest_images).unique()) > 1:
             raise ConfigError(
                 f"the ranks see different files in {self.folder.path}; use a folder that all of them share"
@@ -363,6 +363,14 @@ class CheckpointManager:
             raise ConfigError(
                 f"training.images = {training.images}, but this run has seen {images} already; set a larger number"
             )
+
+
+def _best_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Score and images of the best checkpoint, as a checkpoint holds them; empty if it holds none."""
+    match metadata.get("best"):
+        case {"score": int() | float() as score, "images": int() as images}:
+            return {"score": score, "images": images}
+    return {}
 
 
 def _add_name(file: Path, name: Path) -> None:

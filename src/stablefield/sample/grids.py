@@ -80,8 +80,8 @@ class EDMGrid(_BoundedGrid):
 
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
-        if not self.rho > 0:
-            raise ValueError(f"rho must be positive, not {self.rho}")
+        if not 0 < self.rho <= 1000:
+            raise ValueError(f"rho must be positive and at most 1,000, not {self.rho}")
 
     @override
     def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
@@ -132,6 +132,7 @@ class VPGrid(_BoundedGrid):
     end: float = 1e-3
 
     def __post_init__(self) -> None:
+        VP(self.beta_min, self.beta_d)  # it checks them
         if not 0 < self.end < 1:
             raise ValueError(f"a VP grid needs an end between 0 and 1, not {self.end}")
 
@@ -159,6 +160,14 @@ class IDDPMGrid(_BoundedGrid):
     table_steps: int = 1000
     c_1: float = 0.001
     c_2: float = 0.008
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.skip < self.table_steps <= 100_000:
+            raise ValueError(
+                f"need 0 <= skip < table_steps and at most 100,000 of these, not {self.skip} and {self.table_steps}"
+            )
+        if not (0 < self.c_1 < 1 and 0 < self.c_2 < 1):
+            raise ValueError(f"c_1 and c_2 must be between 0 and 1, not {self.c_1} and {self.c_2}")
 
     @override
     def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
