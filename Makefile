@@ -3,8 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+INTEROP := .venv-interop
 
-.PHONY: demo test test-all lint format bench clean help
+.PHONY: demo test test-all test-interop lint format bench clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,6 +29,16 @@ test: $(READY) lint   ## check style and types, and run the quick tests
 test-all: $(READY) lint   ## run the slow tests, too
 	$(BIN)/python -m pytest
 
+$(INTEROP)/.ready: pyproject.toml constraints.txt constraints-interop.txt
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-interop.txt -e '.[dev,interop]'
+	# torchcfm brings it through torchdyn; where it does not fit torch, diffusers cannot be imported
+	$(INTEROP)/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
+
+test-interop: $(INTEROP)/.ready   ## run the loops of docs/loops with diffusers, Lightning, torchcfm and sbi
+	$(INTEROP)/bin/python -m pytest tests/interop
+
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +52,4 @@ bench: $(READY)   ## run the benchmarks, and print times as ratios
 	for script in $(filter-out %/common.py %/compare_checkouts.py, $(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:           ## remove the environment and the caches
-	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(INTEROP) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

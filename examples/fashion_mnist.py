@@ -16,7 +16,7 @@ import torch
 
 from stablefield import Guided
 from stablefield.build import build_sampler
-from stablefield.evaluate.images import save_sheet
+from stablefield.generate.images import save_sheet
 from stablefield.run import open_run
 
 DEBIAN = "/usr/share/datasets/fashion-mnist"

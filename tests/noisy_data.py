@@ -70,6 +70,9 @@ class Drawn(Pool):
         assert len(draw) == min(n, len(self.indices(label)))
         return draw
 
+    def draw_by_class(self, n: int, labels: Tensor, seed: int) -> Tensor:
+        return torch.stack([self.draw(n, label, None) for label in labels.tolist()])
+
 
 def with_draw(pool: Pool, draw: Iterable[int]) -> Pool:
     """The pool with a given next draw."""

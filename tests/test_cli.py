@@ -83,7 +83,7 @@ def test_the_same_seed_gives_the_same_image_in_any_batch(run, tmp_path):
     for seed in (1, 3):
         one, other = (np.asarray(Image.open(tmp_path / f / "000000" / f"{seed:06d}.png"), int) for f in "ab")
         assert abs(one - other).max() <= 1
-    assert (tmp_path / "a" / "samples.png").exists()
+    assert (tmp_path / "a.png").exists()
 
 
 def test_an_archive_has_bytes_in_the_layout_of_guided_diffusion(run, tmp_path):
@@ -156,7 +156,7 @@ def test_conditional_and_other_processes_train_and_sample(tmp_path, settings):
     assert result.exit_code == 0, result.output
     flags = ["--class", 3] if "conditional" in settings[0] else []
     assert command("sample", tmp_path / "run", "--seeds", "0-3", "--steps", 3, *flags).exit_code == 0
-    assert (tmp_path / "run" / "samples" / "samples.png").exists()
+    assert (tmp_path / "run" / "samples.png").exists()
     unknown = command("sample", tmp_path / "run", "--seeds", "0", "--class", 12)
     assert "no class 12" in str(unknown.exception)
 

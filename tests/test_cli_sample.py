@@ -206,7 +206,7 @@ def test_floats_declared_as_images_are_written_as_images(tmp_path):
     found = np.load(tmp_path / "x.npz")["arr_0"]
     assert (found.dtype, found.shape) == (np.uint8, (6, 8, 8, 3))
     assert abs(found.astype(int) - np.stack(list(read_images(tmp_path / "x").values()))).max() <= 1
-    assert (tmp_path / "x" / "samples.png").exists()
+    assert (tmp_path / "x.png").exists()
 
 
 def test_images_are_not_written_as_npy(run, tmp_path):

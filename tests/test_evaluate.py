@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -11,13 +12,13 @@ from torch import nn
 
 from stablefield.data import Digits
 from stablefield.evaluate import (
+    Estimate,
     ExportedNetwork,
     Features,
     FeatureSet,
     Inception,
     NearestMatches,
     Pixels,
-    ScoreSummary,
     Statistics,
     StatisticsAccumulator,
     cached_classifier,
@@ -100,7 +101,7 @@ def test_statistics_do_not_depend_on_how_the_features_are_split(sizes):
 
 def test_statistics_are_read_from_our_files_and_from_published_ones(tmp_path):
     whole = Statistics.from_features(features(20, 5, seed=4))
-    whole.save(tmp_path / "ours.npz", features="pixels", data="abc")
+    replace(whole, features="pixels", data="abc").save(tmp_path / "ours.npz")
     back = Statistics.read(tmp_path / "ours.npz")
     assert torch.equal(back.mean, whole.mean)
     assert torch.equal(back.covariance, whole.covariance)
@@ -171,7 +172,7 @@ def test_invalid_statistics_are_refused_and_the_error_names_file_and_reason(tmp_
 
 
 def test_every_truncated_file_of_statistics_is_refused_with_one_line(tmp_path):
-    Statistics.from_features(features(9, 3, seed=4)).save(tmp_path / "whole.npz", features="pixels", data="")
+    Statistics.from_features(features(9, 3, seed=4)).save(tmp_path / "whole.npz")
     whole = (tmp_path / "whole.npz").read_bytes()
     for cut in range(0, len(whole), 7):
         (tmp_path / "cut.npz").write_bytes(whole[:cut])
@@ -409,9 +410,9 @@ def test_notes_report_too_few_samples():
 
 
 def test_repeats_are_summarised_by_mean_standard_deviation_and_minimum():
-    found = ScoreSummary.from_values([3.0, 1.0, 2.0])
+    found = Estimate.from_values([3.0, 1.0, 2.0])
     assert (found.mean, found.std, found.min, found.values) == (2.0, 1.0, 1.0, (3.0, 1.0, 2.0))
-    assert ScoreSummary.from_values([3.0]).std is None
+    assert Estimate.from_values([3.0]).std is None
 
 
 def test_a_classifier_is_trained_once_per_data_set(monkeypatch, tmp_path):

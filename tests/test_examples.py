@@ -49,7 +49,7 @@ def test_cifar10_is_decoded_trained_stopped_resumed_and_sampled(tmp_path):
     progress = [line["progress/kimg"] for line in RunFolder(tmp_path / "out" / "run").history()]
     assert progress[-1] == 0.256
     assert progress == sorted(set(progress))
-    assert (tmp_path / "out" / "run" / "samples" / "samples.png").exists()
+    assert (tmp_path / "out" / "run" / "samples.png").exists()
 
 
 def idx(path: Path, array: np.ndarray) -> None:

@@ -25,6 +25,7 @@ FLOORS = (
     {"objective", "sample", "likelihood", "stable", "floor"},
     {"config", "checkpoint", "data", "distributed", "files", "pickles", "recipes"},
     {"run", "build", "interop"},
+    {"generate"},
     {"engine", "evaluate"},
     {"studies"},
     {"cli"},

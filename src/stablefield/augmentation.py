@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from stablefield.process import per_example
+from stablefield.process import move, per_example
 
 __all__ = ["DIM", "affine", "flip", "permutes", "warp"]
 
@@ -63,7 +63,7 @@ def flip(x: Float[Tensor, "B C H W"], augment_label: Float[Tensor, "B 9"]) -> Fl
     if x.ndim != 4:
         raise ValueError(f"only images (C, H, W) can be augmented, not data of shape {tuple(x.shape[1:])}")
     for column, dimension in _FLIPS:
-        flipped = per_example(augment_label[:, column] != 0, x).to(x.device)
+        flipped = move(per_example(augment_label[:, column] != 0, x), x.device)
         x = torch.where(flipped, x.flip(dimension), x)
     return x
 
@@ -115,12 +115,15 @@ def warp(x: Float[Tensor, "B C H W"], inverse: Float[Tensor, "B 2 3"]) -> Float[
     height, width = x.shape[2:]
     fine = _upsampled(_upsampled(x, 2), 3)
     # points of the result on the fine grid, with the margin that the filter reads beyond the edges
-    lines = [torch.arange(-_MARGIN, 2 * side - 1 + _MARGIN) / 2 - (side - 1) / 2 for side in (height, width)]
-    y_points, x_points = torch.meshgrid(*(line.to(inverse) for line in lines), indexing="ij")
+    numbers = (torch.arange(-_MARGIN, 2 * side - 1 + _MARGIN, device=x.device) for side in (height, width))
+    lines = [
+        number.to(inverse.dtype) / 2 - (side - 1) / 2 for number, side in zip(numbers, (height, width), strict=True)
+    ]
+    y_points, x_points = torch.meshgrid(*lines, indexing="ij")
     points = torch.stack([x_points, y_points, torch.ones_like(y_points)], 2)
     sources = (points[None, :, :, None] * inverse[:, None, None]).sum(4)
     # in grid_sample's coordinates -1 and 1 are the centres of the outermost pixels; a side of one pixel needs no scale
-    half = torch.tensor([max(width - 1, 1), max(height - 1, 1)]).to(inverse) / 2
+    half = move(torch.tensor([max(width - 1, 1), max(height - 1, 1)], dtype=inverse.dtype), x.device) / 2
     sampled = grid_sample(fine, (sources / half).to(fine), "bilinear", "reflection", align_corners=True)
     return _downsampled(_downsampled(sampled, 2), 3)
 

@@ -7,7 +7,7 @@ set, without a network. `Guided` extrapolates from a weaker denoiser (classifier
 """
 
 from abc import ABC, abstractmethod
-from math import inf
+from math import inf, nan
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from stablefield.kernel.accumulator import chunk_size
 from stablefield.kernel.gaussian import stream
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.preconditioning import NoiseRange, Preconditioning
-from stablefield.process import Process, per_example
+from stablefield.process import Process, move, per_example
 
 __all__ = ["Denoiser", "Guided", "IdealDenoiser", "Preconditioned", "one_hot"]
 
@@ -91,7 +91,7 @@ class Preconditioned(Denoiser):
         if self.num_classes:
             conditions["label_one_hot"] = one_hot(label, self.num_classes, x)
         if augment_label is not None:
-            conditions["augment_label"] = augment_label.to(x.dtype)
+            conditions["augment_label"] = move(augment_label.to(x.dtype), x.device)
         output = self.network(per_example(c_in, x) * x, c_noise.to(x.dtype), **conditions)
         output = output[:, : x.shape[1]].to(x.dtype)  # further channels are predicted variances, which are not used
         return per_example(c_skip, x) * x + per_example(c_out, x) * output
@@ -210,10 +210,13 @@ def one_hot(label: Int[Tensor, "B"] | None, num_classes: int, like: Float[Tensor
         like: a tensor with an entry for each example, whose type and device the encoding gets.
 
     Raises:
-        ValueError: a label is below -1, or not below `num_classes`.
+        ValueError: a label on the CPU is below -1, or not below `num_classes`. To look at labels on a GPU, the host
+            would have to wait: there such a label becomes NaN.
     """
     if label is None:
         return torch.zeros(len(like), num_classes, dtype=like.dtype, device=like.device)
-    if (unknown := (label < NULL_LABEL) | (label >= num_classes)).any():
+    unknown = (label < NULL_LABEL) | (label >= num_classes)
+    if label.device.type == "cpu" and not torch.compiler.is_compiling() and unknown.any():
         raise ValueError(f"unknown class {label[unknown][0].item()}: there are {num_classes} classes, counted from 0")
-    return (label[:, None] == torch.arange(num_classes, device=label.device)).to(like.device, like.dtype)
+    found = (label[:, None] == torch.arange(num_classes, device=label.device)).to(like.dtype)
+    return move(found.masked_fill(unknown[:, None], nan), like.device)

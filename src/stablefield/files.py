@@ -30,6 +30,7 @@ __all__ = [
     "exclusive_lock",
     "sweep",
     "sync",
+    "temporary_folder",
     "write_text",
 ]
 
@@ -76,6 +77,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for place in (*temporary.rglob("*"), temporary):
             sync(place)
         temporary.rename(path)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Context with an empty temporary folder, for many files that are each renamed when they are complete.
+
+    Args:
+        path: the first of these files; the folder lies beside it, and errors name it.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    with _temporary(path, folder=True, durable=False) as temporary:
+        yield temporary
 
 
 def write_text(path: Path, text: str, *, new: bool = False) -> None:

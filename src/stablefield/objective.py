@@ -19,7 +19,7 @@ from typing_extensions import override
 from stablefield.denoise import Denoiser
 from stablefield.kernel import Posterior
 from stablefield.prediction import canonical_prediction_type, coefficients
-from stablefield.process import NoisyBatch, Process, draw_noise
+from stablefield.process import NoisyBatch, Process, draw_noise, move
 from stablefield.targets import TargetEstimator
 from stablefield.times import TimeDistribution
 
@@ -210,7 +210,7 @@ class Objective:
             generator: CPU generator of t, noise and references, in this order, so that the first two do not depend on
                 the target and none on the device. By default torch's global one.
         """
-        t = self.times.draw(len(x), generator).to(x)
+        t = move(self.times.draw(len(x), generator).to(x.dtype), x.device)
         noise = draw_noise(x, generator)
         noisy = denoiser.process.perturb(
             x, t, noise, label=label, index=index, augment_label=augment_label, image_number=image_number

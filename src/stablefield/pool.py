@@ -12,12 +12,15 @@ import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from stablefield.process import move
+from stablefield.seeding import generator
 
 __all__ = ["NULL_LABEL", "Pool", "Values", "draw_without_replacement", "unique_in_order", "values_of"]
 
@@ -122,7 +125,7 @@ class Pool:
         return replace(self, labels=labels, view_index=torch.cat([index, (index + total) % (2 * total)]))
 
     def to(self, device: torch.device) -> "Pool":
-        """Copy of the data points on a device, which takes `nbytes` of memory.
+        """Copy of the data points on a device, which takes `nbytes` of memory; the labels stay on the CPU.
 
         Args:
             device: device of the copy.
@@ -133,9 +136,8 @@ class Pool:
         for part in torch.arange(len(used)).split(4096):  # data mapped from a file may be larger than memory
             data[part[0] : part[-1] + 1] = self.data.index_select(0, used[part].to(self.data.device))
         view_index = torch.searchsorted(used, view_index % total) + len(used) * (view_index // total)
-        labels = None if self.labels is None else self.labels.to(device)
         whole = torch.equal(view_index, torch.arange(len(used)))
-        return replace(self, data=data, labels=labels, view_index=None if whole else view_index)
+        return replace(self, data=data, view_index=None if whole else view_index)
 
     def indices(self, label: int) -> Int[Tensor, "m"]:
         """Indices of the data points with a label, on the CPU.
@@ -158,13 +160,14 @@ class Pool:
         """
         return None if self.labels is None else self.labels[index.to(self.labels.device)]
 
-    def take(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n *D"]:
-        """Some data points as floating data (bytes decoded to [-1, 1] in float32), on the pool's device.
+    def take(self, index: Int[Tensor, "n"], device: torch.device | None = None) -> Float[Tensor, "n *D"]:
+        """Some data points as floating data (bytes decoded to [-1, 1] in float32).
 
         Args:
             index: indices in this pool.
+            device: where they go, as they are stored, and are decoded; the pool's device by default.
         """
-        return self.decode(self.stored(index))
+        return self.decode(move(self.stored(index), device or self.data.device))
 
     def stored(self, index: Int[Tensor, "n"]) -> Shaped[Tensor, "n *D"]:
         """Some data points as they are stored: bytes, or floating data.
@@ -173,12 +176,14 @@ class Pool:
             index: indices in this pool.
         """
         # index_select copies whole data points, several times faster than self.data[index]
+        device, total = self.data.device, len(self.data)
         if self.view_index is None:
-            return self.data.index_select(0, index.to(self.data.device))
-        source, total = self.view_index[index.cpu()].to(self.data.device), len(self.data)
-        stored = self.data.index_select(0, source % total)
+            return self.data.index_select(0, move(index, device))
+        source = self.view_index[index.cpu()]
+        stored = self.data.index_select(0, move(source % total, device))
         mirrored = (source >= total).nonzero().flatten()
         if len(mirrored):
+            mirrored = move(mirrored, device)
             stored[mirrored] = stored[mirrored].flip(-1)
         return stored
 
@@ -195,14 +200,16 @@ class Pool:
         """
         return stored if stored.is_floating_point() else stored.float().div_((self.num_levels - 1) / 2).sub_(1)
 
-    def blocks(self, label: int, size: int) -> Iterator[Float[Tensor, "n *D"]]:
+    def blocks(self, label: int, size: int, device: torch.device | None = None) -> Iterator[Float[Tensor, "n *D"]]:
         """Data points with a label as floating data, in blocks.
 
         Args:
             label: a class, or `NULL_LABEL` for all data points.
             size: data points per block.
+            device: where they go, as they are stored, and are decoded; the pool's device by default.
         """
-        return map(self.decode, self.stored_blocks(label, size))
+        device = device or self.data.device
+        return (self.decode(move(block, device)) for block in self.stored_blocks(label, size))
 
     def stored_blocks(self, label: int, size: int) -> Iterator[Shaped[Tensor, "n *D"]]:
         """Data points with a label as they are stored, in blocks.
@@ -225,6 +232,50 @@ class Pool:
         """
         candidates = self.indices(label)
         return candidates[draw_without_replacement(len(candidates), min(n, len(candidates)), generator)]
+
+    def draw_by_class(self, n: int, labels: Int[Tensor, "G"], seed: int) -> Int[Tensor, "G m"]:
+        """Indices of n distinct random data points of each of some classes, in random order.
+
+        The draw of a class depends on the seed and the class alone. A class of at most n data points is drawn
+        completely, in its own order, and its row is filled up with -1. Larger classes of up to 2^k data points share
+        one random order of the numbers below 2^k, of which each takes those below its size, so that each of its ordered
+        draws is equally likely.
+
+        Args:
+            n: number of data points.
+            labels: the classes.
+            seed: seed of the draws.
+
+        Raises:
+            ValueError: as for `indices`.
+        """
+        if self.labels is None:
+            raise ValueError(f"label {int(labels[0])} was given, but the pool has no labels")
+        ordered, ends = self._sorted_by_class
+        sizes = ends.diff(prepend=ends.new_zeros(1))
+        if len(unknown := labels[(labels >= len(sizes)) | (sizes[labels.clamp(max=len(sizes) - 1)] == 0)]):
+            self._find(int(unknown[0]))
+        size, first = sizes[labels], (ends - sizes)[labels]
+        # exponent of the smallest power of 2 that is not below the size; -1 for classes that are drawn completely
+        bits = torch.frexp((size - 1).double()).exponent.where(size > n, -1)
+        found = torch.full((len(labels), min(n, int(size.max()))), -1)
+        for k in bits.unique().tolist():
+            if k < 0:
+                order = torch.arange(found.shape[1])
+            else:  # at least half of the numbers are below the size of each class: in four times as many, n of them are
+                order = draw_without_replacement(2**k, min(2**k, 4 * n + 64), generator(seed, "classes", k))
+            alike = (bits == k).nonzero().flatten()
+            below = order < size[alike, None]
+            place = below.cumsum(1)
+            row, column = (below & (place <= n)).nonzero().unbind(1)
+            found[alike[row], place[row, column] - 1] = ordered[first[alike][row] + order[column]]
+        return found
+
+    @cached_property
+    def _sorted_by_class(self) -> tuple[Int[Tensor, "n"], Int[Tensor, "C"]]:
+        """Indices of all data points, sorted by class, and where the data points of each class end."""
+        assert self.labels is not None
+        return self.labels.cpu().argsort(stable=True), self.labels.cpu().bincount().cumsum(0)
 
     def _view_index(self) -> Int[Tensor, "n"]:
         return torch.arange(len(self.data)) if self.view_index is None else self.view_index

@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "open_run",
     "refuse_other_data",
+    "run_folder",
     "training_data",
 ]
 
@@ -204,6 +205,15 @@ def checkpoint_of(run: Path) -> Path:
     return RunFolder(run).checkpoint if run.is_dir() or not run.suffix else run
 
 
+def run_folder(run: Path) -> Path:
+    """Folder of a run.
+
+    Args:
+        run: the folder itself, or a checkpoint in it.
+    """
+    return run if run.is_dir() else run.parent
+
+
 def describe(config: Config, pool: Pool) -> dict[str, Any]:
     """The description in a checkpoint: the configuration, and what must be known of the data to sample.
 
@@ -233,6 +243,7 @@ class TrainedRun:
             that are never clipped.
         images: number of images seen in training.
         checksum: checksum of the checkpoint, followed by the name of the weights if they are not the first average.
+        path: the folder or checkpoint file that it was opened from.
         data: hash of the training data (see `fingerprint`); "" if the checkpoint does not have it.
     """
 
@@ -243,7 +254,13 @@ class TrainedRun:
     values: Values
     images: int
     checksum: str
+    path: Path
     data: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return run_folder(self.path)
 
 
 def load(run: str | Path, *, weights: str = "average", device: str = "auto", allow: Iterable[Allowed] = ()) -> Denoiser:
@@ -313,7 +330,7 @@ def open_run(
         raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
-    return TrainedRun(denoiser, config, shape, num_levels, values, found.images, checksum, data)
+    return TrainedRun(denoiser, config, shape, num_levels, values, found.images, checksum, path, data)
 
 
 def _select_weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:

@@ -5,13 +5,15 @@ from its own seed. So no generator state has to be saved, and no draw depends on
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
-__all__ = ["MAX_SEEDS", "derive", "format_seeds", "generator", "parse_seeds"]
+__all__ = ["MAX_SEEDS", "check_seeds", "derive", "format_seeds", "generator", "parse_seeds"]
 
 MAX_SEEDS = 10_000_000  # in one list; more is taken for a typing error
+_SEEDS = 2**32  # number of different seeds of a sample
 
 
 def derive(seed: int, *names: str | int) -> int:
@@ -45,8 +47,8 @@ def parse_seeds(text: str) -> list[int]:
         text: the list; both ends of a range are included.
 
     Raises:
-        ValueError: an entry is not a number or a range, a range has its larger end first, or there are more than ten
-            million seeds.
+        ValueError: an entry is not a number or a range, a range has its larger end first, there are more than ten
+            million seeds, or one is not below 2^32.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -60,7 +62,28 @@ def parse_seeds(text: str) -> list[int]:
         if len(seeds) + len(span) > MAX_SEEDS:
             raise ValueError(f"{text!r} has more than {MAX_SEEDS:,} seeds")
         seeds.extend(span)
-    return list(dict.fromkeys(seeds))
+    seeds = list(dict.fromkeys(seeds))
+    check_seeds(seeds)
+    return seeds
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Refuse seeds that would give the same sample twice: samplers take seeds modulo 2^32.
+
+    Args:
+        seeds: the seeds of samples.
+
+    Raises:
+        ValueError: there are none, one occurs twice, or one is negative or not below 2^32.
+    """
+    if not len(seeds):
+        raise ValueError("there are no seeds; give at least one")
+    least, most = min(seeds), max(seeds)
+    if least < 0 or most >= _SEEDS:
+        raise ValueError(f"seeds must be from 0 to {_SEEDS - 1}, not {least if least < 0 else most}")
+    if len(set(seeds)) < len(seeds):
+        repeated = next(seed for seed, count in Counter(seeds).items() if count > 1)
+        raise ValueError(f"the seed {repeated} occurs more than once; each sample needs a seed of its own")
 
 
 def format_seeds(seeds: Sequence[int]) -> str:

@@ -19,13 +19,13 @@ from stablefield.build import Components, build, choose_device
 from stablefield.cli.data_command import progress_bar
 from stablefield.cli.train_command import Allow, allow_option, merge_layers
 from stablefield.config import Allowed, Config, allowed_names, overlay, override, resolve
+from stablefield.data import StageProgress
 from stablefield.engine.checkpoints import locked
 from stablefield.engine.fit import stop_signals
 from stablefield.files import write_text
 from stablefield.run import RunFolder
 from stablefield.seeding import parse_seeds
 from stablefield.studies.compare import Arm, Experiment, cached_evaluator, run_all, summarize, write_report
-from stablefield.studies.compare.evaluator import StageProgress
 from stablefield.studies.compare.experiment import experiment_file
 
 __all__ = ["check_targets", "compare", "describe_machine", "describe_plan", "run_experiment", "with_holdout"]

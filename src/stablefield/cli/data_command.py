@@ -24,7 +24,7 @@ from stablefield.data import (
     write_store,
     write_zip,
 )
-from stablefield.evaluate.images import save_sheet
+from stablefield.generate.images import save_sheet
 from stablefield.kinds import KINDS
 from stablefield.objective import EDMWeight
 from stablefield.pool import Pool

@@ -11,16 +11,18 @@ from typing import Annotated
 import torch
 import typer
 
-from stablefield.build import build, build_sampler
-from stablefield.cli.sample_command import sample_batches
+from stablefield.build import build
+from stablefield.cli.data_command import progress_bar
 from stablefield.cli.train_command import run, summary
 from stablefield.config import Config, override, resolve
-from stablefield.evaluate import Statistics, cached_classifier, frechet_distance
-from stablefield.evaluate.images import save_sheet
+from stablefield.data import Progress
+from stablefield.evaluate import cached_classifier, evaluate
 from stablefield.evaluate.plots import plot_loss
 from stablefield.files import write_text
+from stablefield.generate import SamplingPlan, generate_samples
+from stablefield.generate.images import save_sheet
 from stablefield.pool import Pool
-from stablefield.run import RunFolder, open_run
+from stablefield.run import RunFolder
 from stablefield.seeding import generator
 from stablefield.studies.field import measure_field
 from stablefield.studies.field.plots import plot_field
@@ -49,7 +51,7 @@ def demo(
     images_seen = [1000 * record["progress/kimg"] for record in history]
     losses = [record["loss/loss"] for record in history]
     plot_loss(loss, images_seen, losses, "Training on the digits with stable targets")
-    x = _sample(folder, config, samples)
+    x = _sample(folder, samples)
     save_sheet(sheet, x[:100])
     scores = _score(components.data, x.float())
     write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
@@ -65,30 +67,36 @@ def demo(
     )
 
 
-def _sample(folder: RunFolder, config: Config, samples: int) -> torch.Tensor:
+def _sample(folder: RunFolder, samples: int) -> torch.Tensor:
     """Samples of seeds 0, 1, ... from the trained run."""
-    trained = open_run(folder.path)
-    parts = sample_batches(trained.denoiser, trained.shape, build_sampler(config), range(samples), batch_size=250)
-    return torch.cat([part.x.cpu() for _, part in parts])
+    plan = SamplingPlan.for_run(folder.path)
+    parts = generate_samples(plan.denoiser, plan.trained.shape, plan.sampler, range(samples), batch_size=250)
+    with progress_bar("sampling") as progress:
+        return torch.cat([_report(part.x.cpu(), max(seeds) + 1, samples, progress) for seeds, part in parts])
+
+
+def _report(x: torch.Tensor, done: int, total: int, progress: Progress) -> torch.Tensor:
+    progress(done, total)
+    return x
 
 
 def _score(data: Pool, x: torch.Tensor) -> dict[str, float]:
     """Frechet distance of samples to the data, and of as many real images to the other ones, over 8 splits."""
     classifier = cached_classifier(data)
-    features = classifier(data.take(torch.arange(len(data))))
+
+    def frechet(samples: Pool | torch.Tensor, reference: Pool) -> float:
+        return evaluate(samples, reference, features=classifier, metrics=["frechet"], batch_size=512)["frechet"].mean
+
     splits = [torch.randperm(len(data), generator=generator(seed, "real")) for seed in range(8)]
-    real = [
-        frechet_distance(*(Statistics.from_features(features[part]) for part in (order[: len(x)], order[len(x) :])))
-        for order in splits
-    ]
+    real = [frechet(data.subset(order[: len(x)]), data.subset(order[len(x) :])) for order in splits]
     return {
-        "samples": frechet_distance(Statistics.from_features(classifier(x)), Statistics.from_features(features)),
+        "samples": frechet(x, data),
         "real": sum(real) / len(real),
         "real_least": min(real),
         "real_most": max(real),
         "n": len(x),
         "reference": len(data),
-        "features": features.shape[1],
+        "features": classifier.network.head.in_features,
         "accuracy": classifier.accuracy,
     }
 

@@ -4,47 +4,50 @@ For a run, samples are made first and kept, so that an interrupted command resum
 `torchrun` the ranks share sampling, features and distances; the scores are the same.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
-from functools import partial
+import os
+from collections.abc import Mapping
+from itertools import starmap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stablefield.build import choose_device
 from stablefield.cli.data_command import progress_bar
-from stablefield.cli.sample_command import (
-    Batch,
-    Device,
-    Guidance,
-    Guide,
-    SamplerKind,
-    SamplingPlan,
-    Set,
-    Steps,
-    make_samples,
-    open_guide,
-    run_folder,
-)
-from stablefield.cli.sample_source import Reference, SampleSource, is_run, open_reference, open_samples
-from stablefield.cli.scorer import Scorer
+from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, SamplerKind, Set, Steps, open_guide
+from stablefield.cli.stopping import stoppable
 from stablefield.cli.train_command import Allow
 from stablefield.config import ConfigError
-from stablefield.data import Source, split
-from stablefield.distributed import Ranks, process_group
-from stablefield.evaluate import ExportedNetwork, Features, Inception, Pixels, cached_classifier, find_classifier
-from stablefield.evaluate.inception import NUM_FEATURES
-from stablefield.run import open_run, training_data
+from stablefield.data import guess_kind
+from stablefield.distributed import process_group
+from stablefield.evaluate import Estimate, ScoreTable, Statistics, evaluate, feature_statistics
+from stablefield.evaluate.inputs import is_run
+from stablefield.generate import SamplingPlan
+from stablefield.run import open_run, run_folder
 from stablefield.seeding import parse_seeds
 
-__all__ = ["evaluate"]
+__all__ = ["TablePrinter", "evaluate_command"]
 
-_USUAL_SAMPLES = 50_000  # number of samples that papers report FID of
+_TITLES = {
+    "fid": "FID",
+    "kid": "KID",
+    "kid_std": "  std over subsets",
+    "frechet": "Frechet distance",
+    "kernel": "kernel distance",
+    "kernel_std": "  std over subsets",
+    "precision": "precision",
+    "recall": "recall",
+    "inception_score": "Inception score",
+    "inception_score_std": "  std over parts",
+    "nearest_distance": "nearest training image",
+    "nearest_distance_held_out": "  of held-out images",
+    "nearest_ratio": "  ratio of both",
+    "copies": "fraction of copies",
+    "copies_held_out": "  of held-out images",
+}
 
 
-def evaluate(
+def evaluate_command(
     what: Annotated[
         str, typer.Argument(metavar="RUN|IMAGES|NPZ", help="A run, samples, or data of any kind that `train` reads.")
     ],
@@ -109,6 +112,8 @@ def evaluate(
 ) -> None:
     """Score a run or samples: Frechet and kernel distance, precision and recall, memorisation; with Inception, FID."""
     run, first_seeds = is_run(Path(what)), parse_seeds(seeds) if seeds else None
+    if not run:
+        guess_kind(what)  # refuses a path that does not exist
     for_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
     given = [name for name, value in for_runs.items() if value is not None]
     _refuse_if(
@@ -123,48 +128,93 @@ def evaluate(
             statistics and len(features or []) > 1,
             f"--statistics holds one kind of features, not {len(features or [])}; pass --features once",
         ),
+        (
+            held_out and not (run or reference),
+            "--held-out needs data, not statistics, both itself and as --reference",
+        ),
         (out and not (run or reference), "--out is for scores, which need a reference; pass --reference"),
     )
-    with process_group(choose_device(device)) as ranks:
-        device, plan = str(ranks.device), None
+    file = out or _scores_file(what, run)
+    with process_group(choose_device(device)) as ranks, stoppable("evaluation", lambda: _kept(file)):
+        subject: str | SamplingPlan = what
         if run:
-            weaker = open_guide(guide, guidance, device, allow or ())
+            device = str(ranks.device)
             trained = open_run(what, device=device, allow=allow or ())
-            plan = SamplingPlan.for_run(trained, sampler, steps, guidance, weaker, set_ or [])
-        source = None if plan else open_samples(what).first(samples)
-        compared = open_reference(reference) if reference else plan and _training_data(plan)
-        base = compared or Reference(what, source.pool if source else None)
-        if shape := plan.trained.shape if plan else source and source.shape:
-            base.check_shape(shape)
-        other = open_reference(held_out) if held_out else None
-        if other and shape:
-            other.check_shape(shape)
-        held_out_pool = other.pool if other else base.held_out
-        _refuse_if(
-            (
-                held_out and not (held_out_pool and compared and compared.pool),
-                "--held-out needs data, not statistics, both itself and as --reference",
+            weaker = open_guide(guide, guidance, device, allow or ())
+            subject = SamplingPlan.for_run(
+                trained, sampler=sampler, steps=steps, guidance=guidance, guide=weaker, settings=set_ or []
             )
+        spaces: dict[str, Any] = {"features": features or (), "weights": weights, "trusted": trust_features}
+        common: dict[str, Any] = {
+            "count": samples,
+            "batch_size": batch,
+            "ranks": ranks,
+            "progress": progress_bar,
+            **spaces,
+        }
+        if not (run or reference):
+            found = feature_statistics(what, **common)
+            if found and statistics:
+                _write_statistics(statistics, found)
+            return
+        scores = evaluate(
+            subject,
+            reference,
+            seeds=first_seeds,
+            repeats=repeats,
+            held_out=held_out,
+            keep=_samples_folder(what, out) if run else None,
+            on_table=TablePrinter(file, statistics),
+            **common,
         )
-        images = plan.trained.values == "image" if plan else source is not None and source.images
-        floats = what if not images else base.name if base.pool and not base.pool.images else None
-        spaces = _feature_spaces(features or [], weights, base, ranks, floats, trust_features)
-        if plan:
-            count = samples or min(base.n or _USUAL_SAMPLES, _USUAL_SAMPLES)
-            source = _sample_run(what, plan, _repeated_seeds(first_seeds or range(count), repeats), batch, ranks)
-        assert source is not None
-        scorer = Scorer(source, base, ranks, batch, out or _scores_file(what, run))
-        scorer.print_header()
-        for space in spaces:
-            sets = scorer.compute_features(space)
-            if statistics:
-                scorer.write_statistics(statistics, space, sets)
-            if compared:
-                scorer.score(space, sets)
-        if compared and compared.pool:
-            scorer.score_memorisation(held_out_pool)
-        if compared:
-            scorer.print_path()
+        if scores.tables:
+            print(f"\nscores      {file}")
+
+
+class TablePrinter:
+    """Callback that prints and writes each table of scores.
+
+    Args:
+        path: file that the scores are appended to, one JSON object per line.
+        statistics: file to write mean and covariance of the features to.
+
+    Attributes:
+        path: file that the scores are appended to, one JSON object per line.
+        statistics: file to write mean and covariance of the features to.
+        started: True after the first table.
+    """
+
+    def __init__(self, path: Path, statistics: Path | None = None) -> None:
+        self.path, self.statistics, self.started = path, statistics, False
+
+    def __call__(self, table: ScoreTable) -> None:
+        """Print and write a table.
+
+        Args:
+            table: the table.
+        """
+        if not self.started:
+            print(_description(table))
+        self.started = True
+        if self.statistics and table.statistics:
+            _write_statistics(self.statistics, table.statistics)
+        table.append_to(self.path)
+        rows = starmap(_table_row, table.scores.items())
+        print("\n" + "\n".join([_title(table.features), *rows, *(f"  note: {note}" for note in table.notes)]))
+        if table.pairs is not None:
+            sheet = self.path.with_name(self.path.stem.replace("scores", "nearest") + ".png")
+            table.save_pairs(sheet)
+            print(f"  samples and their nearest training images, most likely copies first: {sheet}")
+
+
+def _write_statistics(path: Path, statistics: Statistics) -> None:
+    statistics.save(path)
+    print(f"statistics  {statistics.n:,} in features {statistics.features}: {path}")
+
+
+def _kept(file: Path) -> str:
+    """Text for the user on the files of an interrupted evaluation."""
+    return f"samples that were made are kept{f', and scores are in {file}' if file.exists() else ''}"
 
 
 def _refuse_if(*cases: tuple[object, str]) -> None:
@@ -176,101 +226,42 @@ def _refuse_if(*cases: tuple[object, str]) -> None:
 
 def _scores_file(what: str, run: bool) -> Path:
     """Default file of the scores: in a run's folder, or beside the samples."""
-    if run:
-        return run_folder(Path(what)) / "scores.jsonl"
-    return Path(f"{what.rstrip('/')}.scores.jsonl" if Path(what).exists() else "scores.jsonl")
+    if not run:
+        return Path(f"{what.rstrip('/')}.scores.jsonl" if Path(what).exists() else "scores.jsonl")
+    folder = run_folder(Path(what))
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise ConfigError(f"{folder} cannot be written; pass --out FILE for the scores, and samples will be beside it")
+    return folder / "scores.jsonl"
 
 
-def _training_data(plan: SamplingPlan) -> Reference:
-    """The data that a run was trained on, and those that it held out; refused if the data have changed since."""
-    source: Source = plan.trained.config.make("data")
-    way_out = "restore those, or score against other data with --reference PATH"
-    with progress_bar("decoding") as progress:
-        data = training_data(plan.trained, progress, way_out=way_out)
-    pool, held_out = split(data, source.holdout)
-    without = f", without the {len(held_out):,} held out" if held_out else ""
-    return Reference(f"{source!r}{without}", pool, held_out=held_out)
+def _samples_folder(what: str, out: Path | None) -> Path | None:
+    """Folder that keeps the samples of a run that cannot be written; None for the usual one."""
+    return out.with_name("evaluated") if out and not os.access(run_folder(Path(what)), os.W_OK) else None
 
 
-def _repeated_seeds(first: Sequence[int], repeats: int) -> list[list[int]]:
-    """Seeds of each repeat: those of the first, shifted so that no seed occurs twice."""
-    span = max(first) + 1 - min(first)
-    return [[seed + repeat * span for seed in first] for repeat in range(repeats)]
+def _description(table: ScoreTable) -> str:
+    """Number and origin of the samples, how they were made, and the reference."""
+    samples, n = table.samples, table.reference["n"]
+    times = f"{samples['repeats']} x " if samples["repeats"] > 1 else ""
+    lines = [f"samples     {times}{samples['n']:,} of {samples['name']}"]
+    if "sampler" in samples:
+        low, high = samples.get("evaluations") or ("?", "?")
+        count = f"{low}" if low == high else f"{low} to {high}"
+        lines.append(f"            {samples['sampler']}, {count} network evaluations per sample")
+    count = "unknown number of data points" if n is None else f"{n:,}"
+    return "\n".join([*lines, f"reference   {count} of {table.reference['name']}"])
 
 
-def _sample_run(run: str, plan: SamplingPlan, repeats: list[list[int]], batch_size: int, ranks: Ranks) -> SampleSource:
-    """Samples of a run, made if they do not exist; each plan has its own folder."""
-    key = hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:12]
-    seeds = [seed for repeat in repeats for seed in repeat]
-    store, _ = make_samples(plan, run_folder(Path(run)) / "evaluated" / key, seeds, batch_size, ranks)
-    if ranks.is_main and store.png:
-        store.finish(seeds)
-    metadata = {"name": run, "training_images": plan.trained.images, **store.metadata()}
-    return SampleSource(repeats, store.take, plan.trained.shape, metadata, store.images, seeds=repeats)
-
-
-def _feature_spaces(
-    names: Sequence[str],
-    weights: Path | None,
-    base: Reference,
-    ranks: Ranks,
-    floats: str | None,
-    trusted: bool = False,
-) -> list[Features]:
-    """The features of these names, or by default those that suit the reference.
-
-    Args:
-        names: values of --features.
-        weights: file with Inception's weights.
-        base: the reference, or what takes its place if statistics are written only.
-        ranks: the ranks, which have the device.
-        floats: name of the samples or the reference if they hold floats that are not images.
-        trusted: also open files that can run code.
-    """
-    names = names or [_default_features(base, weights)]
-    if floats and "inception" in names:
-        raise ConfigError(
-            f"Inception needs images, but {floats} holds floats; pass --features pixels, or, if the floats are images "
-            "in [-1, 1], declare them so (stablefield data convert DATA STORE --set data.values=image)"
+def _title(features: Mapping[str, Any]) -> str:
+    if "held_out" in features:
+        return (
+            f"memorisation: Euclidean distance between data, bytes as [-1, 1]; held-out images: {features['held_out']}"
         )
-    spaces = [_open_features(name, weights, base, ranks, trusted) for name in names]
-    if weights and not any(isinstance(space, Inception) for space in spaces):
-        raise ConfigError(f"--weights {weights} are for Inception; add --features inception")
-    if base.statistics and (expected := base.statistics.features):
-        for space in spaces:
-            if space.identity != expected:
-                raise ConfigError(f"{base.name} is in features {expected} and cannot be compared in {space.identity}")
-    return spaces
+    accuracy = features.get("accuracy")
+    known = "" if accuracy is None else f", {accuracy:.1%} of held-out images classified correctly"
+    return f"{features['name']}: {features['dimension']:,} features{known}"
 
 
-def _default_features(base: Reference, weights: Path | None) -> str:
-    """Name of the features that suit the reference."""
-    if weights:
-        return "inception"
-    if base.statistics is None:
-        labelled = base.pool is not None and base.pool.labels is not None and len(base.pool.shape) == 3
-        return "classifier" if labelled else "pixels"
-    if identity := base.statistics.features:
-        if (name := identity.partition(":")[0]) in ("classifier", "pixels", "inception"):
-            return name
-        # a file must not choose which other file is opened
-        raise ConfigError(f"{base.name} is in features {identity}; add --features with the file of this network")
-    if len(base.statistics.mean) == NUM_FEATURES:
-        return "inception"  # as in published files
-    raise ConfigError(f"{base.name} does not say which {len(base.statistics.mean):,} features it is in; add --features")
-
-
-def _open_features(name: str, weights: Path | None, base: Reference, ranks: Ranks, trusted: bool) -> Features:
-    if name == "pixels":
-        return Pixels()
-    if name == "inception":
-        return Inception(weights, ranks.device)
-    if name != "classifier":
-        return ExportedNetwork(Path(name), ranks.device, trusted=trusted)
-    if base.pool is None:
-        return find_classifier(base.hash, device=ranks.device)
-    load = partial(cached_classifier, base.pool, device=ranks.device)
-    trained: list[Features] = []
-    with progress_bar("training the classifier") as progress:
-        ranks.on_main(lambda: trained.append(load(progress=progress)))  # the others then find it in the cache
-    return trained[0] if trained else load()
+def _table_row(name: str, estimate: Estimate) -> str:
+    repeats = "" if estimate.std is None else f" ± {estimate.std:.2g}, min {estimate.min:.5g}"
+    return f"  {_TITLES.get(name, name):<26}{estimate.mean:.5g}{repeats}"

@@ -4,24 +4,22 @@ Each sample is written as soon as it is made, so an interrupted command resumes:
 Under `torchrun` each rank makes a part of them; the samples are the same.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from rich.progress import track
 
-from stablefield.build import build_sampler, choose_device
-from stablefield.cli.sample_store import SampleStore
+from stablefield.build import choose_device
+from stablefield.cli.data_command import progress_bar
+from stablefield.cli.stopping import stoppable
 from stablefield.cli.train_command import Allow
-from stablefield.config import Allowed, ConfigError, override, resolve
-from stablefield.denoise import Denoiser, Guided
+from stablefield.config import Allowed, ConfigError
+from stablefield.data import Progress, silent
 from stablefield.distributed import Ranks, process_group
+from stablefield.generate import SampleStore, SamplingPlan, sample_to
 from stablefield.run import TrainedRun, open_run
-from stablefield.sample import Sampler, Samples
 from stablefield.seeding import parse_seeds
 
 __all__ = [
@@ -30,15 +28,13 @@ __all__ = [
     "Guidance",
     "Guide",
     "SamplerKind",
-    "SamplingPlan",
     "Set",
     "Steps",
     "Weights",
-    "make_samples",
+    "main_bar",
     "open_guide",
-    "run_folder",
     "sample",
-    "sample_batches",
+    "sample_progress",
 ]
 
 SamplerKind = Annotated[
@@ -95,129 +91,45 @@ def sample(
         device = str(ranks.device)
         trained = open_run(run, weights=weights, device=device, allow=allow or ())
         weaker = open_guide(guide, guidance, device, allow or ())
-        plan = SamplingPlan.for_run(trained, sampler, steps, guidance, weaker, set_ or [], class_)
-        store, made = make_samples(plan, out or run_folder(run) / "samples", all_seeds, batch, ranks)
+        plan = SamplingPlan.for_run(
+            trained,
+            sampler=sampler,
+            steps=steps,
+            guidance=guidance,
+            guide=weaker,
+            settings=set_ or [],
+            label=class_,
+        )
+        place = SampleStore.at(out or trained.folder / "samples", plan.images)
+        with stoppable("sampling", lambda: sample_progress(place, all_seeds)), main_bar("sampling", ranks) as progress:
+            existing = len(all_seeds) - len(place.missing(all_seeds))
+            store = sample_to(plan, place.out, seeds=all_seeds, batch_size=batch, ranks=ranks, progress=progress)
         if ranks.is_main:
-            location = store.finish(all_seeds)
-            existing = f" ({len(all_seeds) - made} existed already)" if made < len(all_seeds) else ""
-            print(f"{len(all_seeds)} samples{existing}: {location}")
+            sheet = f" (sheet of samples: {store.sheet})" if store.png else ""
+            print(f"{len(all_seeds)} samples{f' ({existing} existed already)' if existing else ''}: {store.out}{sheet}")
             if evaluations := store.evaluations():
                 low, high = evaluations
                 print(f"{low if low == high else f'{low} to {high}'} network evaluations per sample: {plan.sampler}")
 
 
-@dataclass(frozen=True, eq=False)
-class SamplingPlan:
-    """Everything that decides a sample except its seed.
-
-    Attributes:
-        trained: the opened run whose weights are sampled.
-        denoiser: the run's denoiser, with guidance if it was requested.
-        sampler: the sampler.
-        label: class of all samples; None if each seed draws one.
-        identity: description of all of these, which is stored with the samples.
-    """
-
-    trained: TrainedRun
-    denoiser: Denoiser
-    sampler: Sampler
-    label: int | None
-    identity: dict[str, Any]
-
-    @classmethod
-    def for_run(
-        cls,
-        trained: TrainedRun,
-        sampler: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        guide: TrainedRun | None = None,
-        settings: Sequence[str] = (),
-        label: int | None = None,
-    ) -> "SamplingPlan":
-        """Plan with the run's own configuration, except for what is given here.
-
-        Args:
-            trained: the opened run whose weights are sampled.
-            sampler: kind of the sampler.
-            steps: number of steps.
-            guidance: guidance scale; None for no guidance.
-            guide: weaker run to guide away from; by default the same run without classes.
-            settings: settings "SECTION.KEY=VALUE" of the sections sampler and grid.
-            label: class of all samples.
-
-        Raises:
-            ConfigError: a setting, the guidance scale or the class is not valid for this run.
-        """
-        all_settings = [*settings]
-        all_settings += [] if sampler is None else [f"sampler.kind={sampler}"]
-        all_settings += [] if steps is None else [f"sampler.steps={steps}"]
-        chosen = build_sampler(_sampling_config(trained, all_settings))
-        denoiser = _with_guidance(trained.denoiser, guidance, guide)
-        if label is not None and not denoiser.num_classes:
-            raise ConfigError(f"no class {label}: this run was trained without classes; leave out --class")
-        if label is not None and not 0 <= label < denoiser.num_classes:
-            raise ConfigError(f"no class {label}: this run has {denoiser.num_classes} classes, counted from 0")
-        identity = {
-            "checkpoint": trained.checksum,
-            "sampler": repr(chosen),
-            "class": label,
-            "guidance": guidance,
-            "guide": guide and guide.checksum,
-            **({} if trained.values == "image" else {"values": trained.values}),
-        }
-        return cls(trained, denoiser, chosen, label, identity)
-
-
-def make_samples(
-    plan: SamplingPlan, out: Path, seeds: Sequence[int], batch_size: int, ranks: Ranks
-) -> tuple[SampleStore, int]:
-    """Make the samples that are not in the store yet, each rank a part of them.
+def sample_progress(store: SampleStore, seeds: Sequence[int]) -> str:
+    """Number of samples that exist, as text for the user.
 
     Args:
-        plan: how to make them.
-        out: folder or file of the store.
-        seeds: seeds of the samples.
-        batch_size: samples per batch.
-        ranks: the ranks that share the work.
-
-    Returns:
-        The store, and the number of samples that were made.
-
-    Raises:
-        ConfigError: the store holds samples of another run or sampler.
-        FloatingPointError: some samples are not finite.
+        store: the store.
+        seeds: seeds of the samples that are wanted.
     """
-    images = plan.trained.values == "image"
-    # the main rank creates the store first: half created, it would look like somebody else's folder to the others
-    ranks.on_main(lambda: SampleStore.open(out, images, plan.identity))
-    store = SampleStore.open(out, images, plan.identity)
-    missing = store.missing(seeds)
-    ranks.barrier()  # a sample made before all ranks have listed the missing ones would change how these are shared
-    mine = ranks.shard(missing)
-    made = sample_batches(
-        plan.denoiser, plan.trained.shape, plan.sampler, mine, plan.label, batch_size, quiet=not ranks.is_main
-    )
-    for part, samples in made:
-        store.add(part, samples)
-    ranks.barrier()
-    return store, len(missing)
+    return f"{len(seeds) - len(store.missing(seeds)):,} of {len(seeds):,} samples are in {store.folder}"
 
 
-def run_folder(run: Path) -> Path:
-    """Folder of a run.
+def main_bar(title: str, ranks: Ranks) -> AbstractContextManager[Progress]:
+    """A progress bar on the main rank, and none on the others.
 
     Args:
-        run: the folder itself, or a checkpoint in it.
+        title: text beside the bar.
+        ranks: the ranks.
     """
-    return run if run.is_dir() else run.parent
-
-
-def _sampling_config(trained: TrainedRun, settings: Sequence[str]) -> Any:
-    """The run's configuration with other settings of the sections sampler and grid."""
-    if other := [setting for setting in settings if setting.partition(".")[0] not in ("sampler", "grid")]:
-        raise ConfigError(f"--set {other[0]}: only sampler.* and grid.* can be set when sampling")
-    return resolve(override(trained.config.sections, settings), allow=trained.config.allowed)
+    return progress_bar(title) if ranks.is_main else nullcontext(silent)
 
 
 def open_guide(
@@ -239,47 +151,3 @@ def open_guide(
     if guidance is None:
         raise ConfigError("--guide requires --guidance, for example --guidance 1.5")
     return open_run(guide, device=device, allow=allow)
-
-
-def _with_guidance(denoiser: Denoiser, guidance: float | None, guide: TrainedRun | None) -> Denoiser:
-    if guidance is None:
-        return denoiser
-    if not isfinite(guidance):
-        raise ConfigError(f"--guidance must be finite, not {guidance}")
-    return Guided(denoiser, guidance, guide.denoiser if guide else None)
-
-
-def sample_batches(
-    denoiser: Denoiser,
-    shape: tuple[int, ...],
-    sampler: Sampler,
-    seeds: Sequence[int],
-    label: int | None = None,
-    batch_size: int = 64,
-    quiet: bool = False,
-) -> Iterator[tuple[Sequence[int], Samples]]:
-    """Samples batch by batch, with a progress bar.
-
-    Args:
-        denoiser: the denoiser.
-        shape: shape of one sample.
-        sampler: the sampler.
-        seeds: seed of each sample.
-        label: class of all samples; None if each seed draws one.
-        batch_size: samples per batch.
-        quiet: show no progress bar.
-
-    Yields:
-        Seeds and samples of each batch.
-
-    Raises:
-        FloatingPointError: some samples are not finite.
-    """
-    parts = [seeds[start : start + batch_size] for start in range(0, len(seeds), batch_size)]
-    for part in track(parts, description="sampling", disable=quiet or not parts):
-        samples = sampler(denoiser, shape, seeds=part, label=label)
-        if not torch.isfinite(samples.x).all():
-            raise FloatingPointError(
-                "some samples are not finite: the run has diverged, or the sampler does not suit it"
-            )
-        yield part, samples

@@ -10,7 +10,7 @@ from stablefield.data.augmentation import (
 )
 from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
-from stablefield.data.contents import Contents, DataSummary, Progress, content_hash, silent
+from stablefield.data.contents import Contents, DataSummary, Progress, StageProgress, content_hash, silent, silent_stage
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
@@ -41,11 +41,13 @@ __all__ = [
     "Progress",
     "ShuffledBatches",
     "Source",
+    "StageProgress",
     "Store",
     "UnknownData",
     "content_hash",
     "guess_kind",
     "silent",
+    "silent_stage",
     "split",
     "write_npz",
     "write_store",

@@ -21,6 +21,7 @@ from typing_extensions import override
 from stablefield.augmentation import DIM, affine, flip, permutes, warp
 from stablefield.data.batches import Batch, BatchSource
 from stablefield.pool import NULL_LABEL, Pool
+from stablefield.process import move
 
 __all__ = [
     "KINDS",
@@ -139,8 +140,8 @@ class EDMAugmentation(Augmentation):
         label = parameters.augment_label().to(x.dtype)
         augmented = flip(x, label)
         if len(index := (~permutes(label)).nonzero().flatten()):
-            back = parameters.select(index).inverse_maps((x.shape[2], x.shape[3])).to(x.device)
-            index = index.to(x.device)
+            back = move(parameters.select(index).inverse_maps((x.shape[2], x.shape[3])), x.device)
+            index = move(index, x.device)
             augmented[index] = warp(augmented[index], back)
         return augmented, label
 
@@ -240,7 +241,8 @@ class AugmentedBatches(BatchSource):
     @override
     def __call__(self, images: int) -> Batch:
         batch = self.batches(images)
-        x, label = self.augmentation(batch.x.to(self.device), batch.generators(self.seed, "augmentation"))
+        x = move(batch.x, self.device or batch.x.device)
+        x, label = self.augmentation(x, batch.generators(self.seed, "augmentation"))
         return replace(batch, x=x, augment_label=label)
 
 

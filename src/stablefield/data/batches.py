@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stablefield.pool import Pool
-from stablefield.process import BatchRecord
+from stablefield.process import BatchRecord, move
 from stablefield.seeding import generator
 
 __all__ = ["Batch", "BatchSource", "ShuffledBatches"]
@@ -27,11 +27,13 @@ class Batch(BatchRecord):
 
     Attributes:
         x: the data, after augmentation.
-        index: index of each example in the pool (on the CPU).
-        image_number: number of each example in the run, counted from 0 over all ranks (on the CPU). Everything random
-            about an example depends on this number.
+        index: index of each example in the pool.
+        image_number: number of each example in the run, counted from 0 over all ranks. Everything random about an
+            example depends on this number.
         label: class of each example, `NULL_LABEL` for the null label; None if the pool has no labels.
         augment_label: augmentation label of each example; None if the network is not conditioned on augmentations.
+
+    All but x stay on the CPU, where they decide about references without a wait for a GPU.
     """
 
     x: Float[Tensor, "B *D"]
@@ -44,21 +46,12 @@ class Batch(BatchRecord):
         return len(self.x)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with x and both labels on another device; index and image_number stay on the CPU.
+        """The batch with x on another device.
 
         Args:
             device: the device that the network is on.
         """
-
-        def moved(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            x=self.x.to(device, non_blocking=True),
-            label=moved(self.label),
-            augment_label=moved(self.augment_label),
-        )
+        return replace(self, x=move(self.x, device))
 
     def generators(self, seed: int, purpose: str) -> Iterator[torch.Generator]:
         """One random generator per example, which depends only on its image number, the seed and the purpose.

@@ -7,6 +7,7 @@ in memory as a whole. The hash and the summary of a data set are computed in blo
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,21 @@ from stablefield.pool import NULL_LABEL, Pool, Values
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = ["Contents", "DataSummary", "Progress", "begin_hash", "content_hash", "end_hash", "silent", "slices"]
+__all__ = [
+    "Contents",
+    "DataSummary",
+    "Progress",
+    "StageProgress",
+    "begin_hash",
+    "content_hash",
+    "end_hash",
+    "silent",
+    "silent_stage",
+    "slices",
+]
 
 Progress = Callable[[int, int], None]  # called with (done, total)
+StageProgress = Callable[[str], AbstractContextManager[Progress]]  # title of a stage -> its progress callback
 
 _BLOCK = 256  # data points per block
 
@@ -34,6 +47,15 @@ def silent(done: int, total: int) -> None:
         done: number of items that are done.
         total: number of items in all.
     """
+
+
+def silent_stage(title: str) -> AbstractContextManager[Progress]:
+    """Progress of a stage that displays nothing.
+
+    Args:
+        title: ignored.
+    """
+    return nullcontext(silent)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from stablefield.distributed import Ranks, no_sync
 from stablefield.engine.state import TrainState
 from stablefield.kernel.accumulator import Posterior
 from stablefield.objective import LossReport, Objective
-from stablefield.process import NoisyBatch, draw_noise
+from stablefield.process import NoisyBatch, draw_noise, move
 from stablefield.schedule import LearningRate
 from stablefield.seeding import derive, generator
 from stablefield.targets import Prefetched
@@ -97,6 +97,7 @@ def train(
         A report after every step.
 
     Raises:
+        ValueError: there is no target for a batch, as `TargetEstimator.check` says.
         FloatingPointError: the gradient was not finite in more than `patience` consecutive steps. None of them has
             changed the weights.
     """
@@ -111,6 +112,8 @@ def train(
         learning_rate = optimization.learning_rate(state.images + batches.size)
         gradient_norm, step_taken = _update_weights(state, learning_rate, optimization.gradient_clip)
         state.end_step(batches.size, step_taken)
+        if not step_taken:
+            objective.target.check(noisy)
         fraction_dsm = None if noisy.augment_label is None else (~permutes(noisy.augment_label)).float().mean()
         yield StepReport(state.images, report, learning_rate, gradient_norm, step_taken, fraction_dsm)
         if state.skipped_in_a_row > optimization.patience:
@@ -162,7 +165,7 @@ def perturb(state: TrainState, times: TimeDistribution, batches: BatchSource, im
     t = times.draw(batches.size, generator(seed, "times", images))[batch.image_number - images]
     return state.denoiser.process.perturb(
         batch.x,
-        t.to(batch.x),
+        move(t.to(batch.x.dtype), batch.x.device),
         draw_noise(batch.x, batch.generators(seed, "noise")),
         label=batch.label,
         index=batch.index,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
-from stablefield.evaluate.images import save_sheet
 from stablefield.files import append
+from stablefield.generate.images import save_sheet
 from stablefield.run import RunFolder
 from stablefield.sample import Sampler
 

@@ -143,19 +143,17 @@ class Statistics:
         """
         return StatisticsAccumulator.from_features(features).statistics()
 
-    def save(self, path: Path, *, features: str, data: str) -> None:
+    def save(self, path: Path) -> None:
         """Write the statistics to an `.npz` file.
 
         Args:
             path: the file.
-            features: identity of the features.
-            data: hash of the data; "" if unknown.
 
         Raises:
             OSError: the file cannot be written, for example because the disk is full.
         """
         arrays: dict[str, Any] = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
-        arrays |= {"n": -1 if self.n is None else self.n, "features": features, "data": data}
+        arrays |= {"n": -1 if self.n is None else self.n, "features": self.features, "data": self.data}
         with atomic_path(path) as beside, beside.open("wb") as file:
             np.savez(file, **arrays)
 

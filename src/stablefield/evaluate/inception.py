@@ -16,7 +16,7 @@ from typing_extensions import override
 from stablefield.checkpoint import checksum
 from stablefield.evaluate.features import Features
 from stablefield.evaluate.frechet import Statistics
-from stablefield.evaluate.images import to_bytes
+from stablefield.generate.images import to_bytes
 
 __all__ = ["NUM_FEATURES", "Inception"]
 

@@ -4,22 +4,24 @@ A set of data is reduced to a `FeatureSet`: running statistics of all features, 
 and the features of some data points for the scores that compare pairs, of which at most 10,000 on each side are used.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stablefield.evaluate.estimate import Estimate
 from stablefield.evaluate.features import Features
 from stablefield.evaluate.frechet import BLOCK, Statistics, StatisticsAccumulator, frechet_distance, merge_all
 from stablefield.evaluate.pairs import kernel_distance, precision_recall
 from stablefield.kernel.accumulator import float64_device
 
-__all__ = ["MAX_PAIRED", "FeatureSet", "ScoreSummary", "compute_scores", "sample_size_notes", "summarise"]
+__all__ = ["MAX_PAIRED", "METRICS", "FeatureSet", "check_metrics", "compute_scores", "sample_size_notes", "summarise"]
 
 MAX_PAIRED = 10_000  # features of each side that scores which compare pairs use
+METRICS = ("frechet", "kernel", "precision_recall", "inception_score", "memorisation")
 _NEIGHBOURS = 3
 
 
@@ -76,7 +78,7 @@ class FeatureSet:
         accumulator = mine.merge(theirs) if mine and theirs else mine or theirs
         return _ordered(accumulator, [self.features, other.features], [self.index, other.index])
 
-    @property
+    @cached_property
     def statistics(self) -> Statistics:
         """Mean and covariance of all features.
 
@@ -96,11 +98,25 @@ def _ordered(accumulator: StatisticsAccumulator | None, features: list[Tensor], 
     )
 
 
+def check_metrics(metrics: Collection[str]) -> None:
+    """Refuse unknown names of metrics.
+
+    Args:
+        metrics: the names.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    if unknown := set(metrics) - set(METRICS):
+        raise ValueError(f"unknown metric {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
+
+
 def compute_scores(
     features: Features,
     samples: FeatureSet,
     reference: Statistics,
     reference_features: Float[Tensor, "m F"] | None = None,
+    metrics: Collection[str] = METRICS,
 ) -> dict[str, float]:
     """Scores of samples in one feature space, by name.
 
@@ -110,20 +126,23 @@ def compute_scores(
         reference: mean and covariance of the reference.
         reference_features: features of data points of the reference, (m, F); without them only scores that need
             nothing but the mean and the covariance are computed.
+        metrics: names of the metrics to compute.
 
     Raises:
         ValueError: samples and reference differ in their number of features, or there are too few samples.
     """
-    found = {features.frechet_name: frechet_distance(samples.statistics, reference)}
+    found: dict[str, float] = {}
+    if "frechet" in metrics:
+        found[features.frechet_name] = frechet_distance(samples.statistics, reference)
     if reference_features is not None:
         device = float64_device(features.device)
         pair = [side[:MAX_PAIRED].to(device) for side in (samples.features, reference_features)]
-        scale = features.scale(reference) or 1.0
-        kernel = features.kernel_name
-        found[kernel], found[f"{kernel}_std"] = kernel_distance(*(x / scale for x in pair))
-        if min(map(len, pair)) > _NEIGHBOURS:
+        if "kernel" in metrics:
+            scale, kernel = features.scale(reference) or 1.0, features.kernel_name
+            found[kernel], found[f"{kernel}_std"] = kernel_distance(*(x / scale for x in pair))
+        if "precision_recall" in metrics and min(map(len, pair)) > _NEIGHBOURS:
             found["precision"], found["recall"] = precision_recall(*pair, k=_NEIGHBOURS)
-    return found | features.extra_scores(samples.features)
+    return found | (features.extra_scores(samples.features) if "inception_score" in metrics else {})
 
 
 def sample_size_notes(n: int, dimension: int, reference_n: int | None) -> list[str]:
@@ -152,43 +171,8 @@ def sample_size_notes(n: int, dimension: int, reference_n: int | None) -> list[s
     return notes
 
 
-@dataclass(frozen=True)
-class ScoreSummary:
-    """A score over several repeats, each with new samples.
-
-    Attributes:
-        mean: mean over the repeats.
-        std: standard deviation over the repeats, with denominator n - 1; None for a single repeat.
-        min: smallest value, which papers report of three repeats.
-        values: the value of each repeat.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-
-    mean: float
-    std: float | None
-    min: float
-    values: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if not all(map(isfinite, self.values)):
-            raise ValueError(f"a score is not finite: {', '.join(map(str, self.values))}")
-
-    @classmethod
-    def from_values(cls, values: Sequence[float]) -> "ScoreSummary":
-        """Summary of the values of a score.
-
-        Args:
-            values: at least one value.
-        """
-        tensor = torch.tensor(values, dtype=torch.float64)
-        std = float(tensor.std()) if len(values) > 1 else None
-        return cls(float(tensor.mean()), std, min(values), tuple(values))
-
-
-def summarise(repeats: Sequence[Mapping[str, float]]) -> dict[str, ScoreSummary]:
-    """Summary of each score over all repeats.
+def summarise(repeats: Sequence[Mapping[str, float]]) -> dict[str, Estimate]:
+    """Estimate of each score over all repeats.
 
     Args:
         repeats: scores by name, of each repeat.
@@ -199,7 +183,7 @@ def summarise(repeats: Sequence[Mapping[str, float]]) -> dict[str, ScoreSummary]
     summaries = {}
     for name in repeats[0]:
         try:
-            summaries[name] = ScoreSummary.from_values([repeat[name] for repeat in repeats if name in repeat])
+            summaries[name] = Estimate.from_values([repeat[name] for repeat in repeats if name in repeat])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return summaries

@@ -94,7 +94,8 @@ class PosteriorAccumulator:
         """Add a block of candidates.
 
         Args:
-            candidates: (n, *D), shared by all examples, or (B, n, *D).
+            candidates: (n, *D), shared by all examples, or (G, n, *D), shared by each of G equally large groups of
+                consecutive examples; with G = B each example has its own.
             mask: which candidates each example may use, (B, n); all if None.
             square: squared norms of the candidates, (n,), if known already.
         """
@@ -116,7 +117,7 @@ class PosteriorAccumulator:
         """The flattened candidates, their squared norms, and the energies (B, n).
 
         Args:
-            candidates: (n, *D) or (B, n, *D).
+            candidates: (n, *D) or (G, n, *D).
             square: squared norms, if known already.
 
         Raises:
@@ -128,6 +129,8 @@ class PosteriorAccumulator:
             )
         y = candidates.flatten(candidates.ndim - self.like.ndim + 1)
         norm = self.matmul.squared_norms(y) if square is None else square
+        if norm.ndim == 2 and len(norm) < len(self.query):
+            norm = norm.repeat_interleave(len(self.query) // len(norm), 0)
         energy = self.matmul.inner(y).double().mul_(-2 * self.alpha[:, None])
         return y, norm, energy.add_(self.alpha.square()[:, None] * norm)
 
@@ -212,7 +215,7 @@ def chunk_size(x_t: Tensor, per_example: int = 1, width: int = 8) -> int:
 
 
 def _per_example(name: str, value: float | Tensor, query: Float[Tensor, "B D"]) -> Float[Tensor, "B"]:
-    value = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    value = value if isinstance(value, Tensor) else query.new_full((), value)  # a copy would make the host wait
     if value.shape not in ((), (len(query),)):
         raise ValueError(f"{name} must be a number or have shape ({len(query)},), not {tuple(value.shape)}")
     return value.detach().to(query).expand(len(query))

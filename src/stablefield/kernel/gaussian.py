@@ -72,7 +72,9 @@ def posterior(
         raise ValueError(f"chunk must be at least 1 candidate per block, not {chunk}")
     own = support.ndim > x_t.ndim
     chunk = chunk or chunk_size(x_t, len(x_t) if own else 1)
-    return stream(x_t, _blocks(support, allowed, chunk, own), sigma=sigma, alpha=alpha, source=source)
+    sums = _sums(x_t, _blocks(support, allowed, chunk, own), sigma, alpha, source)
+    _refuse_invalid(sums)
+    return sums.finish()
 
 
 @torch.no_grad()
@@ -87,29 +89,40 @@ def stream(
 ) -> Posterior:
     """`posterior` over a support that arrives in blocks.
 
+    On a GPU nothing is checked, because the host would have to wait: values that are not finite, and examples without
+    any candidate, give means that are not finite.
+
     Args:
         x_t: noisy data, (B, *D).
-        blocks: pairs (candidates, mask): candidates (n, *D) or (B, n, *D) of any floating type on any device; the mask,
-            (B, n) or None, says which of them an example may use.
+        blocks: pairs (candidates, mask): candidates (n, *D), or (G, n, *D) for G equally large groups of consecutive
+            examples, of any floating type on any device; the mask, (B, n) or None, says which of them an example may
+            use.
         sigma: noise level, a number or (B,).
         alpha: scale of the data in x_t, a number or (B,).
         source: the x that each x_t was made from; joins its example's support.
         merge: adds the sums of other processes over other candidates for the same examples (`Shard.merge`).
 
     Raises:
-        ValueError: as for `posterior`.
+        ValueError: as for `posterior`, unless x_t is on a GPU.
     """
+    sums = _sums(x_t, blocks, sigma, alpha, source)
+    if merge is not None:
+        sums = merge(sums)
+    if x_t.device.type != "cuda":
+        _refuse_invalid(sums)
+    return sums.finish()
+
+
+@torch.no_grad()
+def _sums(
+    x_t: Tensor, blocks: Iterable[Block], sigma: float | Tensor, alpha: float | Tensor, source: Tensor | None
+) -> PosteriorAccumulator:
     sums = PosteriorAccumulator(x_t, sigma, alpha)
     for candidates, mask in blocks:
         sums.add(candidates, mask)
     if source is not None:
         sums.add(source.unsqueeze(1))
-    if merge is not None:
-        sums = merge(sums)
-    found = sums.finish()
-    if not _valid(sums):
-        raise ValueError(_complaint(x_t, sums))
-    return found
+    return sums
 
 
 def check_tensor(name: str, value: Any) -> None:
@@ -197,10 +210,11 @@ def _check(x_t: Tensor, support: Tensor, source: Tensor | None, allowed: Tensor 
         )
 
 
-def _valid(sums: PosteriorAccumulator) -> bool:
+def _refuse_invalid(sums: PosteriorAccumulator) -> None:
     # whatever is not finite on the way in is not finite in the mean: one check (on a GPU: one wait) is enough
     numbers = torch.isfinite(sums.weighted).all() & (sums.total > 0).all()
-    return bool(numbers & ((sums.sigma >= 0) & torch.isfinite(sums.sigma + sums.alpha)).all())
+    if not numbers & ((sums.sigma >= 0) & torch.isfinite(sums.sigma + sums.alpha)).all():
+        raise ValueError(_complaint(sums.like, sums))
 
 
 def _complaint(x_t: Tensor, sums: PosteriorAccumulator) -> str:

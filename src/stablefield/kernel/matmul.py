@@ -11,6 +11,7 @@ they are stored, a quarter of the memory of float32. Processors with int8 produc
 than either floating-point type.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ __all__ = [
     "to_int8_digits",
 ]
 
+LOGGER = logging.getLogger("stablefield")
+
 INT8_OFFSET = 128  # subtracted from bytes to make them signed
 MAX_INT32_TERMS = 2**17 - 1  # products of a digit and a byte whose sum is certain to fit 32 bits
 NEGLIGIBLE = 2.0**-38  # a weight that even a million times over cannot be seen beside a weight of 1
@@ -43,7 +46,10 @@ FEW_CANDIDATES = 1 / 3  # of a block: up to this share is picked out before the 
 
 
 class Matmul(ABC):
-    """Products of fixed examples with one block of candidates after another, (n, D) or (B, n, D)."""
+    """Products of fixed examples with one block of candidates after another.
+
+    A block is (n, D), or (G, n, D) with candidates for each of G equally large groups of consecutive examples.
+    """
 
     def __init__(self) -> None:
         self._last: tuple[Tensor, Tensor] | None = None
@@ -52,7 +58,7 @@ class Matmul(ABC):
         """The candidates in the type in which they are multiplied; converted once per block.
 
         Args:
-            candidates: a block of them, (n, D) or (B, n, D).
+            candidates: a block of them, (n, D) or (G, n, D).
         """
         if self._last is None or self._last[0] is not candidates:
             self._last = candidates, self._convert(candidates)
@@ -64,10 +70,10 @@ class Matmul(ABC):
 
     @abstractmethod
     def squared_norms(self, candidates: Tensor) -> Tensor:
-        """Squared norms in float64, (n,) or (B, n).
+        """Squared norms in float64, (n,) or (G, n).
 
         Args:
-            candidates: a block of them, (n, D) or (B, n, D).
+            candidates: a block of them, (n, D) or (G, n, D).
         """
 
     @abstractmethod
@@ -75,7 +81,7 @@ class Matmul(ABC):
         """Inner product of each example with each candidate.
 
         Args:
-            candidates: a block of them, (n, D) or (B, n, D).
+            candidates: a block of them, (n, D) or (G, n, D).
         """
 
     @abstractmethod
@@ -85,7 +91,7 @@ class Matmul(ABC):
         Args:
             sums: float64.
             weight: between 0 and 1.
-            candidates: a block of them, (n, D) or (B, n, D).
+            candidates: a block of them, (n, D) or (G, n, D).
         """
 
 
@@ -113,7 +119,9 @@ class FloatMatmul(Matmul):
     @override
     def inner(self, candidates: Tensor) -> Float[Tensor, "B n"]:
         y = self.converted(candidates)
-        return self.examples @ y.T if y.ndim == 2 else (y @ self.examples.unsqueeze(2)).squeeze(2)
+        if y.ndim == 2:
+            return self.examples @ y.T
+        return (y @ self.examples.unflatten(0, (len(y), -1)).mT).mT.flatten(0, 1)
 
     @override
     def add_weighted_sum(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], candidates: Tensor) -> None:
@@ -125,7 +133,7 @@ class FloatMatmul(Matmul):
         if y.ndim == 2 and y.dtype == sums.dtype:
             sums.addmm_(weight, y)
         else:
-            sums.add_(weight @ y if y.ndim == 2 else (weight.unsqueeze(1) @ y).squeeze(1))
+            sums.add_(weight @ y if y.ndim == 2 else (weight.unflatten(0, (len(y), -1)) @ y).flatten(0, 1))
 
     @override
     def _convert(self, candidates: Tensor) -> Tensor:
@@ -166,10 +174,12 @@ class Int8Matmul(Matmul):
 
     @override
     def add_weighted_sum(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], candidates: Tensor) -> None:
-        y, visible = self.converted(candidates), (weight.amax(0) > NEGLIGIBLE).nonzero().flatten()
-        if len(visible) <= FEW_CANDIDATES * len(candidates):
-            sums.add_(weight[:, visible].float() @ y[visible].float())
-            return
+        y = self.converted(candidates)
+        if weight.device.type == "cpu":  # a GPU is faster than the host, which would have to wait for it
+            visible = (weight.amax(0) > NEGLIGIBLE).nonzero().flatten()
+            if len(visible) <= FEW_CANDIDATES * len(candidates):
+                sums.add_(weight[:, visible].float() @ y[visible].float())
+                return
         for some, part in zip(weight.split(MAX_INT32_TERMS, 1), y.split(MAX_INT32_TERMS), strict=True):
             sums.add_(_digits_matmul(*to_int8_digits(some, self.WEIGHT_DIGITS), part))
 
@@ -255,13 +265,22 @@ def has_int8_matmul(device: torch.device) -> bool:
         fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if not fast:
         return False
-    left = (torch.arange(3 * 40, device=device).view(3, 40) * 37 % 255 - 127).to(torch.int8)
-    right = (torch.arange(40 * 19, device=device).view(40, 19) * 91 % 256 - 128).to(torch.int8)
     try:
-        found = int8_matmul(left, right)
-    except (RuntimeError, AttributeError):
+        wrong = any(_int8_error(device, *shape) for shape in ((3, 40, 19), (70, 3072, 264)))
+    except (RuntimeError, AttributeError) as error:
+        LOGGER.warning("bytes are not multiplied as bytes on %s: %s", device, str(error).splitlines()[0])
         return False
-    return bool((found.double() == left.double() @ right.double()).all())
+    if wrong:
+        LOGGER.warning("bytes are not multiplied as bytes on %s: the products are wrong", device)
+    return not wrong
+
+
+def _int8_error(device: torch.device, rows: int, inner: int, columns: int) -> bool:
+    """True if a product is wrong, by a right factor in either layout."""
+    left = (torch.arange(rows * inner).view(rows, inner) * 37 % 255 - 127).to(device, torch.int8)
+    right = (torch.arange(inner * columns).view(inner, columns) * 91 % 256 - 128).to(device, torch.int8)
+    wanted = left.double() @ right.double()
+    return any(bool((int8_matmul(left, each) != wanted).any()) for each in (right, right.T.contiguous().T))
 
 
 def _digits_matmul(digits: Int8[Tensor, "k B m"], scale: Float[Tensor, "B 1"], right: Int8[Tensor, "m n"]) -> Tensor:
@@ -288,8 +307,13 @@ def int8_matmul(left: Int8[Tensor, "a m"], right: Int8[Tensor, "m n"]) -> Tensor
             # one (a single column, transposed, torch 2.13 would read in the wrong order)
             return torch.cat([torch._int_mm(right.T, row[:, None]).T for row in left])
         return torch._int_mm(left, right)
-    # tensor cores want more than 16 rows, and lengths in multiples of 8
+    # cuBLASLt wants a column-major right factor, more than 16 rows, and lengths in multiples of 8
     rows, columns = len(left), right.shape[1]
-    right = torch.nn.functional.pad(right, (0, -columns % 8, 0, -len(right) % 8))
-    left = torch.nn.functional.pad(left, (0, right.shape[0] - left.shape[1], 0, max(0, 24 - rows)))
-    return torch._int_mm(left.contiguous(), right)[:rows, :columns]
+    return torch._int_mm(_padded(left, 24), _padded(right.T).T)[:rows, :columns]
+
+
+def _padded(matrix: Int8[Tensor, "a b"], least: int = 0) -> Int8[Tensor, "c d"]:
+    """A row-major matrix filled up with zeros to multiples of 8, and to at least some rows."""
+    rows, columns = matrix.shape
+    more = max(least - rows, -rows % 8), -columns % 8
+    return torch.nn.functional.pad(matrix, (0, more[1], 0, more[0])) if any(more) else matrix.contiguous()

@@ -18,7 +18,7 @@ the variance-exploding one rescaled: x_t / alpha is x plus noise of level sigma 
 scheduler. t runs from 0 (data) to 1; VE's t has no upper bound.
 """
 
-from stablefield.process.base import BatchRecord, NoisyBatch, Process, draw_noise, per_example, pick
+from stablefield.process.base import BatchRecord, NoisyBatch, Process, draw_noise, move, per_example
 from stablefield.process.closed import VE, VP, Cosine, Flow, SubVP
 from stablefield.process.tabulated import Tabulated, TabulatedVE
 
@@ -34,6 +34,6 @@ __all__ = [
     "Tabulated",
     "TabulatedVE",
     "draw_noise",
+    "move",
     "per_example",
-    "pick",
 ]

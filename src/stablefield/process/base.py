@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["BatchRecord", "NoisyBatch", "Process", "draw_noise", "per_example", "pick"]
+__all__ = ["BatchRecord", "NoisyBatch", "Process", "draw_noise", "move", "per_example"]
 
 
 def per_example(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
@@ -45,7 +45,16 @@ class BatchRecord:
         Args:
             index: positions in the batch, on any device, or a slice of them.
         """
-        return self.map(lambda value: pick(value, index))
+        if isinstance(index, slice):
+            return self.map(lambda value: value[index])
+        there: dict[torch.device, Tensor] = {}  # the index moves to each device once
+
+        def picked(value: Tensor) -> Tensor:
+            if value.device not in there:
+                there[value.device] = move(index, value.device)
+            return value[there[value.device]]
+
+        return self.map(picked)
 
     @classmethod
     def concatenate(cls: type[Record], records: Sequence[Record]) -> Record:
@@ -84,11 +93,12 @@ class NoisyBatch(BatchRecord):
         sigma: scale of the noise at t.
         x_t: alpha x + sigma noise.
         label: class of each example; -1 (`NULL_LABEL`) is trained without label. None if the data have no labels.
-        index: position of each source in the pool, on the CPU, where references are drawn. Targets with references
-            need it.
+        index: position of each source in the pool. Targets with references need it.
         augment_label: the augmentation of each example, as the network is conditioned on it; None without one.
         image_number: number of each example among the images of the run, from 0. Targets whose references are recent
             batches need it.
+
+    The last four decide which references an example has. On the CPU they do so without a wait for a GPU.
     """
 
     x: Float[Tensor, "B *D"]
@@ -106,14 +116,16 @@ class NoisyBatch(BatchRecord):
         return len(self.x)
 
 
-def pick(values: Shaped[Tensor, "B *D"], index: Int[Tensor, "b"] | slice) -> Tensor:
-    """`values[index]`, where the two may be on different devices.
+def move(values: Shaped[Tensor, "*S"], device: torch.device) -> Shaped[Tensor, "*S"]:
+    """Values on a device; the host does not wait for a copy to a GPU.
 
     Args:
-        values: one entry per example.
-        index: positions in `values`, or a slice of them.
+        values: on any device.
+        device: where they go.
     """
-    return values[index if isinstance(index, slice) else index.to(values.device)]
+    if values.device.type == "cpu" and device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def draw_noise(
@@ -129,7 +141,7 @@ def draw_noise(
         noise = torch.randn(x.shape, generator=generators, dtype=x.dtype)
     else:
         noise = torch.stack([torch.randn(x.shape[1:], generator=each, dtype=x.dtype) for each in generators])
-    return noise.to(x.device)
+    return move(noise, x.device)
 
 
 class Process(ABC):

@@ -14,8 +14,8 @@ from typing_extensions import override
 from stablefield.kernel.accumulator import Posterior, chunk_size
 from stablefield.kernel.gaussian import Block
 from stablefield.pool import NULL_LABEL, Pool
-from stablefield.process import NoisyBatch
-from stablefield.stable.references import References, first_of, hash_of, identity, mean_over, move, shared_blocks
+from stablefield.process import NoisyBatch, move
+from stablefield.stable.references import References, first_of, hash_of, identity, mean_over, shared_blocks
 
 __all__ = ["Drawn", "TensorPool", "WithIndex", "as_tensor"]
 
@@ -74,7 +74,7 @@ class Drawn(References):
         Raises:
             ValueError: `transform` returned another number of them.
         """
-        rows = move(self.pool.take(index), device)
+        rows = self.pool.take(index, device)
         if self.transform is None:
             return rows
         changed = self.transform(rows)
@@ -123,8 +123,8 @@ class TensorPool(Pool):
             )
 
     @override
-    def take(self, index: Int[Tensor, "n"]) -> Tensor:
-        return self.data.index_select(0, move(index, self.data.device))
+    def take(self, index: Int[Tensor, "n"], device: torch.device | None = None) -> Tensor:
+        return move(self.data.index_select(0, move(index, self.data.device)), device or self.data.device)
 
 
 class WithIndex(Dataset[Any]):

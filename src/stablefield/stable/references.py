@@ -36,7 +36,6 @@ __all__ = [
     "hash_of",
     "identity",
     "mean_over",
-    "move",
     "shared_blocks",
 ]
 
@@ -211,18 +210,6 @@ def mean_over(noisy: NoisyBatch, blocks: Iterable[Block]) -> Posterior:
         sums.add(candidates, mask)
     sums.add(noisy.x.unsqueeze(1))
     return sums.finish()
-
-
-def move(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; the host does not wait for a copy to a GPU.
-
-    Args:
-        tensor: on any device.
-        device: where it goes.
-    """
-    if tensor.device.type == "cpu" and device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def hash_of(x: Float[Tensor, "n *D"]) -> Int[Tensor, "n"]:

@@ -31,10 +31,10 @@ from stablefield.kernel.accumulator import float64_device
 from stablefield.kernel.gaussian import check_tensor
 from stablefield.pool import Pool
 from stablefield.prediction import canonical_prediction_type
-from stablefield.process import NoisyBatch
+from stablefield.process import NoisyBatch, move
 from stablefield.stable.checks import Loop, check_noise, check_order, check_references, check_target, rounding
 from stablefield.stable.drawn import Drawn, TensorPool, as_tensor
-from stablefield.stable.references import Bank, Gather, Minibatch, References, hash_of, move
+from stablefield.stable.references import Bank, Gather, Minibatch, References, hash_of
 from stablefield.targets.base import TargetEstimator
 from stablefield.targets.dsm import DSMTarget
 from stablefield.targets.exact import ExactTarget

@@ -6,7 +6,7 @@ over the cell that contains it keeps the expectation and does not increase the v
 depend on t, the label, x_t and the data, but never on the source, which only selects the cell.
 
 Labels confine the support: an example whose label is given to the network has only data points of that class as
-candidates. Each label in a batch gets a draw of its own.
+candidates. The draw of a label does not depend on the other labels of a batch.
 
 So do augmentations that the network is given as a condition: the references must be seen through the same map as the
 example. A flip is undone on x_t, the unaugmented references are averaged, and the mean is flipped (distances do
@@ -14,12 +14,12 @@ not change when both are flipped). An example under any other map keeps its own 
 map. The choice between the two depends on the augmentation vector alone, which is drawn without looking at the source.
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -27,9 +27,8 @@ from stablefield.augmentation import flip, permutes
 from stablefield.kernel.accumulator import Posterior
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch
-from stablefield.seeding import derive
 
-__all__ = ["PerLabelTarget", "TargetEstimator", "check_index", "keep_source"]
+__all__ = ["PerLabelTarget", "PoolTarget", "TargetEstimator", "indices_of", "keep_source", "refuse_non_finite"]
 
 
 class TargetEstimator(ABC):
@@ -45,36 +44,104 @@ class TargetEstimator(ABC):
 
         Raises:
             ValueError: the examples have no index, differ from the data points of their index, have another shape than
-                the pool, or have a label that no data point has.
+                the pool, or have a label that no data point has. To see on a GPU that examples differ or are not
+                finite, the host would have to wait: there the means are not finite, and `check` says why.
+        """
+
+    def check(self, noisy: NoisyBatch) -> None:  # noqa: B027 (nothing to check by default)
+        """Refuse a batch for which no target exists; training calls this where a gradient is not finite.
+
+        Args:
+            noisy: the batch.
+
+        Raises:
+            ValueError: examples differ from the data points of their index, or have values that are not finite.
         """
 
 
-class PerLabelTarget(TargetEstimator):
-    """Base class of estimators that average over data: splits a batch by label and undoes flips around `estimate`."""
+class PoolTarget(TargetEstimator):
+    """Base class of estimators that average over a pool: undoes flips around `average`, keeps sources under other maps.
+
+    Attributes:
+        pool: the data.
+    """
+
+    pool: Pool
+
+    @property
+    def needs_index(self) -> bool:
+        """True if examples without an index are refused."""
+        return True
 
     @override
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
-        # each label draws from a generator of its own, so that a target does not depend on the rest of the batch
         seed = int(torch.randint(2**62, (), generator=generator))
         plain, averaged = _undo_flips(noisy), _can_be_averaged(noisy)
-        parts = [
-            (index, self.estimate(plain.select(index), label, torch.Generator().manual_seed(derive(seed, label))))
-            for label, index in _by_label(plain, averaged)
-        ]
-        if not averaged.all():
-            index = (~averaged).nonzero().flatten()
-            parts.append((index, keep_source(plain.select(index))))
-        found = _in_batch_order(parts)
+        if averaged.all():
+            found = self._average(plain, seed)
+        else:
+            index, rest = averaged.nonzero().flatten(), (~averaged).nonzero().flatten()
+            parts = [self._average(plain.select(index), seed)] if len(index) else []
+            parts.append(keep_source(plain.select(rest)))
+            found = Posterior.concatenate(parts).select(torch.cat([index, rest]).argsort())
         return found if noisy.augment_label is None else replace(found, mean=flip(found.mean, noisy.augment_label))
 
     @abstractmethod
-    def estimate(self, noisy: NoisyBatch, label: int, generator: torch.Generator | None) -> Posterior:
+    def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
+        """Posterior mean of examples without flips.
+
+        Args:
+            noisy: the examples.
+            index: their data points, on the CPU.
+            label: their labels, on the CPU; `NULL_LABEL` where the network is not given one.
+            seed: seed of random references. Each label draws from a generator of its own, so that a target does not
+                depend on the rest of the batch.
+        """
+
+    @override
+    def check(self, noisy: NoisyBatch) -> None:
+        if noisy.augment_label is not None:
+            noisy = _undo_flips(noisy).select(_can_be_averaged(noisy).nonzero().flatten())
+        if len(noisy):
+            refuse_non_finite(noisy)
+        if len(noisy) and noisy.index is not None:
+            _refuse_changed(noisy, self.pool, indices_of(noisy, self.pool))
+
+    def _average(self, noisy: NoisyBatch, seed: int) -> Posterior:
+        label = torch.full((len(noisy),), NULL_LABEL) if noisy.label is None else noisy.label.cpu()
+        if noisy.index is None and not self.needs_index:
+            return self.average(noisy, torch.full_like(label, -1), label, seed)
+        index = indices_of(noisy, self.pool)
+        if noisy.x.device.type != "cuda":
+            _refuse_changed(noisy, self.pool, index)
+            return self.average(noisy, index, label, seed)
+        found = self.average(noisy, index, label, seed)
+        difference, limit = _difference(noisy, self.pool, index)  # to look at these, the host would have to wait
+        return replace(found, mean=found.mean.masked_fill(difference > limit, math.nan))
+
+
+class PerLabelTarget(PoolTarget):
+    """Base class of estimators that average over one label after the other."""
+
+    @override
+    def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
+        values = label.unique().tolist()
+        if len(values) == 1:
+            return self.estimate(noisy, index, values[0])
+        parts = [(label == value).nonzero().flatten() for value in values]
+        found = [
+            self.estimate(noisy.select(part), index[part], value) for value, part in zip(values, parts, strict=True)
+        ]
+        return Posterior.concatenate(found).select(torch.cat(parts).argsort())
+
+    @abstractmethod
+    def estimate(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: int) -> Posterior:
         """Posterior mean of examples that share one label.
 
         Args:
             noisy: examples without flips.
+            index: their data points, on the CPU.
             label: the label of all of them; `NULL_LABEL` if the network is not given it.
-            generator: as for `__call__`.
         """
 
 
@@ -88,15 +155,15 @@ def keep_source(noisy: NoisyBatch) -> Posterior:
     return Posterior(noisy.x.detach(), one, torch.zeros_like(one))
 
 
-def check_index(noisy: NoisyBatch, pool: Pool) -> Int[Tensor, "B"]:
-    """The data point of each example, (B,) on the CPU, after checking that the examples can be those data points.
+def indices_of(noisy: NoisyBatch, pool: Pool) -> Int[Tensor, "B"]:
+    """The data point of each example, (B,) on the CPU.
 
     Args:
         noisy: a batch with `index`.
         pool: the data that `index` counts.
 
     Raises:
-        ValueError: no index, an index out of range, another shape, or an example that differs from its data point.
+        ValueError: no index, an index out of range, or examples of another shape.
     """
     if tuple(noisy.x.shape[1:]) != pool.shape:
         raise ValueError(f"examples have shape {tuple(noisy.x.shape[1:])}, but data points of the pool {pool.shape}")
@@ -107,14 +174,25 @@ def check_index(noisy: NoisyBatch, pool: Pool) -> Int[Tensor, "B"]:
     index = noisy.index.cpu()
     if (beyond := (index < 0) | (index >= len(pool))).any():
         raise ValueError(f"index {index[beyond][0].item()} is out of range: the pool has {len(pool)} data points")
-    _compare(noisy.x[0], pool.take(index[:1])[0].to(noisy.x), int(index[0]))
     return index
 
 
-def _by_label(noisy: NoisyBatch, averaged: Bool[Tensor, "B"]) -> Iterator[tuple[int, Int[Tensor, "b"]]]:
-    """Each label among the averaged examples, and the positions of its examples."""
-    label = torch.full((len(noisy),), NULL_LABEL) if noisy.label is None else noisy.label.cpu()
-    return ((value, ((label == value) & averaged).nonzero().flatten()) for value in label[averaged].unique().tolist())
+def refuse_non_finite(noisy: NoisyBatch) -> None:
+    """Refuse noisy data and noise levels that are not finite, and negative noise levels.
+
+    Args:
+        noisy: the batch.
+
+    Raises:
+        ValueError: there are such values.
+    """
+    numbers = torch.isfinite(noisy.x_t).flatten(1).all(1) & torch.isfinite(noisy.sigma) & torch.isfinite(noisy.alpha)
+    if (numbers & (noisy.sigma >= 0)).all():  # one wait for a GPU
+        return
+    for name in ("x_t", "sigma", "alpha"):
+        if (bad := ~torch.isfinite(getattr(noisy, name).flatten(1 if name == "x_t" else 0))).any():
+            raise ValueError(f"{name} is not finite in example {int(bad.nonzero()[0, 0])}")
+    raise ValueError(f"sigma must not be negative; the smallest is {float(noisy.sigma.min())}")
 
 
 def _can_be_averaged(noisy: NoisyBatch) -> Bool[Tensor, "B"]:
@@ -132,24 +210,24 @@ def _undo_flips(noisy: NoisyBatch) -> NoisyBatch:
     return replace(noisy, x=x, noise=noise, x_t=x_t)
 
 
-def _in_batch_order(parts: Sequence[tuple[Int[Tensor, "_"], Posterior]]) -> Posterior:
-    """Posteriors of parts of a batch as one, in the order of the batch."""
-    return Posterior.concatenate([found for _, found in parts]).select(
-        torch.cat([index for index, _ in parts]).argsort()
-    )
+def _difference(noisy: NoisyBatch, pool: Pool, index: Int[Tensor, "B"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Largest difference of the first example from the data point of its index, and how large it may be."""
+    x, data_point = noisy.x[0], pool.take(index[:1], noisy.x.device)[0].to(noisy.x.dtype)
+    return (x - data_point).abs().max(), 0.01 * data_point.abs().max()  # more than half precision rounds
 
 
-def _compare(x: Tensor, data_point: Tensor, index: int) -> None:
+def _refuse_changed(noisy: NoisyBatch, pool: Pool, index: Int[Tensor, "B"]) -> None:
     """Refuse an example that differs from the data point of its index.
 
     Examples that were changed on the way (flipped, cropped, brightened) and are averaged with unchanged references
     would silently have biased targets. Only one example per call is compared, which costs nothing: examples come in
     random order, so this is noticed within a few batches.
     """
-    difference, most = torch.stack([(x - data_point).abs().max(), data_point.abs().max()]).tolist()
-    if difference > 0.01 * most:  # more than half precision rounds
+    difference, limit = torch.stack(_difference(noisy, pool, index)).tolist()
+    if difference > limit:
+        first = int(index[0])
         raise ValueError(
-            f"an example with index {index} is not data point {index} of the pool: they differ by {difference:.3g} "
-            f"(largest value {most:.3g}). References must be transformed as the examples are: put transformed data "
-            "into the pool, give the transformation to the network (NoisyBatch.augment_label), or use DSMTarget"
+            f"an example with index {first} is not data point {first} of the pool: they differ by {difference:.3g} "
+            f"(largest value {100 * limit:.3g}). References must be transformed as the examples are: put transformed "
+            "data into the pool, give the transformation to the network (NoisyBatch.augment_label), or use DSMTarget"
         )

@@ -30,7 +30,7 @@ from stablefield.kernel.gaussian import stream
 from stablefield.kernel.matmul import INT8_OFFSET, full_precision
 from stablefield.pool import Pool
 from stablefield.process import NoisyBatch
-from stablefield.targets.base import PerLabelTarget, check_index, keep_source
+from stablefield.targets.base import PerLabelTarget, keep_source, refuse_non_finite
 from stablefield.targets.isolation import isolation_level
 from stablefield.targets.query import Query, uses_int8
 from stablefield.targets.screening import Projection, Screen, count_true, likely, principal_directions, rounding_bound
@@ -95,30 +95,32 @@ class ExactTarget(PerLabelTarget):
         """The data points that this process holds."""
         return self.shard.own(self.pool)
 
+    @property
     @override
-    def estimate(self, noisy: NoisyBatch, label: int, generator: torch.Generator | None) -> Posterior:
-        return self._screened(noisy, label) if self.missing_mass else self._streamed(noisy, label)
+    def needs_index(self) -> bool:
+        return self.missing_mass > 0
+
+    @override
+    def estimate(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: int) -> Posterior:
+        return self._screened(noisy, index, label) if self.missing_mass else self._streamed(noisy, label)
 
     def _streamed(self, noisy: NoisyBatch, label: int) -> Posterior:
-        if noisy.index is not None:
-            check_index(noisy, self.pool)
-        blocks = ((block, None) for block in self._held(label, chunk_size(noisy.x_t)))
+        blocks = ((block, None) for block in self._held(label, chunk_size(noisy.x_t), noisy.x_t.device))
         return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, merge=self.shard.merge)
 
-    def _held(self, label: int, size: int) -> Iterator[Tensor]:
+    def _held(self, label: int, size: int, device: torch.device) -> Iterator[Tensor]:
         if self.shard.total == 1:
-            return self.pool.blocks(label, size)
+            return self.pool.blocks(label, size, device)
         position = self.shard.position(self.pool.indices(label))  # of a small class a process may hold none
-        return map(self.own.take, position[position >= 0].split(size))
+        return (self.own.take(part, device) for part in position[position >= 0].split(size))
 
     @full_precision()
-    def _screened(self, noisy: NoisyBatch, label: int) -> Posterior:
-        _refuse_non_finite(noisy)
+    def _screened(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: int) -> Posterior:
+        refuse_non_finite(noisy)
         if (home := float64_device(noisy.x_t.device)) != noisy.x_t.device:
-            found = self._screened(noisy.map(lambda values: values.to(home)), label)
+            found = self._screened(noisy.map(lambda values: values.to(home)), index, label)
             return found.map(lambda values: values.to(noisy.x_t.device))
         known, found = self._class(label, noisy.x_t.device), _writable_sources(noisy)
-        index = check_index(noisy, self.pool)
         isolated, position = known.level_of(index).to(noisy.sigma.device), self.shard.position(index)
         uncertain = (isolated <= noisy.sigma.double() / noisy.alpha.double()).nonzero().flatten()
         for part in filter(len, uncertain.split(max(1, SUMMED_AT_ONCE // len(known.indices)))):
@@ -343,14 +345,6 @@ def _checked(distances: Tensor, data_points: int) -> Tensor:
             f"distances must have one row for each of {data_points} data points, not {tuple(distances.shape)}"
         )
     return distances
-
-
-def _refuse_non_finite(noisy: NoisyBatch) -> None:
-    for name in ("x_t", "sigma", "alpha"):
-        if (bad := ~torch.isfinite(getattr(noisy, name).flatten(1 if name == "x_t" else 0))).any():
-            raise ValueError(f"{name} is not finite in example {int(bad.nonzero()[0, 0])}")
-    if (noisy.sigma < 0).any():
-        raise ValueError(f"sigma must not be negative; the smallest is {float(noisy.sigma.min())}")
 
 
 def _writable_sources(noisy: NoisyBatch) -> Posterior:

@@ -17,17 +17,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size
-from stablefield.kernel.gaussian import posterior
-from stablefield.pool import Pool
-from stablefield.process import NoisyBatch, per_example
-from stablefield.targets.base import PerLabelTarget, check_index, keep_source
+from stablefield.kernel.gaussian import stream
+from stablefield.pool import NULL_LABEL, Pool
+from stablefield.process import NoisyBatch, move, per_example
+from stablefield.targets.base import PoolTarget, keep_source
 from stablefield.targets.isolation import keep_smallest
 
 __all__ = ["KNNTarget"]
 
 
 @dataclass(frozen=True)
-class KNNTarget(PerLabelTarget):
+class KNNTarget(PoolTarget):
     """The mean over the k data points nearest to x_t / alpha if the source is among them, else the source. Unbiased.
 
     Attributes:
@@ -66,12 +66,20 @@ class KNNTarget(PerLabelTarget):
             self._new_index()
 
     @override
-    def estimate(self, noisy: NoisyBatch, label: int, generator: torch.Generator | None) -> Posterior:
-        index = check_index(noisy, self.pool)
-        return _mean_over(noisy, self.pool, index, self.nearest(noisy, label))
+    def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
+        values = label.unique().tolist()
+        if len(values) == 1:
+            return _mean_over(noisy, self.pool, index, self.nearest(noisy, values[0]))
+        parts = [(label == value).nonzero().flatten() for value in values]
+        found = [self.nearest(noisy.select(part), value) for value, part in zip(values, parts, strict=True)]
+        width = max(each.shape[1] for each in found)
+        nearest = torch.cat([torch.nn.functional.pad(each, (0, width - each.shape[1]), value=-1) for each in found])
+        return _mean_over(noisy, self.pool, index, nearest[move(torch.cat(parts).argsort(), nearest.device)])
 
     def nearest(self, noisy: NoisyBatch, label: int) -> Int[Tensor, "B k"]:
         """The k data points of a class nearest to x_t / alpha, each once; -1 where an index found fewer.
+
+        They are on the device of x_t if these were compared there, else on the CPU.
 
         Args:
             noisy: the batch.
@@ -86,11 +94,11 @@ class KNNTarget(PerLabelTarget):
         best = sums.total.new_empty(len(noisy.x_t), 0)
         where = best.long()
         seen = 0
-        for block in self.pool.blocks(label, chunk_size(noisy.x_t)):
+        for block in self.pool.blocks(label, chunk_size(noisy.x_t), noisy.x_t.device):
             _, _, energy = sums.compare(block)
             best, where = keep_smallest(best, where, energy, seen, k)  # of equals the first wins
             seen += len(block)
-        return indices[where.cpu()]
+        return where if label == NULL_LABEL else move(indices, where.device)[where]
 
     def _by_index(self, noisy: NoisyBatch, label: int) -> Int[Tensor, "B k"]:
         indices = self.pool.indices(label)
@@ -131,12 +139,17 @@ def _mean_over(noisy: NoisyBatch, pool: Pool, index: Int[Tensor, "B"], nearest: 
 
     Any list that depends on x_t alone is a cell, whether or not these are the nearest: so this is unbiased.
     """
-    there = (nearest >= 0).to(noisy.x.device)
-    inside = (nearest == index[:, None]).any(1).to(noisy.x.device)
-    support = pool.take(nearest.clamp(min=0).flatten()).to(noisy.x).unflatten(0, nearest.shape)
+    device = noisy.x.device
+    inside = (nearest == move(index, nearest.device)[:, None]).any(1)
     # an example whose source is not listed keeps its source, but must be allowed some candidate here
-    allowed = there | ~inside[:, None]
-    found = posterior(noisy.x_t, support, sigma=noisy.sigma, alpha=noisy.alpha, allowed=allowed)
+    allowed = move((nearest >= 0) | ~inside[:, None], device)
+    inside = move(inside, device)
+    size = chunk_size(noisy.x_t, len(noisy))
+    blocks = (
+        (pool.take(part.clamp(min=0).flatten(), device).unflatten(0, part.shape), mask)
+        for part, mask in zip(nearest.split(size, 1), allowed.split(size, 1), strict=True)
+    )
+    found = stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha)
     source = keep_source(noisy)
     return Posterior(
         torch.where(per_example(inside, noisy.x), found.mean, source.mean),

@@ -28,11 +28,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from stablefield.kernel.accumulator import Posterior, chunk_size
-from stablefield.kernel.gaussian import stream
+from stablefield.kernel.accumulator import Posterior
 from stablefield.pool import NULL_LABEL, Pool, unique_in_order
-from stablefield.process import NoisyBatch, per_example
-from stablefield.targets.base import PerLabelTarget, check_index
+from stablefield.process import NoisyBatch, move
+from stablefield.seeding import generator
+from stablefield.targets.base import PoolTarget
+from stablefield.targets.grouped import mean_over
 
 __all__ = ["ImageOrder", "STFTarget"]
 
@@ -54,7 +55,7 @@ class ImageOrder(Protocol):
 
 
 @dataclass(frozen=True)
-class STFTarget(PerLabelTarget):
+class STFTarget(PoolTarget):
     """The Stable Target Field: the weighted mean over the source and size - 1 references. Unbiased for every size.
 
     Attributes:
@@ -85,13 +86,26 @@ class STFTarget(PerLabelTarget):
         object.__setattr__(self, "_bank", _Bank(self.pool))
 
     @override
-    def estimate(self, noisy: NoisyBatch, label: int, generator: torch.Generator | None) -> Posterior:
-        if self.references == "dataset":
-            return _mean_over(noisy, self.pool, self.pool.draw(self.size, label, generator), self.pool.take)
-        recent = self._bank.hold(self._first_image(noisy), self.recent, noisy.x.device)
-        if label != NULL_LABEL:
-            recent = recent[torch.isin(recent, self.pool.indices(label))]
-        return _mean_over(noisy, self.pool, recent, self._bank.take)
+    def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
+        parts = [part for null in (True, False) if len(part := ((label == NULL_LABEL) == null).nonzero().flatten())]
+        if len(parts) == 1:
+            return self._mean(noisy, index, label, seed)
+        found = [self._mean(noisy.select(part), index[part], label[part], seed) for part in parts]
+        return Posterior.concatenate(found).select(torch.cat(parts).argsort())
+
+    def _mean(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
+        """Posterior mean of examples that all have labels, or none of which has one."""
+        labels, group = label.unique(return_inverse=True)
+        unlabelled = int(labels[0]) == NULL_LABEL
+        if self.references == "recent":
+            recent = self._bank.hold(self._first_image(noisy), self.recent, noisy.x.device)
+            drawn = recent[None] if unlabelled else _of_labels(recent, labels, self.pool)
+            return mean_over(noisy, index, group, drawn, self._bank.take)
+        if unlabelled:
+            drawn = self.pool.draw(self.size, NULL_LABEL, generator(seed, NULL_LABEL))[None]
+        else:
+            drawn = self.pool.draw_by_class(self.size, labels, seed)
+        return mean_over(noisy, index, group, drawn, self.pool.take)
 
     def recent(self, images: int) -> Int[Tensor, "n"]:
         """The last `size` distinct data points seen before image number `images`, the latest first.
@@ -122,15 +136,12 @@ class STFTarget(PerLabelTarget):
         return int(steps) * self.order.size
 
 
-def _mean_over(noisy: NoisyBatch, pool: Pool, drawn: Int[Tensor, "n"], take: Callable[[Tensor], Tensor]) -> Posterior:
-    """Posterior over an ordered draw r_1 .. r_n of distinct data points, which `take` looks up, and the source."""
-    shared = drawn[:-1]
-    # the one candidate that is not shared by all examples: r_n if the source is among the shared ones, else the source
-    is_shared, own = torch.isin(check_index(noisy, pool), shared), noisy.x
-    if is_shared.any():
-        own = torch.where(per_example(is_shared.to(own.device), own), take(drawn[-1:]).to(own), own)
-    blocks = ((take(part), None) for part in shared.split(chunk_size(noisy.x_t)))
-    return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, source=own)
+def _of_labels(recent: Int[Tensor, "n"], labels: Int[Tensor, "G"], pool: Pool) -> Int[Tensor, "G m"]:
+    """The recent data points of each label in their order, filled up with -1."""
+    assert pool.labels is not None
+    fits = pool.labels[recent] == labels[:, None]
+    order = (~fits).byte().argsort(stable=True)[:, : max(1, int(fits.sum(1).max()))]
+    return recent[order].where(fits.gather(1, order), -1)
 
 
 class _Bank:
@@ -143,24 +154,24 @@ class _Bank:
         self.stored = torch.empty(0)
 
     def hold(self, images: int, recent: Callable[[int], Int[Tensor, "n"]], device: torch.device) -> Int[Tensor, "n"]:
-        """Hold the recent data points before an image, and return their indices; called for each class of a step."""
+        """Hold the recent data points before an image, and return their indices."""
         if images != self.images:
             self.wanted = recent(images)
             self._fill(self.wanted, device)
             self.images = images
         return self.wanted
 
-    def take(self, index: Int[Tensor, "n"]) -> Float[Tensor, "n *D"]:
-        """Held data points as floating data."""
+    def take(self, index: Int[Tensor, "n"], device: torch.device) -> Float[Tensor, "n *D"]:
+        """Held data points as floating data, on the device that they are held on."""
         held, position = self.index.sort()
-        return self.pool.decode(self.stored[position[torch.searchsorted(held, index)].to(self.stored.device)])
+        return self.pool.decode(self.stored[move(position[torch.searchsorted(held, index)], self.stored.device)])
 
     def _fill(self, wanted: Int[Tensor, "n"], device: torch.device) -> None:
         """Read the data points that are not held yet into the memory of those that are not wanted any more."""
         if len(self.index) == 0:
-            self.index, self.stored = wanted.clone(), self.pool.stored(wanted).to(device)
+            self.index, self.stored = wanted.clone(), move(self.pool.stored(wanted), device)
             return
         missing = wanted[~torch.isin(wanted, self.index)]
         free = (~torch.isin(self.index, wanted)).nonzero().flatten()
-        self.stored[free.to(self.stored.device)] = self.pool.stored(missing).to(self.stored.device)
+        self.stored[move(free, self.stored.device)] = move(self.pool.stored(missing), self.stored.device)
         self.index[free] = missing

@@ -46,6 +46,10 @@ class Prefetched(TargetEstimator):
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
         return self.target(noisy, generator=generator)
 
+    @override
+    def check(self, noisy: NoisyBatch) -> None:
+        self.target.check(noisy)
+
     def steps(self, batch_size: int) -> int:
         """Number of training steps whose targets should be computed in one call.
 
@@ -87,6 +91,10 @@ class Sharded(TargetEstimator):
         each = len(everyone) // self.shard.total
         own = slice(each * self.shard.rank, each * (self.shard.rank + 1))
         return self._own_part(everyone, generator=generator).select(own)
+
+    @override
+    def check(self, noisy: NoisyBatch) -> None:
+        self.target.check(noisy)
 
     @cached_property
     def _own_part(self) -> ExactTarget:

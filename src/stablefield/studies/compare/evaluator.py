@@ -10,8 +10,7 @@ So differences between arms are due to the arms. Four properties of a denoiser D
 The exact error alone says little about quality: a denoiser without any would only reproduce training data.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from stablefield.build import Components, build_sampler
 from stablefield.config import Config
-from stablefield.data import Progress, silent, split
+from stablefield.data import Progress, StageProgress, silent, silent_stage, split
 from stablefield.denoise import Denoiser
 from stablefield.evaluate import (
     Features,
@@ -43,9 +42,7 @@ from stablefield.seeding import generator
 from stablefield.targets import ExactTarget
 from stablefield.times import TimeDistribution
 
-__all__ = ["Evaluator", "NoiseLevel", "StageProgress", "make_evaluator", "no_stage_progress", "noise_levels"]
-
-StageProgress = Callable[[str], AbstractContextManager[Progress]]  # title of a stage -> its progress callback
+__all__ = ["Evaluator", "NoiseLevel", "make_evaluator", "noise_levels"]
 
 NUM_LEVELS = 9
 BATCH_SIZE = 250
@@ -147,23 +144,13 @@ class Evaluator:
         }
 
 
-@contextmanager
-def no_stage_progress(title: str) -> Iterator[Progress]:
-    """Stage progress that displays nothing; the default of `make_evaluator`.
-
-    Args:
-        title: ignored.
-    """
-    yield silent
-
-
 def make_evaluator(
     config: Config,
     parts: Components,
     *,
     samples: int,
     examples: int,
-    stage_progress: StageProgress = no_stage_progress,
+    stage_progress: StageProgress = silent_stage,
 ) -> Evaluator:
     """Make the evaluator of an experiment; with 50,000 images this takes minutes.
 

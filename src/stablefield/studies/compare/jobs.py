@@ -15,10 +15,10 @@ import torch
 
 from stablefield.build import build
 from stablefield.config import Allowed
-from stablefield.data import Progress
+from stablefield.data import Progress, StageProgress, silent_stage
 from stablefield.engine.fit import deterministic_algorithms
 from stablefield.run import fingerprint
-from stablefield.studies.compare.evaluator import Evaluator, StageProgress, make_evaluator, no_stage_progress
+from stablefield.studies.compare.evaluator import Evaluator, make_evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.runs import ReportImages, ShouldStop, run_seed
 
@@ -68,7 +68,7 @@ def run_all(
 
 
 def cached_evaluator(
-    out: Path, stage_progress: StageProgress = no_stage_progress, allow: Iterable[Allowed] = ()
+    out: Path, stage_progress: StageProgress = silent_stage, allow: Iterable[Allowed] = ()
 ) -> Evaluator:
     """The evaluator of an experiment, made once per process.
 
@@ -121,7 +121,7 @@ def _run_seed(
     seed: int,
     report: ReportImages,
     should_stop: ShouldStop,
-    stage_progress: StageProgress = no_stage_progress,
+    stage_progress: StageProgress = silent_stage,
 ) -> bool:
     """Train and evaluate all arms with one seed; True if they are finished."""
     allow = experiment.config.allowed

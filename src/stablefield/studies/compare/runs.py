@@ -18,8 +18,8 @@ from stablefield.distributed import Ranks
 from stablefield.engine import StepReport, train
 from stablefield.engine.checkpoints import CheckpointManager
 from stablefield.engine.fit import compile_network, initial_state, make_optimization
-from stablefield.evaluate.images import save_sheet
 from stablefield.files import write_text
+from stablefield.generate.images import save_sheet
 from stablefield.run import RunFolder
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment

@@ -1,11 +1,10 @@
 """Images as bytes, as PNG files, and as sheets of samples.
 
-Plots are in `plots.py`, which needs matplotlib; training and sampling import this module only.
+Plots are in `evaluate.plots`, which needs matplotlib; training and sampling import this module only.
 """
 
 import math
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from stablefield.data.png import encode_png
 from stablefield.files import atomic_path
 
-__all__ = ["read_image", "save_image", "save_sheet", "to_bytes"]
+__all__ = ["read_image", "save_sheet", "to_bytes", "to_pixels"]
 
 
 def to_bytes(x: Float[Tensor, "*S"]) -> UInt8[Tensor, "*S"]:
@@ -27,15 +27,13 @@ def to_bytes(x: Float[Tensor, "*S"]) -> UInt8[Tensor, "*S"]:
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
-def save_image(path: Path | BinaryIO, x: Float[Tensor, "C H W"]) -> None:
-    """Write one image as PNG.
+def to_pixels(x: Float[Tensor, "n C H W"]) -> UInt8[np.ndarray, "n H W C"]:
+    """Images in [-1, 1] as arrays of bytes, channels last.
 
     Args:
-        path: the file, as a path or open for writing.
-        x: the image in [-1, 1], with one or three channels.
+        x: the images.
     """
-    pixels = to_bytes(x).movedim(0, -1).cpu().numpy()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(path, "PNG")
+    return np.ascontiguousarray(to_bytes(x).movedim(1, -1).cpu().numpy())
 
 
 def read_image(path: Path) -> Float[Tensor, "C H W"]:
@@ -44,27 +42,30 @@ def read_image(path: Path) -> Float[Tensor, "C H W"]:
     Args:
         path: the file.
     """
-    pixels = np.asarray(Image.open(path)).astype(np.float32)
+    with Image.open(path) as image:
+        pixels = np.asarray(image).astype(np.float32)
     x = torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels).movedim(-1, 0)
     return x / 127.5 - 1
 
 
 def save_sheet(path: Path, x: Float[Tensor, "n C H W"], *, columns: int | None = None, side: int = 48) -> None:
-    """Write a sheet: many images in one file, row by row, separated by thin lines.
+    """Write a sheet: many images in one PNG file, row by row, separated by thin lines.
 
     Args:
-        path: the file; its suffix decides the format.
+        path: the file; it is replaced when the new one is complete.
         x: the images in [-1, 1], with one or three channels.
         columns: number of images in a row; by default the sheet is about as wide as it is high.
         side: side in pixels to which smaller images are enlarged, by a whole factor.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     columns = columns or math.ceil(math.sqrt(len(x)))
     factor = max(1, round(side / max(x.shape[2:])))
-    pixels = to_bytes(x).movedim(1, -1).cpu().numpy().repeat(factor, 1).repeat(factor, 2)
-    tiles = np.full((math.ceil(len(x) / columns) * columns, *(n + 2 for n in pixels.shape[1:3]), x.shape[1]), 128)
-    tiles[: len(x), 1:-1, 1:-1] = pixels
-    _, height, width, channels = tiles.shape
-    sheet = tiles.reshape(-1, columns, height, width, channels).swapaxes(1, 2)
-    sheet = sheet.reshape(-1, columns * width, channels).astype(np.uint8)
+    pixels = to_pixels(x).repeat(factor, 1).repeat(factor, 2)
+    count, height, width, channels = pixels.shape
+    tiles = np.full((math.ceil(count / columns) * columns, height + 2, width + 2, channels), 128, np.uint8)
+    tiles[:count, 1:-1, 1:-1] = pixels
+    sheet = tiles.reshape(-1, columns, height + 2, width + 2, channels).swapaxes(1, 2)
     with atomic_path(path) as temporary:
-        Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(temporary)
+        temporary.write_bytes(encode_png(sheet.reshape(-1, columns * (width + 2), channels)))

@@ -1,26 +1,40 @@
-"""Inputs of `stablefield evaluate`: the samples that are scored, and the reference that they are compared with."""
+"""Inputs of an evaluation: the samples that are scored, and the reference that they are compared with."""
 
+import hashlib
+import json
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.cli.data_command import progress_bar
-from stablefield.cli.sample_store import SampleStore
 from stablefield.config import ConfigError, resolve
-from stablefield.data import Source, content_hash, guess_kind
-from stablefield.evaluate import Statistics
+from stablefield.data import Source, StageProgress, content_hash, guess_kind, silent_stage, split
+from stablefield.distributed import Ranks
+from stablefield.evaluate.frechet import Statistics
+from stablefield.generate import SampleStore, SamplingPlan
+from stablefield.generate.plan import fill_store
 from stablefield.pool import Pool
-from stablefield.run import checkpoint_of
+from stablefield.run import RunFolder, training_data
 
-__all__ = ["Reference", "SampleSource", "is_run", "open_reference", "open_samples"]
+__all__ = [
+    "Reference",
+    "SampleSource",
+    "Take",
+    "is_run",
+    "open_reference",
+    "open_samples",
+    "sample_run",
+    "take_from",
+    "training_reference",
+]
+
+Take = Callable[[Sequence[int]], Tensor]  # returns the data of some keys, (n, *D)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +52,7 @@ class SampleSource:
     """
 
     repeats: Sequence[Sequence[int]]
-    take: Callable[[Sequence[int]], Float[Tensor, "n *D"]]
+    take: Take
     shape: tuple[int, ...]
     metadata: dict[str, Any]
     images: bool
@@ -57,6 +71,8 @@ class SampleSource:
         (keys,) = self.repeats
         if count is not None and count > len(keys):
             raise ConfigError(f"{self.metadata['name']} holds {len(keys):,} samples, fewer than --samples {count}")
+        if len(keys) < 2:
+            raise ConfigError(f"{self.metadata['name']} holds {len(keys)} sample; scores need at least 2")
         seeds = self.seeds and [self.seeds[0][:count]]
         return replace(self, repeats=[keys[:count]], seeds=seeds)
 
@@ -65,17 +81,21 @@ class SampleSource:
 class Reference:
     """Data that samples are compared with, or only their statistics.
 
+    What was computed of the data is kept, so that one reference serves several evaluations.
+
     Attributes:
         name: where the reference comes from.
         pool: the data; None if only statistics are given.
         statistics: mean and covariance from a file; None if the data are given.
         held_out: data that a run was not trained on.
+        computed: features and distances of the data that evaluations have computed already.
     """
 
     name: str
     pool: Pool | None = None
     statistics: Statistics | None = None
     held_out: Pool | None = None
+    computed: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def hash(self) -> str:
@@ -110,55 +130,127 @@ def is_run(path: Path) -> bool:
     Args:
         path: any path.
     """
-    return path.suffix == ".safetensors" or (path.is_dir() and checkpoint_of(path).is_file())
+    return path.suffix == ".safetensors" or (path.is_dir() and RunFolder(path).occupied())
 
 
-def open_reference(path: str) -> Reference:
-    """Reference from a path.
+def open_reference(
+    reference: str | Path | Pool | Tensor | Statistics | Reference, progress: StageProgress = silent_stage
+) -> Reference:
+    """Reference from a path or from data in memory.
 
     Args:
-        path: data of any kind, or an `.npz` file with `mu` and `sigma`.
+        reference: data of any kind, as a path, a pool or a tensor; or statistics, or an `.npz` file with `mu` and
+            `sigma`.
+        progress: opens a progress callback while images are decoded.
 
     Raises:
         ValueError: there is nothing at that path, or its format is unknown.
     """
+    if isinstance(reference, Reference):
+        return reference
+    if isinstance(reference, Statistics):
+        return Reference("statistics", statistics=reference)
+    if isinstance(reference, Pool | Tensor):
+        pool = reference if isinstance(reference, Pool) else Pool(reference)
+        return Reference(repr(pool), pool)
+    path = str(reference)
     if {"mu.npy", "sigma.npy"} <= _arrays(Path(path)):
         return Reference(path, statistics=Statistics.read(Path(path)))
-    return Reference(path, _load(_data_source(path)))
+    return Reference(path, _load(_data_source(path), progress))
 
 
-def open_samples(path: str) -> SampleSource:
-    """Samples from a path.
+def training_reference(plan: SamplingPlan, progress: StageProgress = silent_stage) -> Reference:
+    """The data that a run was trained on, and those that it held out; refused if the data have changed since.
 
     Args:
-        path: the output of `stablefield sample`, a folder of images, an archive, or data of any kind.
+        plan: the run.
+        progress: opens a progress callback while images are decoded.
 
     Raises:
-        ValueError: there is nothing at that path, or its format is unknown.
+        ConfigError: the data are no longer those of the run.
     """
-    location = Path(path)
+    source: Source = plan.trained.config.make("data")
+    way_out = "restore those, or score against other data with --reference PATH"
+    with progress("decoding") as watch:
+        data = training_data(plan.trained, watch, way_out=way_out)
+    pool, held_out = split(data, source.holdout)
+    without = f", without the {len(held_out):,} held out" if held_out else ""
+    return Reference(f"{source!r}{without}", pool, held_out=held_out)
+
+
+def open_samples(samples: object, progress: StageProgress = silent_stage) -> SampleSource:
+    """Samples from a path or in memory.
+
+    Args:
+        samples: the output of `stablefield sample`, a folder of images, an archive, or data of any kind, as a path; or
+            a pool or a tensor (n, *D).
+        progress: opens a progress callback while images are decoded.
+
+    Raises:
+        ValueError: there is nothing at that path, its format is unknown, or the samples are of another type.
+    """
+    if isinstance(samples, Pool | Tensor):
+        pool = samples if isinstance(samples, Pool) else Pool(samples)
+        return SampleSource([range(len(pool))], take_from(pool), pool.shape, {"name": repr(pool)}, pool.images, pool)
+    if not isinstance(samples, str | Path):
+        raise ValueError(f"samples must be a path, a Pool, a tensor or a run, not {type(samples).__name__}")
+    path, location = str(samples), Path(samples)
     if (location / "samples.json").is_file():
         return _open_folder(location)
-    pool = _load(_data_source(path))
+    pool = _load(_data_source(path), progress)
     found = SampleStore.at(location, pool.images)
     store = found if found.out == location and not found.png and found.identity_file.is_file() else None
     metadata = {"name": path} | ({} if store is None else store.metadata())
     seeds = [np.load(location)["seeds"].tolist()] if store and "seeds.npy" in _arrays(location) else None
-    return SampleSource(
-        [range(len(pool))],
-        lambda index: pool.take(torch.tensor(index)),
-        pool.shape,
-        metadata,
-        pool.images,
-        pool,
-        seeds,
-    )
+    return SampleSource([range(len(pool))], take_from(pool), pool.shape, metadata, pool.images, pool, seeds)
 
 
-def _load(source: Source) -> Pool:
+def sample_run(
+    plan: SamplingPlan,
+    repeats: Sequence[Sequence[int]],
+    keep: Path | None,
+    batch_size: int,
+    ranks: Ranks,
+    progress: StageProgress = silent_stage,
+) -> SampleSource:
+    """Samples of a run, made if they do not exist; each plan has a folder of its own.
+
+    Args:
+        plan: how to make them.
+        repeats: seeds of each repeat.
+        keep: folder that keeps the samples; by default `evaluated` in the folder of the run.
+        batch_size: samples per batch.
+        ranks: the ranks that share the work.
+        progress: opens a progress callback for sampling.
+
+    Raises:
+        ValueError: a seed is out of range.
+        OSError: the samples cannot be written.
+    """
+    key = hashlib.sha256(json.dumps(plan.identity, sort_keys=True).encode()).hexdigest()[:12]
+    seeds = [seed for repeat in repeats for seed in repeat]
+    with progress("sampling") as watch:
+        out = (plan.trained.folder / "evaluated" if keep is None else keep) / key
+        store = fill_store(plan, out, seeds, batch_size, ranks, watch)
+    if ranks.is_main and store.png:
+        store.finish(seeds)
+    metadata = {"name": plan.name, "training_images": plan.trained.images, **store.metadata()}
+    return SampleSource(repeats, store.take, plan.trained.shape, metadata, store.images, seeds=repeats)
+
+
+def take_from(pool: Pool) -> Take:
+    """Function that returns the data points of some indices.
+
+    Args:
+        pool: the data.
+    """
+    return lambda index: pool.take(torch.tensor(index))
+
+
+def _load(source: Source, progress: StageProgress) -> Pool:
     """Load a data set, with a progress bar if images must be decoded."""
-    with progress_bar("decoding") as progress:
-        return source.load(progress)
+    with progress("decoding") as watch:
+        return source.load(watch)
 
 
 def _data_source(path: str) -> Source:
