@@ -92,7 +92,7 @@ class Training:
             "probes",
         ):
             if (value := getattr(self, name)) is not None and not 0 < value <= _MOST:
-                raise ValueError(f"{name} must be positive and at most 2^53, not {value}")
+                raise ValueError(f"{name} must be positive, not {value}, and at most 2^53")
         for name in (
             "learning_rate_warmup",
             "ema_rampup_ratio",

@@ -108,7 +108,7 @@ class Sampler(ABC):
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MOST_STEPS:
-            raise ValueError(f"a sampler needs at least 1 step and at most {MOST_STEPS:,}, not {self.steps}")
+            raise ValueError(f"a sampler needs at least 1 step, not {self.steps}, and at most {MOST_STEPS:,}")
 
     @abstractmethod
     def step(self, denoiser: BoundDenoiser, x: Tensor, t: Tensor, s: Tensor, draw_noise: DrawNoise) -> Tensor:
