@@ -9,7 +9,6 @@ the largest error decides on the steps, so that in another batch a sample is the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from jaxtyping import Float
@@ -46,7 +45,7 @@ class RK45(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.tolerance < inf and 0 < self.sigma_min < inf):
+        if not (self.tolerance > 0 and self.sigma_min > 0):
             raise ValueError(f"need tolerance and sigma_min > 0, not {self.tolerance} and {self.sigma_min}")
 
     @override

@@ -8,7 +8,6 @@ Holding x0 fixed at its value extrapolated to the middle of the step gives DPM-S
 """
 
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class Heun(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 <= self.churn < inf and 0 <= self.churn_noise < inf and 0 <= self.churn_min <= self.churn_max):
+        if not (self.churn >= 0 and self.churn_noise >= 0 and 0 <= self.churn_min <= self.churn_max):
             raise ValueError(
                 f"need churn and churn_noise >= 0 and 0 <= churn_min <= churn_max, not {self.churn}, "
                 f"{self.churn_noise}, {self.churn_min} and {self.churn_max}"

@@ -12,7 +12,6 @@ to sigma = 0, adds no noise.
 """
 
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from jaxtyping import Float
@@ -125,7 +124,7 @@ class PredictorCorrector(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (0 < self.snr < inf and 0 <= self.corrections <= 1000):
+        if not (self.snr > 0 and 0 <= self.corrections <= 1000):
             raise ValueError(f"need snr > 0 and corrections from 0 to 1,000, not {self.snr} and {self.corrections}")
 
     @override
