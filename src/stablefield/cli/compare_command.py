@@ -15,7 +15,7 @@ from stablefield.cli.options import Allow
 from stablefield.cli.progress import progress_bar
 from stablefield.cli.training import allow_option, merge_layers
 from stablefield.config import allowed_names, override, resolve, split_targets
-from stablefield.engine.fit import stop_signals
+from stablefield.engine.stopping import stop_signals
 from stablefield.seeding import parse_seeds
 from stablefield.studies.compare import (
     OBJECTIVES,

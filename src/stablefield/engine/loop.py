@@ -9,7 +9,7 @@ Targets do not depend on the weights. So `Prefetched` targets of several steps a
 of steps are the same wherever a run was stopped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -29,7 +29,10 @@ from stablefield.seeding import derive, generator
 from stablefield.targets import Prefetched
 from stablefield.times import TimeDistribution
 
-__all__ = ["Optimization", "StepReport", "perturb", "train"]
+__all__ = ["Optimization", "StepReport", "TrainingBatch", "perturb", "train"]
+
+TrainingBatch = tuple[NoisyBatch, Posterior]
+"""The noisy batch of a training step, and the target of each example."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ def train(
     seed: int = 0,
     optimization: Optimization | None = None,
     ranks: Ranks | None = None,
+    prepare: Callable[[Callable[[], TrainingBatch]], TrainingBatch | None] | None = None,
 ) -> Iterator[StepReport]:
     """Train until a number of images has been seen.
 
@@ -94,6 +98,8 @@ def train(
         seed: seed of times, noise, references and dropout.
         optimization: learning rate, clipping and micro-batches; `Optimization()` by default.
         ranks: this process and those it trains with; a single process by default.
+        prepare: called with the function that makes the noisy batch and the targets of a step, while a GPU computes the
+            gradient of the step before. It returns the result of the function, or None to end training.
 
     Yields:
         A report after every step.
@@ -104,18 +110,22 @@ def train(
             changed the weights.
     """
     optimization, ranks = optimization or Optimization(), ranks or Ranks(state.device)
+    prepare = prepare or (lambda make: make())
     model = ranks.wrap(state.denoiser)
     state.denoiser.train()
     training_batches = _training_batches(state, objective, batches, seed, batches.size // ranks.world_size)
     adaptation = state.adaptation
-    while state.images < images:
-        noisy, target = next(training_batches)
+    batch = prepare(training_batches.__next__) if state.images < images else None
+    while batch is not None:
+        noisy, target = batch
         importance = adaptation.importance(noisy.t, state.images) if adaptation else None
         dropout_seed = derive(seed, "dropout", ranks.rank)
         report = _compute_gradient(
             state, model, objective, noisy, target, importance, optimization.micro_batch_size, dropout_seed
         )
         learning_rate = optimization.learning_rate(state.images + batches.size)
+        # the host waits for the gradient below, and prepares the next step before
+        batch = prepare(training_batches.__next__) if state.images + batches.size < images else None
         gradient_norm, step_taken = _update_weights(state, learning_rate, optimization.gradient_clip)
         if adaptation:
             process = state.denoiser.process
@@ -135,7 +145,7 @@ def train(
 
 def _training_batches(
     state: TrainState, objective: Objective, batches: BatchSource, seed: int, batch_size: int
-) -> Iterator[tuple[NoisyBatch, Posterior]]:
+) -> Iterator[TrainingBatch]:
     """The noisy batch of each step from now on and its targets; those of several steps may be computed together.
 
     Steps are counted from the first of the run, so that it does not matter where a run was stopped.
@@ -148,7 +158,7 @@ def _training_batches(
             f"{together} steps whose targets are computed together; raise it, or lower training.target_prefetch"
         )
 
-    def group(first: int) -> list[tuple[NoisyBatch, Posterior]]:
+    def group(first: int) -> list[TrainingBatch]:
         steps = [first + step * batches.size for step in range(together)]
         noisy = [perturb(state, objective.times, batches, images, seed) for images in steps]
         # all ranks draw the same references, whichever examples they hold
