@@ -23,7 +23,7 @@ from stablefield import checkpoint, files
 from stablefield.build import build
 from stablefield.checkpoint import CheckpointError, read
 from stablefield.cli import app
-from stablefield.cli.train_command import resumed_config
+from stablefield.cli.training import resumed_config
 from stablefield.config import CHECKSUM_LINE, Allowed, Config, ConfigError, is_unedited, override, resolve
 from stablefield.data import content_hash
 from stablefield.distributed import Ranks

@@ -272,8 +272,9 @@ def test_edms_noise_and_weight_are_the_same_for_every_process():
         assert abs(value.value - values[0].value) <= 4 * (value.error**2 + values[0].error ** 2) ** 0.5
 
 
-def test_standard_errors_are_those_of_independent_seeds():
-    found = [LossFloor.measure(cloud(), at(1.0), seed=seed, bins=4, per_bin=16).floors["dsm"] for seed in range(60)]
+@pytest.mark.parametrize("loss", [at(1.0), SquaredError(VE(), LogUniform(0.1, 10.0))], ids=["one level", "trend"])
+def test_standard_errors_are_those_of_independent_seeds(loss):
+    found = [LossFloor.measure(cloud(), loss, seed=seed, bins=2, per_bin=32).floors["dsm"] for seed in range(60)]
     spread = torch.tensor([each.value for each in found]).std()
     mean_error = sum(each.error for each in found) / len(found)
     assert 0.6 < float(spread) / mean_error < 1.4

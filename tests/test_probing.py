@@ -10,7 +10,7 @@ from test_distributed import on_ranks, probed_run
 from test_fit import Interrupted, configured, interrupt_at, same, trained, untimed
 
 from stablefield.build import build
-from stablefield.cli.train_command import progress_text
+from stablefield.cli.training import progress_text
 from stablefield.config import resolve
 from stablefield.distributed import Ranks
 from stablefield.engine.fit import initial_state

@@ -120,7 +120,7 @@ def test_a_class_that_a_file_names_is_never_imported(road, name, harmless, marke
     named(harmless, name, Path("begun"))
     Path("begun/checkpoint.safetensors").unlink()
     recipe = {"network": {"kind": name}}
-    monkeypatch.setattr(sys.modules["stablefield.cli.train_command"], "read_recipe", lambda name: recipe)
+    monkeypatch.setattr(sys.modules["stablefield.cli.training"], "read_recipe", lambda name: recipe)
     done = command(*(word.format(harmless=harmless) for word in ROADS[road]))
     assert done.exit_code
     assert not marker.exists()

@@ -106,6 +106,8 @@ def test_the_spine_is_pure_mathematics(path: Path) -> None:
     assert not brought & {"os", "io", "pathlib", "random", "shutil", "sys"}
 
 
+# Commands are the one exception: they import what they work with when they run, so that --help and the options that
+# they check themselves do not import torch.
 @pytest.mark.parametrize("path", [p for p in MODULES if room_of(p) not in ("cli", "__main__")], ids=relative)
 def test_nothing_of_ours_is_imported_inside_a_function(path: Path) -> None:
     for node in ast.walk(parsed(path)):

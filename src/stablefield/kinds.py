@@ -8,7 +8,12 @@ imported, so that this module costs nothing; `stablefield.config` imports those 
 kind, every section accepts `module:Class`, a class of the user's own that is derived from the section's base class.
 """
 
-__all__ = ["BASES", "KINDS", "KIND_DEFAULTS", "PROCESS_DEFAULTS", "SIGMA_DATA", "list_kinds"]
+__all__ = ["BASES", "KINDS", "KIND_DEFAULTS", "PROCESS_DEFAULTS", "SIGMA_DATA", "ConfigError", "list_kinds"]
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration, or several, one per line."""
+
 
 KINDS: dict[str, dict[str, str]] = {
     "data": {

@@ -3,8 +3,10 @@
 `app` is the Typer application with all commands; `main` runs it and prints the user's mistakes as one line.
 """
 
+import faulthandler
 import os
 import sys
+from contextlib import suppress
 
 import typer
 
@@ -16,10 +18,12 @@ from stablefield.cli import (
     demo_command,
     evaluate_command,
     field_command,
+    floor_command,
     recipes_command,
     sample_command,
     train_command,
 )
+from stablefield.data import printable
 
 __all__ = ["app", "main"]
 
@@ -43,6 +47,7 @@ app = typer.Typer(
     stablefield convert network-snapshot-200000.pkl runs/edm
     stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
     stablefield field faces                              variance of the targets, and what stable targets change
+    stablefield floor faces --run runs/faces             what the loss cannot go below, and how far a run is above it
 
     A run is a folder: config.toml, checkpoint.safetensors, metrics.jsonl, samples/. In Python,
     stablefield.load("runs/digits-stf") returns its denoiser.
@@ -62,15 +67,19 @@ app.command(name="evaluate")(evaluate_command.evaluate_command)
 app.command()(compare_command.compare)
 app.command()(convert_command.convert)
 app.command()(field_command.field)
+app.command()(floor_command.floor)
 app.add_typer(data_command.data, name="data")
 
 
 def main() -> None:
     """Run the command of `sys.argv`; print an error that the user can fix as one line instead of a traceback."""
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):  # if there is no terminal or log to write to
+        faulthandler.enable()  # a mapped file that becomes shorter ends in a message that says where it was used
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # child processes import no modules from the current folder
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
         rank = int(os.environ.get("RANK", "0"))
-        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        shown = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
+        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{shown}", file=sys.stderr)
         raise SystemExit(1) from None

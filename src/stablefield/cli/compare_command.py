@@ -16,8 +16,9 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stablefield.build import Components, build, choose_device
-from stablefield.cli.data_command import progress_bar
-from stablefield.cli.train_command import Allow, allow_option, merge_layers
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
+from stablefield.cli.training import allow_option, merge_layers
 from stablefield.config import Allowed, Config, allowed_names, overlay, override, resolve
 from stablefield.data import StageProgress
 from stablefield.engine.checkpoints import locked

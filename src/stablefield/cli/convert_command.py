@@ -5,12 +5,6 @@ from typing import Annotated
 
 import typer
 
-from stablefield.checkpoint import read, save
-from stablefield.config import Config, ConfigError
-from stablefield.interop.convert import from_edm, to_edm
-from stablefield.interop.edm import read as read_edm
-from stablefield.run import RunFolder, checkpoint_of
-
 __all__ = ["convert"]
 
 
@@ -24,6 +18,12 @@ def convert(
     ] = "stablefield",
 ) -> None:
     """Convert a published checkpoint of EDM or STF to a run, without running code from it, or a run to EDM's names."""
+    from stablefield.checkpoint import read, save
+    from stablefield.config import Config, ConfigError
+    from stablefield.interop.convert import from_edm, to_edm
+    from stablefield.interop.edm import read as read_edm
+    from stablefield.run import RunFolder, checkpoint_of
+
     if to == "edm":
         if out.suffix != ".safetensors":
             raise ConfigError(f"--to edm writes a .safetensors file, not {out}")

@@ -5,46 +5,18 @@ For a run, samples are made first and kept, so that an interrupted command resum
 """
 
 import os
-from collections.abc import Mapping
-from itertools import starmap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from stablefield.build import choose_device
-from stablefield.cli.data_command import progress_bar
-from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, SamplerKind, Set, Steps, open_guide
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
+from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, SamplerKind, Set, Steps
 from stablefield.cli.stopping import stoppable
-from stablefield.cli.train_command import Allow
-from stablefield.config import ConfigError
-from stablefield.data import guess_kind
-from stablefield.distributed import process_group
-from stablefield.evaluate import Estimate, ScoreTable, Statistics, evaluate, feature_statistics
-from stablefield.evaluate.inputs import is_run
-from stablefield.generate import SamplingPlan
-from stablefield.run import open_run, run_folder
-from stablefield.seeding import parse_seeds
+from stablefield.kinds import ConfigError
 
-__all__ = ["TablePrinter", "evaluate_command"]
-
-_TITLES = {
-    "fid": "FID",
-    "kid": "KID",
-    "kid_std": "  std over subsets",
-    "frechet": "Frechet distance",
-    "kernel": "kernel distance",
-    "kernel_std": "  std over subsets",
-    "precision": "precision",
-    "recall": "recall",
-    "inception_score": "Inception score",
-    "inception_score_std": "  std over parts",
-    "nearest_distance": "nearest training image",
-    "nearest_distance_held_out": "  of held-out images",
-    "nearest_ratio": "  ratio of both",
-    "copies": "fraction of copies",
-    "copies_held_out": "  of held-out images",
-}
+__all__ = ["evaluate_command"]
 
 
 def evaluate_command(
@@ -111,7 +83,20 @@ def evaluate_command(
     device: Device = "auto",
 ) -> None:
     """Score a run or samples: Frechet and kernel distance, precision and recall, memorisation; with Inception, FID."""
+    from stablefield.build import choose_device
+    from stablefield.cli.evaluating import TablePrinter, write_statistics
+    from stablefield.cli.sampling import open_guide
+    from stablefield.config import allowed_names
+    from stablefield.data import guess_kind
+    from stablefield.distributed import process_group
+    from stablefield.evaluate import evaluate, feature_statistics
+    from stablefield.evaluate.inputs import is_run
+    from stablefield.generate import SamplingPlan
+    from stablefield.run import open_run
+    from stablefield.seeding import parse_seeds
+
     run, first_seeds = is_run(Path(what)), parse_seeds(seeds) if seeds else None
+    allowed = allowed_names([*(set_ or []), *([f"sampler.kind={sampler}"] if sampler else [])], allow)
     if not run:
         guess_kind(what)  # refuses a path that does not exist
     for_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
@@ -139,8 +124,8 @@ def evaluate_command(
         subject: str | SamplingPlan = what
         if run:
             device = str(ranks.device)
-            trained = open_run(what, device=device, allow=allow or ())
-            weaker = open_guide(guide, guidance, device, allow or ())
+            trained = open_run(what, device=device, allow=allowed)
+            weaker = open_guide(guide, guidance, device, allowed)
             subject = SamplingPlan.for_run(
                 trained, sampler=sampler, steps=steps, guidance=guidance, guide=weaker, settings=set_ or []
             )
@@ -155,7 +140,7 @@ def evaluate_command(
         if not (run or reference):
             found = feature_statistics(what, **common)
             if found and statistics:
-                _write_statistics(statistics, found)
+                write_statistics(statistics, found)
             return
         scores = evaluate(
             subject,
@@ -169,47 +154,6 @@ def evaluate_command(
         )
         if scores.tables:
             print(f"\nscores      {file}")
-
-
-class TablePrinter:
-    """Callback that prints and writes each table of scores.
-
-    Args:
-        path: file that the scores are appended to, one JSON object per line.
-        statistics: file to write mean and covariance of the features to.
-
-    Attributes:
-        path: file that the scores are appended to, one JSON object per line.
-        statistics: file to write mean and covariance of the features to.
-        started: True after the first table.
-    """
-
-    def __init__(self, path: Path, statistics: Path | None = None) -> None:
-        self.path, self.statistics, self.started = path, statistics, False
-
-    def __call__(self, table: ScoreTable) -> None:
-        """Print and write a table.
-
-        Args:
-            table: the table.
-        """
-        if not self.started:
-            print(_description(table))
-        self.started = True
-        if self.statistics and table.statistics:
-            _write_statistics(self.statistics, table.statistics)
-        table.append_to(self.path)
-        rows = starmap(_table_row, table.scores.items())
-        print("\n" + "\n".join([_title(table.features), *rows, *(f"  note: {note}" for note in table.notes)]))
-        if table.pairs is not None:
-            sheet = self.path.with_name(self.path.stem.replace("scores", "nearest") + ".png")
-            table.save_pairs(sheet)
-            print(f"  samples and their nearest training images, most likely copies first: {sheet}")
-
-
-def _write_statistics(path: Path, statistics: Statistics) -> None:
-    statistics.save(path)
-    print(f"statistics  {statistics.n:,} in features {statistics.features}: {path}")
 
 
 def _kept(file: Path) -> str:
@@ -226,6 +170,8 @@ def _refuse_if(*cases: tuple[object, str]) -> None:
 
 def _scores_file(what: str, run: bool) -> Path:
     """Default file of the scores: in a run's folder, or beside the samples."""
+    from stablefield.run import run_folder
+
     if not run:
         return Path(f"{what.rstrip('/')}.scores.jsonl" if Path(what).exists() else "scores.jsonl")
     folder = run_folder(Path(what))
@@ -236,32 +182,6 @@ def _scores_file(what: str, run: bool) -> Path:
 
 def _samples_folder(what: str, out: Path | None) -> Path | None:
     """Folder that keeps the samples of a run that cannot be written; None for the usual one."""
+    from stablefield.run import run_folder
+
     return out.with_name("evaluated") if out and not os.access(run_folder(Path(what)), os.W_OK) else None
-
-
-def _description(table: ScoreTable) -> str:
-    """Number and origin of the samples, how they were made, and the reference."""
-    samples, n = table.samples, table.reference["n"]
-    times = f"{samples['repeats']} x " if samples["repeats"] > 1 else ""
-    lines = [f"samples     {times}{samples['n']:,} of {samples['name']}"]
-    if "sampler" in samples:
-        low, high = samples.get("evaluations") or ("?", "?")
-        count = f"{low}" if low == high else f"{low} to {high}"
-        lines.append(f"            {samples['sampler']}, {count} network evaluations per sample")
-    count = "unknown number of data points" if n is None else f"{n:,}"
-    return "\n".join([*lines, f"reference   {count} of {table.reference['name']}"])
-
-
-def _title(features: Mapping[str, Any]) -> str:
-    if "held_out" in features:
-        return (
-            f"memorisation: Euclidean distance between data, bytes as [-1, 1]; held-out images: {features['held_out']}"
-        )
-    accuracy = features.get("accuracy")
-    known = "" if accuracy is None else f", {accuracy:.1%} of held-out images classified correctly"
-    return f"{features['name']}: {features['dimension']:,} features{known}"
-
-
-def _table_row(name: str, estimate: Estimate) -> str:
-    repeats = "" if estimate.std is None else f" ± {estimate.std:.2g}, min {estimate.min:.5g}"
-    return f"  {_TITLES.get(name, name):<26}{estimate.mean:.5g}{repeats}"

@@ -1,42 +1,20 @@
 """`stablefield field`: variance and bias of training targets on any data, and what to expect of stable targets."""
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from stablefield.build import choose_device
-from stablefield.checkpoint import finite
-from stablefield.cli.data_command import progress_bar
-from stablefield.cli.train_command import Allow
-from stablefield.config import Allowed, Config, ConfigError, allowed_names, overlay, override, read_toml, resolve
-from stablefield.data import Store, content_hash, guess_kind, split
-from stablefield.files import sweep, write_text
-from stablefield.pool import Pool
-from stablefield.process import Process
-from stablefield.run import RunFolder, fingerprint, refuse_other_data
-from stablefield.seeding import generator
-from stablefield.studies.field import (
-    DataDistances,
-    Field,
-    LinearDenoiser,
-    TwoGaussians,
-    VarianceReport,
-    measure_field,
-    normal_errors,
-    study_gaussians,
-)
-from stablefield.studies.field.measure import SIZES
-from stablefield.studies.field.plots import plot_bias, plot_field, plot_study
-from stablefield.studies.field.tables import field_records, study_records, write_csv
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
+from stablefield.kinds import ConfigError
 
-__all__ = ["configured", "field", "parse_sizes", "refuse_other_data_than_of_run", "table"]
+__all__ = ["aligned", "field", "parse_sizes"]
+
 
 GAUSSIAN_SIZES = (4, 16, 64, 256, 1024)  # default sizes for two Gaussians, where the limit is reached sooner
 
@@ -89,6 +67,16 @@ def field(
     device: Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')] = "auto",
 ) -> None:
     """Measure variance and bias of training targets by noise level, and report what to expect of stable targets."""
+    from stablefield.build import choose_device
+    from stablefield.cli.variance import configured, noise_levels_between, refuse_other_data_than_of_run, table
+    from stablefield.config import allowed_names
+    from stablefield.data import Store, content_hash, split
+    from stablefield.files import sweep
+    from stablefield.studies.field import DataDistances, LinearDenoiser, VarianceReport, measure_field
+    from stablefield.studies.field.measure import SIZES
+    from stablefield.studies.field.plots import plot_bias, plot_field
+    from stablefield.studies.field.tables import field_records
+
     chosen = parse_sizes(sizes) if sizes else GAUSSIAN_SIZES if two_gaussians else SIZES
     if two_gaussians:
         given = {
@@ -116,7 +104,7 @@ def field(
     pool = replace(pool, data=pool.data.to(choose_device(device)))
     process = training.make("process")
     distances = DataDistances.from_pool(pool, seed=seed)
-    t = process.time(_noise_levels(distances, process, noise_levels, low, high))
+    t = process.time(noise_levels_between(distances, process, noise_levels, low, high))
     conditional = conditional or training.training.conditional
     print(f"data      {data_source!r}: {len(pool):,} data points of shape {pool.shape}")
     print(f"distances {distances.nearest:.3g} to {distances.farthest:.3g}, measured on a part of the data")
@@ -164,54 +152,6 @@ def field(
     print(f"written   {out}/field.csv, field.json, field.png, bias.png")
 
 
-def refuse_other_data_than_of_run(config: Path, training: Config, data: Pool) -> None:
-    """Check the data against the run that a configuration belongs to.
-
-    Args:
-        config: path of the configuration file.
-        training: the resolved configuration.
-        data: the data at the path of the configuration.
-
-    Raises:
-        ConfigError: the configuration belongs to a run that was trained on other data.
-    """
-    folder = RunFolder(config.parent)
-    if folder.config != config or not folder.checkpoint.exists():
-        return
-    saved = folder.newest().config
-    if all(training["data"].get(key) == value for key, value in saved["config"]["data"].items() if key != "holdout"):
-        way_out = "restore those data, or name the data: stablefield field DATA --config FILE"
-        refuse_other_data(data, fingerprint(data), saved.get("data", ""), way_out)
-
-
-def configured(
-    source: str | None, kind: str | None, config: Path | None, settings: list[str], allow: Iterable[Allowed] = ()
-) -> Config:
-    """The configuration of the training to measure, with its data.
-
-    Args:
-        source: path or name of the data; None to use the data of the configuration.
-        kind: kind of the data; guessed from `source` by default.
-        config: path of a configuration file; None for the default configuration.
-        settings: settings "section.key=value" that override it.
-        allow: names of networks that may be imported.
-
-    Raises:
-        ConfigError: no data are given, or the settings contradict each other.
-    """
-    raw = read_toml(config) if config else {}
-    if source is None and kind is not None:
-        raise ConfigError(
-            f"--kind {kind} is the kind of DATA, which is missing: add DATA, or use --set data.kind={kind}"
-        )
-    if source is None and "data" not in raw:
-        raise ConfigError("no data given: use stablefield field DATA, or --config FILE with data, or --two-gaussians")
-    if source is not None:
-        guessed, path = (kind, source) if kind else guess_kind(source)
-        raw = overlay(raw, {"data": {"kind": guessed, **({"path": path} if path else {})}})
-    return resolve(override(raw, settings), allow=allow)
-
-
 def parse_sizes(text: str) -> tuple[int, ...]:
     """Parse a comma-separated list of sizes.
 
@@ -233,48 +173,31 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def table(field: Field) -> list[str]:
-    """The measured field as lines of text: variances per dimension in noise units, and statistics of the posterior.
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines of text, aligned on the right.
 
     Args:
-        field: the measured field.
+        rows: the cells, the first row being the head.
     """
-    head = ["sigma", "DSM", *(f"STF {n:,}" for n in field.stf), "ESS/N", "KL", "D", "single source"]
-    columns = [
-        field.noise_level,
-        field.in_noise_units(field.dsm).value,
-        *(field.in_noise_units(errors.variance).value for errors in field.stf.values()),
-        *(estimate.value for estimate in (field.ess_share, field.kl, field.divergence, field.single_source)),
-    ]
-    rows = [[f"{float(value):.3g}" for value in row] for row in zip(*columns, strict=True)]
-    return ["Variance of the target per dimension, in noise units:", *_aligned([head, *rows])]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _noise_levels(
-    distances: DataDistances, process: Process, count: int, low: float | None, high: float | None
-) -> torch.Tensor:
-    """Noise levels between the given ends; by default those of the distances in the data."""
-    default = distances.noise_levels(count, process)
-    return _log_spaced(float(default[0]) if low is None else low, float(default[-1]) if high is None else high, count)
-
-
-def _log_spaced(low: float, high: float, count: int) -> torch.Tensor:
-    if not 0 < low < high:
-        raise ConfigError(f"noise levels need 0 < low < high, not {low:.3g} and {high:.3g}; change --low or --high")
-    return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
 
 
 def _two_gaussians(
     out: Path, sizes: tuple[int, ...], count: int, low: float, high: float, examples: int, draws: int, seed: int
 ) -> None:
     """Measure the paper's two Gaussians, print estimates and closed forms, and write tables and plots."""
+    import torch
+
+    from stablefield.cli.variance import log_spaced
+    from stablefield.files import sweep
+    from stablefield.seeding import generator
+    from stablefield.studies.field import TwoGaussians, normal_errors, study_gaussians
+    from stablefield.studies.field.plots import plot_study
+    from stablefield.studies.field.tables import study_records
+
     population = TwoGaussians()
-    sigma = _log_spaced(low, high, count)
+    sigma = log_spaced(low, high, count)
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     with progress_bar("measuring") as progress:
@@ -295,7 +218,7 @@ def _two_gaussians(
     ]
     head = ["sigma", "V_DSM", "estimate", "+-", "KL", "estimate", "D", "estimate", *(f"law {n}" for n in sizes)]
     rows = [[f"{float(value):.4g}" for value in row] for row in zip(*columns, strict=True)]
-    print("\n".join(_aligned([head, *rows])))
+    print("\n".join(aligned([head, *rows])))
     print("law n: (n - 1) V_STF divided by the limit of n V_STF; the law 1 / (n - 1) holds where this is 1")
     noise_level, g = 0.5, generator(seed, "field", "normal")
     y = population.draw(1, g) + noise_level * torch.randn(1, population.dim, generator=g, dtype=torch.float64)
@@ -308,6 +231,10 @@ def _two_gaussians(
 
 def _write(out: Path, metadata: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
     """Write the records as CSV, and metadata and records as JSON."""
+    from stablefield.checkpoint import finite
+    from stablefield.files import write_text
+    from stablefield.studies.field.tables import write_csv
+
     records = list(records)
     write_csv(out / "field.csv", records)
     text = json.dumps({"stablefield": version("stablefield"), **metadata, "records": finite(records)}, indent=1)

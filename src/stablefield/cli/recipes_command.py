@@ -4,8 +4,6 @@ from typing import Annotated
 
 import typer
 
-from stablefield.recipes import list_recipes, recipe_text
-
 __all__ = ["recipes"]
 
 
@@ -13,6 +11,8 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Recipe to print, with its sources in comments.")] = None,
 ) -> None:
     """List the published settings, or print one; use them with `stablefield train --recipe NAME --data PATH`."""
+    from stablefield.recipes import list_recipes, recipe_text
+
     if name:
         print(recipe_text(name).rstrip())
         return

@@ -4,45 +4,20 @@ Each sample is written as soon as it is made, so an interrupted command resumes:
 Under `torchrun` each rank makes a part of them; the samples are the same.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stablefield.build import choose_device
-from stablefield.cli.data_command import progress_bar
+from stablefield.cli.options import Allow
 from stablefield.cli.stopping import stoppable
-from stablefield.cli.train_command import Allow
-from stablefield.config import Allowed, ConfigError
-from stablefield.data import Progress, silent
-from stablefield.distributed import Ranks, process_group
-from stablefield.generate import SampleStore, SamplingPlan, sample_to
-from stablefield.run import TrainedRun, open_run
-from stablefield.seeding import parse_seeds
+from stablefield.kinds import list_kinds
 
-__all__ = [
-    "Batch",
-    "Device",
-    "Guidance",
-    "Guide",
-    "SamplerKind",
-    "Set",
-    "Steps",
-    "Weights",
-    "main_bar",
-    "open_guide",
-    "sample",
-    "sample_progress",
-]
+__all__ = ["Batch", "Device", "Guidance", "Guide", "SamplerKind", "Set", "Steps", "Weights", "sample"]
 
 SamplerKind = Annotated[
     str | None,
-    typer.Option(
-        help="heun, euler, dpm, rk45, ancestral, euler-maruyama, reverse-diffusion or predictor-corrector; by default "
-        "the run's own."
-    ),
+    typer.Option(help=f"{list_kinds('sampler')}, or module:Class; by default the run's own."),
 ]
 Weights = Annotated[
     str, typer.Option(help="Weights to use: average, average-HALFLIFE, model (without averaging), or best.")
@@ -86,11 +61,20 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Draw samples from a trained run. A sample depends on its seed, not on the batch."""
+    from stablefield.build import choose_device
+    from stablefield.cli.sampling import main_bar, open_guide, sample_progress
+    from stablefield.config import allowed_names
+    from stablefield.distributed import process_group
+    from stablefield.generate import SampleStore, SamplingPlan, sample_to
+    from stablefield.run import open_run
+    from stablefield.seeding import parse_seeds
+
     all_seeds = parse_seeds(seeds)
+    allowed = allowed_names([*(set_ or []), *([f"sampler.kind={sampler}"] if sampler else [])], allow)
     with process_group(choose_device(device)) as ranks:
         device = str(ranks.device)
-        trained = open_run(run, weights=weights, device=device, allow=allow or ())
-        weaker = open_guide(guide, guidance, device, allow or ())
+        trained = open_run(run, weights=weights, device=device, allow=allowed)
+        weaker = open_guide(guide, guidance, device, allowed)
         plan = SamplingPlan.for_run(
             trained,
             sampler=sampler,
@@ -110,44 +94,3 @@ def sample(
             if evaluations := store.evaluations():
                 low, high = evaluations
                 print(f"{low if low == high else f'{low} to {high}'} network evaluations per sample: {plan.sampler}")
-
-
-def sample_progress(store: SampleStore, seeds: Sequence[int]) -> str:
-    """Number of samples that exist, as text for the user.
-
-    Args:
-        store: the store.
-        seeds: seeds of the samples that are wanted.
-    """
-    return f"{len(seeds) - len(store.missing(seeds)):,} of {len(seeds):,} samples are in {store.folder}"
-
-
-def main_bar(title: str, ranks: Ranks) -> AbstractContextManager[Progress]:
-    """A progress bar on the main rank, and none on the others.
-
-    Args:
-        title: text beside the bar.
-        ranks: the ranks.
-    """
-    return progress_bar(title) if ranks.is_main else nullcontext(silent)
-
-
-def open_guide(
-    guide: Path | None, guidance: float | None, device: str, allow: Iterable[Allowed] = ()
-) -> TrainedRun | None:
-    """The weaker run to guide away from, or None if none is given.
-
-    Args:
-        guide: its folder or checkpoint.
-        guidance: guidance scale.
-        device: device to load it on.
-        allow: classes outside this package that its network may be.
-
-    Raises:
-        ConfigError: a run is given without a guidance scale.
-    """
-    if guide is None:
-        return None
-    if guidance is None:
-        raise ConfigError("--guide requires --guidance, for example --guidance 1.5")
-    return open_run(guide, device=device, allow=allow)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from stablefield.checkpoint import FORMAT_VERSION, other_version
-from stablefield.kinds import PROCESS_DEFAULTS
+from stablefield.kinds import PROCESS_DEFAULTS, ConfigError
 
 __all__ = [
     "CHECKSUM_LINE",
@@ -38,10 +38,6 @@ CHECKSUM_LINE = f"# stablefield {FORMAT_VERSION}, {_CHECKSUM}"
 
 # target kinds of format 1, which configurations without a checksum line may have
 _KINDS_OF_FORMAT_1 = {"single", "reference", "rolling", "neighbours", "found", "full", "pruned", "auto"}
-
-
-class ConfigError(ValueError):
-    """A mistake in a configuration, or several, one per line."""
 
 
 def add_checksum(text: str) -> str:

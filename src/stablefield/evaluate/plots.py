@@ -103,7 +103,7 @@ def plot_floor(path: Path, floors: Mapping[str, ByNoise], title: str, excess: By
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     label(axes, "noise level sigma / alpha (units of the data)", "part of the loss")
-    named = {f"floor with {name} targets": floor for name, floor in floors.items()}
+    named = {f"floor with {name.upper()} targets": floor for name, floor in floors.items()}
     curves = named if excess is None else {**named, "excess of the network": excess}
     styles = ("-", "--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)))
     for (name, values), style in zip(curves.items(), cycle(styles), strict=False):

@@ -13,8 +13,9 @@ __all__ = ["ByNoise"]
 class ByNoise:
     """A quantity at points in K ranges of the noise level that are equally likely, and its means.
 
-    The standard errors contain the spread over the points of each range and, where the points share random draws, the
-    spread over these.
+    The points of a range are in the order of their noise level, one in each of m equal parts. So their standard error
+    comes from the differences of successive points, not from the trend within the range. Where points share random
+    draws, the spread over these is added.
 
     Attributes:
         values: the quantity at each point and draw, (K, m, R), in units of the loss.
@@ -69,7 +70,8 @@ class ByNoise:
 
     def _errors_over_points(self) -> Float[Tensor, "K"]:
         points = self.values.mean(2)
-        return points.std(1) / points.shape[1] ** 0.5 if points.shape[1] > 1 else points.new_full((len(points),), 0.0)
+        count = points.shape[1]
+        return (points.diff(dim=1).square().sum(1) / (2 * max(1, count - 1) * count)).sqrt()
 
 
 def _squared_error(draws: Float[Tensor, "*K R"]) -> Float[Tensor, "*K"]:

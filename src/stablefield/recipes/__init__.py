@@ -10,7 +10,7 @@ import tomllib
 from importlib.resources import files
 from typing import Any
 
-from stablefield.config import ConfigError
+from stablefield.kinds import ConfigError
 
 __all__ = ["list_recipes", "read_recipe", "recipe_text"]
 

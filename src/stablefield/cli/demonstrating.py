@@ -1,0 +1,75 @@
+"""The work of `stablefield demo`: samples, scores and plots."""
+
+from pathlib import Path
+
+import torch
+
+from stablefield.cli.progress import progress_bar
+from stablefield.config import Config
+from stablefield.data import Progress
+from stablefield.evaluate import cached_classifier, evaluate
+from stablefield.generate import SamplingPlan, generate_samples
+from stablefield.pool import Pool
+from stablefield.run import RunFolder
+from stablefield.seeding import generator
+from stablefield.studies.field import measure_field
+from stablefield.studies.field.plots import plot_field
+
+__all__ = ["draw_samples", "plot_variance", "score_samples"]
+
+
+def draw_samples(folder: RunFolder, samples: int) -> torch.Tensor:
+    """Samples of seeds 0, 1, ... from the trained run.
+
+    Args:
+        folder: folder of the run.
+        samples: number of samples.
+    """
+    plan = SamplingPlan.for_run(folder.path)
+    parts = generate_samples(plan.denoiser, plan.trained.shape, plan.sampler, range(samples), batch_size=250)
+    with progress_bar("sampling") as progress:
+        return torch.cat([_report(part.x.cpu(), max(seeds) + 1, samples, progress) for seeds, part in parts])
+
+
+def _report(x: torch.Tensor, done: int, total: int, progress: Progress) -> torch.Tensor:
+    progress(done, total)
+    return x
+
+
+def score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:
+    """Frechet distance of samples to the data, and of as many real images to the other ones, over 8 splits.
+
+    Args:
+        data: the data of the run.
+        x: the samples.
+    """
+    classifier = cached_classifier(data)
+
+    def frechet(samples: Pool | torch.Tensor, reference: Pool) -> float:
+        return evaluate(samples, reference, features=classifier, metrics=["frechet"], batch_size=512)["frechet"].mean
+
+    splits = [torch.randperm(len(data), generator=generator(seed, "real")) for seed in range(8)]
+    real = [frechet(data.subset(order[: len(x)]), data.subset(order[len(x) :])) for order in splits]
+    return {
+        "samples": frechet(x, data),
+        "real": sum(real) / len(real),
+        "real_least": min(real),
+        "real_most": max(real),
+        "n": len(x),
+        "reference": len(data),
+        "features": classifier.network.head.in_features,
+        "accuracy": classifier.accuracy,
+    }
+
+
+def plot_variance(path: Path, data: Pool, config: Config) -> None:
+    """Plot the variance of the targets against the noise level.
+
+    Args:
+        path: image file to write.
+        data: the data of the run.
+        config: configuration of the run, for the process and the size of the support.
+    """
+    t = torch.logspace(-1.3, 1.5, 15, dtype=torch.float64)
+    field = measure_field(data, config.make("process"), t, sizes=(64, config["target"]["size"]), examples=128)
+    plot_field(path, field, "Variance of training targets: digits")

@@ -1,0 +1,104 @@
+"""`stablefield floor`: what a training loss cannot go below on any data, and how far a run is above it."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stablefield.cli.options import Allow
+from stablefield.cli.progress import progress_bar
+from stablefield.kinds import ConfigError
+
+__all__ = ["floor"]
+
+
+def floor(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Run or checkpoint to measure too; its data and settings are used."),
+    ] = None,
+    weights: Annotated[str, typer.Option(help='Weights of the run: "average", "model", "best", ...')] = "average",
+    out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("floor"),
+    targets: Annotated[
+        str | None,
+        typer.Option(metavar="T,...", help="Targets: dsm, stf:N.", show_default="dsm and that of the settings"),
+    ] = None,
+    bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
+    examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
+    kind: Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key of the configuration; may be repeated."),
+    ] = None,
+    allow: Allow = None,
+    device: Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')] = "auto",
+) -> None:
+    """Measure what a training loss cannot go below on these data, and how far a run is above it."""
+    from stablefield.build import choose_device
+    from stablefield.checkpoint import finite
+    from stablefield.cli.field_command import aligned
+    from stablefield.cli.loss_floor import default_targets, training_pool
+    from stablefield.cli.variance import configured
+    from stablefield.config import allowed_names
+    from stablefield.evaluate.plots import plot_floor
+    from stablefield.files import write_text
+    from stablefield.floor import ByNoise, Probes, SquaredError
+    from stablefield.run import open_run
+    from stablefield.studies.floor import FloorReport, cached_floor, loss_of_linear_denoiser
+
+    if run and (
+        given := [name for name, value in {"DATA": source, "--config": config, "--set": set_}.items() if value]
+    ):
+        raise ConfigError(f"--run cannot be combined with {', '.join(given)}: a run has its own data and settings")
+    allowed = allowed_names(set_ or [], allow)
+    trained = open_run(run, weights=weights, device=device, allow=allowed) if run else None
+    training = trained.config if trained else configured(source, kind, config, set_ or [], allowed, command="floor")
+    pool = training_pool(training, trained)
+    loss = SquaredError(training.make("process"), training.make("times"), weight=training.make("weight"))
+    names = targets.split(",") if targets else default_targets(training, pool)
+    print(f"data      {training.make('data')!r}: {len(pool):,} data points of shape {pool.shape}")
+    print(f"loss      {loss.process}, times {loss.times}, weight {loss.weight}; mean over the dimensions")
+    label_dropout, chosen = training.training.label_dropout, choose_device(device)
+    with progress_bar("measuring") as progress:
+        measured = cached_floor(
+            pool,
+            loss,
+            targets=names,
+            bins=bins,
+            per_bin=examples,
+            seed=seed,
+            label_dropout=label_dropout,
+            device=chosen,
+            progress=progress,
+        )
+    excess: ByNoise | None = None
+    if trained:
+        probes = Probes(
+            pool,
+            loss,
+            bins=bins,
+            per_bin=examples,
+            seed=seed,
+            label_dropout=label_dropout,
+            device=choose_device(device),
+        )
+        excess = probes.excess(trained.denoiser)
+    report = FloorReport(measured.floors, loss_of_linear_denoiser(pool, loss), excess)
+    print("\n".join(["", *aligned(report.table()), "", *report.lines(), ""]))
+    out.mkdir(parents=True, exist_ok=True)
+    plot_floor(
+        out / "floor.png", measured.floors, f"Floor of the loss: {run or source or training.make('data')}", excess
+    )
+    record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
+    write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")
+    print(f"written   {out}/floor.png, floor.json")
