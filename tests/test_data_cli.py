@@ -212,11 +212,13 @@ def test_inspect_saves_a_sheet_of_floats_only_if_they_are_declared_images(tmp_pa
     for name in ("fields", "images"):
         result = command("data", "inspect", f"{name}.npy", "--no-noise")
         assert "(1, 6, 6), float32, values=float" in result.output
+        refused = command("data", "inspect", f"{name}.npy", "--no-noise", "--sheet", "sheet.png")
+        assert "--sheet is for images" in str(refused.exception)
         assert not (tmp_path / "sheet.png").exists()
     refused = command("data", "inspect", "fields.npy", "--no-noise", "--set", "data.values=image")
     assert f"these are {x.min():.4g} to {x.max():.4g}" in str(refused.exception)
     convert("images.npy", "store", "--set", "data.values=image")
-    assert "values=image" in command("data", "inspect", "store", "--no-noise").output
+    assert "values=image" in command("data", "inspect", "store", "--no-noise", "--sheet", "sheet.png").output
     assert (tmp_path / "sheet.png").exists()
 
 

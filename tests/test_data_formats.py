@@ -1,13 +1,16 @@
 """IDX files, CIFAR's pickles and data sets of the hub are read exactly, and no code in them is run."""
 
 import gzip
+import io
 import pickle
 import pickletools
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from data_files import CLASSES, cifar_files, idx, make_folder, make_mnist, make_tar, noise
+from data_files import CLASSES, cifar_files, idx, make_folder, make_mnist, make_tar, noise, png
+from PIL import Image
 
 from stablefield.data import CIFAR, IDX, HuggingFace
 from stablefield.data.cifar import read_pickle
@@ -23,7 +26,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("packed", [True, False])
 def test_idx_files_of_mnist_are_read_as_images_of_one_channel_with_their_labels(packed, tmp_path):
-    images, labels = noise(6, 7, 5), noise(6) % 10
+    images, labels = noise(6, 7, 5), np.array([2, 0, 3, 1, 1, 2], np.uint8)
     folder = make_mnist(tmp_path / "x", images, labels, packed=packed)
     for path in (folder, folder / ("train-images-idx3-ubyte" + packed * ".gz")):
         pool = IDX(path).load()
@@ -224,6 +227,52 @@ def test_a_data_set_of_the_hub_is_read_with_its_images_labels_and_class_names(hu
 def test_an_unknown_column_is_refused_with_the_names_of_all_columns(hub):
     with pytest.raises(ValueError, match="no column 'picture'; its columns are number, img, kind"):
         HuggingFace(str(hub[0]), image="picture").load()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pixels = noise(6, 3, 8, 8)
+
+    def save(images, labels=None, kind="ClassLabel", split=None):
+        columns, features = {"image": images}, {"image": datasets.Image()}
+        if labels is not None:
+            known = {"ClassLabel": datasets.ClassLabel(names=["a", "b", "c"]), "int64": datasets.Value("int64")}
+            columns, features = columns | {"label": labels}, features | {"label": known[kind]}
+        made = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        path = tmp_path / f"saved-{len(list(tmp_path.iterdir()))}"
+        (datasets.DatasetDict({split: made}) if split else made).save_to_disk(path)
+        return HuggingFace(str(path))
+
+    return save, [{"bytes": png(image), "path": None} for image in pixels]
+
+
+def test_hub_data_go_through_the_same_checks_as_files(saved, caplog):
+    save, images = saved
+    frames = [Image.fromarray(noise(8, 8, seed=n)) for n in range(2)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    wrong = {1: None, 2: {"bytes": b"<html>", "path": None}, 3: {"bytes": images[3]["bytes"][:90], "path": None}}
+    wrong[4] = {"bytes": file.getvalue(), "path": None}
+    source = save([wrong.get(n, image) for n, image in enumerate(images)])
+    with pytest.raises(ValueError, match="4 of the 6 images in") as error:
+        source.load()
+    for part in ("image 1 of", "is missing", "image 2 in", "image 3 in", "image 4 in", "several frames"):
+        assert part in str(error.value)
+    assert len(replace(source, skip_unreadable=True).load()) == 2
+    assert "left out 4 images" in caplog.text
+
+
+def test_hub_labels_splits_and_columns_are_refused_by_name(saved, caplog):
+    save, images = saved
+    with pytest.raises(ValueError, match="data point 2 has the label None"):
+        save(images, [0, 1, None, 0, 1, 2]).load()
+    with pytest.raises(ValueError, match="no split 'train'; its splits are training"):
+        save(images, split="training").load()
+    assert save(images, [0, 1, 2, 0, 1, 2], "int64").load().labels is None
+    assert "whole numbers are in label: data.label=COLUMN" in caplog.text
+    with pytest.raises(ValueError, match=r"column 'label' .* is not one of images"):
+        replace(save(images, [0, 1, 2, 0, 1, 2]), image="label").load()
 
 
 def test_without_the_package_the_error_names_the_extra(monkeypatch):

@@ -46,8 +46,8 @@ def test_labels_are_assigned_by_name_and_not_by_position(tmp_path):
 
 def test_one_hot_labels_are_classes_and_null_means_no_labels(tmp_path):
     images = noise(3, 1, 4, 4)
-    one_hot = np.eye(5)[[4, 0, 2]].tolist()
-    assert Images(make_zip(tmp_path / "a.zip", edm_files(images, one_hot))).load().labels.tolist() == [4, 0, 2]
+    one_hot = np.eye(3)[[2, 0, 1]].tolist()
+    assert Images(make_zip(tmp_path / "a.zip", edm_files(images, one_hot))).load().labels.tolist() == [2, 0, 1]
     assert Images(make_zip(tmp_path / "b.zip", edm_files(images, None))).load().labels is None
 
 
@@ -62,11 +62,11 @@ def test_labels_that_are_not_classes_are_refused_or_ignored_on_request(labels, t
 def test_every_image_needs_a_label_and_every_label_an_image(tmp_path):
     files = edm_files(noise(3, 1, 4, 4), [0, 1, 2])
     less = {name: content for name, content in files.items() if "0002" not in name}
-    with pytest.raises(ValueError, match=r"has a label for 00000/img00000002.png, which does not exist"):
+    with pytest.raises(ValueError, match=r"has a label for: 00000/img00000002.png .*does not exist"):
         Images(make_zip(tmp_path / "less.zip", less)).load()
-    with pytest.raises(ValueError, match=r"no label for 00000/more.png"):
+    with pytest.raises(ValueError, match=r"no label for: 00000/more.png"):
         Images(make_zip(tmp_path / "more.zip", files | {"00000/more.png": png(noise(1, 4, 4))})).load()
-    with pytest.raises(ValueError, match=r"dataset.json in .* is not"):
+    with pytest.raises(ValueError, match=r"dataset.json in .* is not JSON"):
         Images(make_zip(tmp_path / "odd.zip", files | {"dataset.json": b"[1, 2"})).load()
 
 
@@ -135,23 +135,49 @@ def test_palettes_become_rgb_and_one_bit_becomes_black_and_white(tmp_path):
     assert np.array_equal(one(tmp_path, png(bits))[0], bits * 255)
 
 
+def over(image: np.ndarray, alpha: np.ndarray, background: int) -> np.ndarray:
+    """An image (C, H, W) with opacity alpha (H, W) on a background."""
+    return (image * (alpha / 255.0) + background * (1 - alpha / 255.0)).round()
+
+
 @pytest.mark.parametrize("channels", [2, 4])
-def test_transparency_is_refused_or_dropped_without_changing_the_colours(channels, tmp_path):
+@pytest.mark.parametrize(("background", "value"), [("white", 255), ("#000000", 0), ("black", 0)])
+def test_transparency_is_composited_on_the_background_or_dropped(channels, background, value, tmp_path):
     image = noise(channels, 6, 5)
-    with pytest.raises(ValueError, match=r"a\.png .*transparency.*--drop-alpha"):
-        one(tmp_path, png(image))
+    found = one(tmp_path, png(image), background=background)
+    assert found.shape == (channels - 1, 6, 5)
+    assert np.abs(found - over(image[:-1], image[-1], value)).max() <= 1
     assert np.array_equal(one(tmp_path, png(image), drop_alpha=True), image[:-1])
 
 
-def test_a_palette_with_transparency_is_refused_or_drops_it(tmp_path):
+def test_a_palette_with_transparency_is_composited_or_dropped(tmp_path):
     picture = Image.fromarray(noise(3, 6, 5).transpose(1, 2, 0)).quantize(16)
-    picture.save(tmp_path / "p.png", transparency=bytes(range(16)))
-    content = (tmp_path / "p.png").read_bytes()
-    with pytest.raises(ValueError, match="--drop-alpha"):
-        one(tmp_path, content)
-    assert np.array_equal(
-        one(tmp_path, content, drop_alpha=True), np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
-    )
+    alpha = np.arange(16, dtype=np.uint8) * 17
+    picture.save(tmp_path / "p.png", transparency=alpha.tobytes())
+    content, colours = (tmp_path / "p.png").read_bytes(), np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    assert np.abs(one(tmp_path, content) - over(colours, alpha[np.asarray(picture)], 255)).max() <= 1
+    assert np.array_equal(one(tmp_path, content, drop_alpha=True), colours)
+
+
+def test_a_coloured_background_makes_grey_images_coloured(tmp_path):
+    image = np.stack([noise(6, 5), np.zeros((6, 5), np.uint8)])
+    assert one(tmp_path, png(image), background="#ff8000")[:, 0, 0].tolist() == [255, 128, 0]
+    with pytest.raises(ValueError, match="name of a colour or #rrggbb"):
+        Images(tmp_path, background="url(x)")
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_that_a_camera_noted_is_applied(form, orientation, tmp_path):
+    image = Image.fromarray(np.kron(noise(2, 4), np.ones((8, 8), np.uint8)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a", form, exif=exif)
+    x = np.asarray(image).astype(int)
+    upright = [x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.T, x.T[:, ::-1], x.T[::-1, ::-1], x.T[::-1]][orientation - 1]
+    found = one(tmp_path, (tmp_path / "a").read_bytes(), "a.png", mode="grey")[0]
+    assert found.shape == upright.shape
+    assert np.abs(found - upright).max() <= {"JPEG": 3, "WEBP": 40}.get(form, 0)
 
 
 def test_floating_pixels_and_several_frames_are_refused_by_name(tmp_path):
@@ -159,7 +185,7 @@ def test_floating_pixels_and_several_frames_are_refused_by_name(tmp_path):
         one(tmp_path / "1", png(np.zeros((4, 4), np.float32), "TIFF"), "f.tif")
     frames = [Image.fromarray(noise(4, 4, seed=seed)) for seed in range(3)]
     frames[0].save(tmp_path / "g.gif", save_all=True, append_images=frames[1:])
-    with pytest.raises(ValueError, match=r"g\.gif .*3 frames"):
+    with pytest.raises(ValueError, match=r"g\.gif .*several frames"):
         one(tmp_path / "2", (tmp_path / "g.gif").read_bytes(), "g.gif")
 
 

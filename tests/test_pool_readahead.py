@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stablefield import ExactTarget, Pool
 from stablefield import pool as pool_module
-from stablefield.data.sources import as_tensor, map_array
+from stablefield.data.arrays import as_tensor, map_array
 
 
 @given(st.integers(1, 60), st.integers(1, 70), st.integers(1, 400))

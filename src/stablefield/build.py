@@ -17,6 +17,8 @@ from stablefield.data import (
     Progress,
     ShuffledBatches,
     Source,
+    range_question,
+    say,
     silent,
     split,
 )
@@ -74,6 +76,8 @@ def build(config: Config, progress: Progress = silent, ranks: Ranks | None = Non
     ranks = ranks or Ranks(choose_device(training.device))
     source: Source = config.make("data")
     data = source.load(progress)
+    if ranks.is_main and (question := range_question(data, config["preconditioning"].get("sigma_data"))):
+        say(f"{source.where}: {question}")
     if training.sample_every and not data.images:
         raise ConfigError(
             f"cannot draw sheets of samples of data with shape {data.shape} and values={data.values}; set "

@@ -65,8 +65,10 @@ class Pool:
             raise ValueError(f"data must be uint8 or floating, not {self.data.dtype}")
         # In parts, because data mapped from a file may be larger than memory. The data of a view were checked before.
         unchecked = () if self.view_index is not None or self.data.dtype == torch.uint8 else self.data.split(1024)
-        if not all(torch.isfinite(part).all() for part in unchecked):
-            raise ValueError("data contains values that are not finite")
+        for number, part in enumerate(unchecked):
+            if not torch.isfinite(part).all():
+                first = 1024 * number + int((~part.isfinite()).flatten(1).any(1).nonzero()[0])
+                raise ValueError(f"data contains values that are not finite, first in data point {first}")
         object.__setattr__(self, "values", values_of(self.values, self.data.dtype == torch.uint8, self.shape))
         if self.images and unchecked:
             _refuse_beyond(unchecked)

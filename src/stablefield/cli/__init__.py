@@ -4,8 +4,10 @@
 import what they work with when they run: their help needs nothing that is slow to import, such as torch.
 """
 
+import faulthandler
 import os
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Annotated
 
@@ -91,10 +93,15 @@ app.add_typer(data_command.data, name="data")
 
 def main() -> None:
     """Run the command of `sys.argv`; print an error that the user can fix as one line instead of a traceback."""
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):  # if there is no terminal or log to write to
+        faulthandler.enable()  # a mapped file that becomes shorter ends in a message that says where it was used
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # child processes import no modules from the current folder
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
+        from stablefield.data import printable
+
         rank = int(os.environ.get("RANK", "0"))
-        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
+        shown = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
+        print(f"stablefield: {f'rank {rank}: ' if rank else ''}{shown}", file=sys.stderr)
         raise SystemExit(1) from None

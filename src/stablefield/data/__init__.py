@@ -1,5 +1,6 @@
 """Data sets: reading, storing and exporting them, augmentation, and the order in which a run sees its data."""
 
+from stablefield.data.arrays import Arrays
 from stablefield.data.augmentation import (
     Augmentation,
     AugmentedBatches,
@@ -11,12 +12,15 @@ from stablefield.data.augmentation import (
 from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
 from stablefield.data.contents import Contents, DataSummary, Progress, StageProgress, content_hash, silent, silent_stage
+from stablefield.data.conversion import Converted, Inspection, convert, inspect
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, ImageSource
-from stablefield.data.sources import Arrays, Digits, Source, UnknownData, split
+from stablefield.data.notices import printable, say
+from stablefield.data.ranges import range_question
+from stablefield.data.sources import Digits, Source, UnknownData, split
 from stablefield.data.store import Store, write_store
 
 __all__ = [
@@ -29,12 +33,14 @@ __all__ = [
     "BatchSource",
     "CelebA",
     "Contents",
+    "Converted",
     "DataSummary",
     "Digits",
     "EDMAugmentation",
     "HuggingFace",
     "ImageSource",
     "Images",
+    "Inspection",
     "LabelDropout",
     "Mirror",
     "NoAugmentation",
@@ -45,7 +51,12 @@ __all__ = [
     "Store",
     "UnknownData",
     "content_hash",
+    "convert",
     "guess_kind",
+    "inspect",
+    "printable",
+    "range_question",
+    "say",
     "silent",
     "silent_stage",
     "split",

@@ -4,16 +4,17 @@ A pickle is a program that the unpickler runs. The unpickler used here allows th
 replaces them with inert classes that only record their arguments; every other name is refused.
 """
 
+import gzip
 import hashlib
 import io
 import math
 import pickle
 import tarfile
-import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -21,6 +22,8 @@ from typing_extensions import override
 
 from stablefield.data.contents import Contents
 from stablefield.data.images import ImageSource, preprocess_array
+from stablefield.data.limits import MAX_FILE, LimitError, Unpacked
+from stablefield.data.notices import printable
 
 __all__ = ["CIFAR", "SPLITS", "read_files", "read_pickle"]
 
@@ -72,7 +75,7 @@ class CIFAR(ImageSource):
         if meta is None:
             return ()
         content = read_pickle(files[meta], f"{meta} in {self.path}")
-        return tuple(_text(name) for name in content.get("label_names", content.get("fine_label_names", ())))
+        return tuple(printable(_text(name)) for name in content.get("label_names", content.get("fine_label_names", ())))
 
 
 def read_files(path: Path) -> dict[str, bytes]:
@@ -85,18 +88,28 @@ def read_files(path: Path) -> dict[str, bytes]:
         ValueError: the path does not exist, or the archive is damaged or cut short.
     """
     if path.is_dir():
-        return {file.name: file.read_bytes() for file in path.rglob("*") if file.name in _NAMES and file.is_file()}
+        files = (file for file in path.rglob("*") if file.name in _NAMES and file.is_file())
+        return {file.name: _read_limited(file) for file in files}
     if not path.is_file():
         raise ValueError(f"there is no file or folder {path}")
     contents = {}
     try:
-        with tarfile.open(path) as tar:
+        with ExitStack() as stack:
+            file: BinaryIO = stack.enter_context(path.open("rb"))
+            if file.read(2) == b"\x1f\x8b":
+                file = cast("BinaryIO", stack.enter_context(gzip.GzipFile(path)))
+            file.seek(0)
+            stream = Unpacked(file, printable(path), path.stat().st_size, "unpack it with tar, and give the folder")
+            # a stream is read once, from its beginning to its end
+            tar = stack.enter_context(tarfile.open(fileobj=cast("BinaryIO", stream), mode="r|"))
             for entry in tar:
                 name = entry.name.rpartition("/")[2]
-                if entry.isfile() and name in _NAMES and (file := tar.extractfile(entry)):
-                    contents[name] = file.read()
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} is not a tar archive, or is damaged: {error}") from None
+                if entry.isfile() and name in _NAMES and (opened := tar.extractfile(entry)):
+                    contents[name] = opened.read()
+    except LimitError:
+        raise
+    except Exception as error:  # damaged archives fail in many ways
+        raise ValueError(f"{printable(path)} is not a tar archive, or is damaged: {printable(error)}") from None
     return contents
 
 
@@ -120,6 +133,13 @@ def read_pickle(content: bytes, name: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{name} contains not a dictionary but a {type(found).__name__}")
     return {_text(key): value.array(name) if isinstance(value, _Array) else value for key, value in found.items()}
+
+
+def _read_limited(path: Path) -> bytes:
+    """The content of a file in a folder."""
+    if path.stat().st_size > MAX_FILE:
+        raise ValueError(f"{printable(path)} has more than {MAX_FILE:,} bytes, the limit for a file of CIFAR")
+    return path.read_bytes()
 
 
 def _read_batch(content: bytes, name: str) -> tuple[UInt8[np.ndarray, "N 3 32 32"], Int64[np.ndarray, "N"]]:

@@ -70,6 +70,7 @@ class Contents:
         classes: names of the classes, as far as they are known.
         num_levels: number of values of quantized (uint8) data; 256 for photographs.
         values: "image" or "float", as in `Pool`; by default the type and shape decide.
+        notes: lines that say what was changed or passed over; complete when all blocks have been read.
     """
 
     count: int
@@ -78,6 +79,7 @@ class Contents:
     classes: tuple[str, ...] = field(default=())
     num_levels: int = 256
     values: Values | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def from_pool(cls, pool: Pool, classes: tuple[str, ...] = ()) -> "Contents":
@@ -171,9 +173,16 @@ class DataSummary:
         moments, ends = zip(*(_moments(block.double()) for block in pool.blocks(NULL_LABEL, _BLOCK)), strict=True)
         total = len(pool) * math.prod(pool.shape)
         first, second = (float(moment) / total for moment in torch.stack(moments).sum(0))
-        counts = () if pool.labels is None else tuple(torch.bincount(pool.labels).tolist())
+        counts = () if pool.labels is None else _class_counts(pool.labels)
         low, high = float(torch.stack(ends)[:, 0].min()), float(torch.stack(ends)[:, 1].max())
         return cls(first, max(0.0, second - first**2) ** 0.5, low, high, counts)
+
+
+def _class_counts(labels: Tensor, most: int = 2**20) -> tuple[int, ...]:
+    """Number of data points of each class; labels are refused that would need more memory than data."""
+    if int(labels.max()) >= most:
+        raise ValueError(f"labels must be below {most:,}, not {int(labels.max()):,}; number the classes from 0")
+    return tuple(torch.bincount(labels).tolist())
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:

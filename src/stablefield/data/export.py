@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.decode import Pixels
-from stablefield.data.images import to_pil
+from stablefield.data.images import in_order, to_pil
 from stablefield.data.store import refuse_existing
 from stablefield.files import atomic_path, sweep
 
@@ -42,15 +43,10 @@ def write_zip(path: Path, contents: Contents, *, progress: Progress = silent) ->
         )
     names: list[str] = []
     with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for block in contents.blocks():
-            if block.dtype == np.uint8 and contents.values == "float":
-                raise ValueError(
-                    f"a ZIP file can only contain images, not bytes {block.shape[1:]} with values=float; {_ALTERNATIVE}"
-                )
-            for pixels in block:
-                name = f"{len(names) // 1000:05d}/img{len(names):08d}.png"
-                archive.writestr(zipfile.ZipInfo(name), _encode_png(pixels))
-                names.append(name)
+        for content in in_order(_encode_png, _images(contents)):
+            name = f"{len(names) // 1000:05d}/img{len(names):08d}.png"
+            archive.writestr(zipfile.ZipInfo(name), content)
+            names.append(name)
             progress(len(names), contents.count)
         archive.writestr(zipfile.ZipInfo("dataset.json"), _labels_json(names, contents))
 
@@ -67,12 +63,14 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
         ValueError: the path exists already.
     """
     refuse_existing(path)
-    blocks, done = [], 0
-    for block in contents.blocks():
-        blocks.append(block)
+    blocks = contents.blocks()
+    first = next(blocks)
+    data, done = np.empty((contents.count, *first.shape[1:]), first.dtype), 0
+    for block in chain([first], blocks):
+        data[done : done + len(block)] = block
         done += len(block)
         progress(done, contents.count)
-    arrays = {"data": np.concatenate(blocks), "num_levels": np.array(contents.num_levels)}
+    arrays = {"data": data, "num_levels": np.array(contents.num_levels)}
     if contents.values is not None:
         arrays["values"] = np.array(contents.values)
     if contents.labels is not None:
@@ -83,15 +81,25 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
         np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy assumes that numpy's own flag may be among the names
 
 
+def _images(contents: Contents) -> Iterator[Pixels]:
+    """The images one by one, or an error if the data are not images in bytes."""
+    for block in contents.blocks():
+        if block.dtype != np.uint8 or block.ndim != 4 or block.shape[1] not in (1, 3):
+            raise ValueError(
+                f"a ZIP file can only contain images in bytes with 1 or 3 channels, not {block.dtype} "
+                f"{block.shape[1:]}; {_ALTERNATIVE}"
+            )
+        if contents.values == "float":
+            raise ValueError(
+                f"a ZIP file can only contain images, not bytes {block.shape[1:]} with values=float; {_ALTERNATIVE}"
+            )
+        yield from block
+
+
 def _encode_png(pixels: Pixels) -> bytes:
-    """An image as a PNG file."""
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) not in (1, 3):
-        raise ValueError(
-            f"a ZIP file can only contain images in bytes with 1 or 3 channels, not {pixels.dtype} {pixels.shape}; "
-            f"{_ALTERNATIVE}"
-        )
+    """An image as a PNG file, which is not compressed, so that it is written and read quickly."""
     file = io.BytesIO()
-    to_pil(pixels).save(file, "PNG")
+    to_pil(pixels).save(file, "PNG", compress_level=0)
     return file.getvalue()
 
 

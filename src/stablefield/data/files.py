@@ -1,46 +1,46 @@
-"""Image files in a ZIP file or a folder: their names in order, their contents, and their labels.
+"""Image files in a ZIP file or a folder: their names in order, and their contents.
 
-Labels are read from `dataset.json` in the layout of EDM and StyleGAN,
-
-    {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", [0, 1, 0]], ...]}     or {"labels": null}
-
-Without that file, each top folder is a class, numbered in alphabetical order. If a single folder contains everything,
-the folders in it count as the top folders. Hidden files and files that are not images are ignored.
+Each file is used once, whatever links lead to it. Hidden files are ignored; other files that are not images, and links
+to files that are there already, are counted in a note.
 """
 
 import hashlib
-import json
 import os
-import re
+import stat
+import unicodedata
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int64
 from typing_extensions import override
 
 from stablefield.data.decode import SUFFIXES
+from stablefield.data.limits import MAX_FILE
+from stablefield.data.notices import printable, summarize
 
-__all__ = ["Files", "FolderFiles", "ImageList", "ZipFiles", "class_labels", "list_images", "open_files"]
+__all__ = ["LABELS", "Files", "FolderFiles", "ZipFiles", "normal_name", "open_files"]
 
-# EDM's layout has folders of a thousand images, which are not classes
-_EDM_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
+LABELS = "dataset.json"  # the file of labels
 
 
 class Files(AbstractContextManager["Files"], ABC):
     """Base class of collections of image files and `dataset.json`, in a context that keeps them open.
 
-    Names have forward slashes and are relative to the innermost folder that contains all files.
+    Names are relative to the innermost folder that contains all files. They have forward slashes and composed letters
+    (NFC), whichever program wrote them.
+
+    Attributes:
+        notes: lines that say which files were passed over.
     """
 
     def __init__(self) -> None:
         self._open_files = ExitStack()
+        self.notes: tuple[str, ...] = ()
 
     @override
     def __exit__(self, *error: object) -> None:
@@ -52,13 +52,13 @@ class Files(AbstractContextManager["Files"], ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """The content of a file.
+        """The content of a file; several threads may read at once.
 
         Args:
             name: one of `names`.
 
         Raises:
-            ValueError: the file is damaged or cannot be read.
+            ValueError: the file is damaged, too large or cannot be read.
         """
 
     @abstractmethod
@@ -73,19 +73,24 @@ class ZipFiles(Files):
         path: the ZIP file.
 
     Raises:
-        ValueError: the file is not a ZIP file, or was cut short.
+        ValueError: the file is not a ZIP file or is damaged, or contains two files of one name.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         try:
             self._archive = self._open_files.enter_context(zipfile.ZipFile(path))
-        except (zipfile.BadZipFile, OSError) as error:
-            raise ValueError(f"{path} is not a ZIP file, or was cut short: {error}") from None
-        entries = {entry.filename: entry for entry in self._archive.infolist() if not entry.is_dir()}
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{path} is not a ZIP file, or was cut short: {printable(error)}") from None
+        named = [(_zip_name(entry), entry) for entry in self._archive.infolist() if not entry.is_dir()]
+        used = [(name, entry) for name, entry in named if _is_used(name)]
+        if doubled := [name for name, count in Counter(name for name, _ in used).items() if count > 1]:
+            raise ValueError(summarize(f"{path} contains two files of one name", doubled))
         self._path = path
-        self._prefix, names = _without_common_folder(name for name in entries if _is_used(name))
+        entries = dict(used)
+        self._prefix, names = _without_common_folder(entries)
         self._entries = {name: entries[self._prefix + name] for name in names}
+        self.notes = _passed_over((name for name, _ in named), path)
 
     @override
     def names(self) -> list[str]:
@@ -93,10 +98,14 @@ class ZipFiles(Files):
 
     @override
     def read(self, name: str) -> bytes:
+        entry, shown = self._entries[name], printable(f"{self._prefix}{name} in {self._path}")
+        _refuse_large(shown, entry.file_size)
         try:
-            return self._archive.read(self._entries[name])
+            return self._archive.read(entry)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
-            raise ValueError(f"{self._prefix}{name} in {self._path} cannot be read: {error}") from None
+            raise ValueError(f"{shown} cannot be read: {printable(error)}") from None
+        except Exception as error:  # the decoders of unusual compressions have errors of their own
+            raise ValueError(f"{shown} cannot be unpacked: {printable(repr(error))}") from None
 
     @override
     def fingerprint(self) -> str:
@@ -109,31 +118,115 @@ class FolderFiles(Files):
 
     Args:
         path: the folder.
+
+    Raises:
+        ValueError: a subfolder cannot be read, or two names differ only in their slashes or in how accents are written.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        files = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
-        relative = (file.relative_to(path).as_posix() for file in files)
-        prefix, self._names = _without_common_folder(name for name in relative if _is_used(name))
-        self._folder = path / prefix
+        found = _Walk(path)
+        used = [(name, file) for name, file in found.files if _is_used(name)]
+        if doubled := [name for name, count in Counter(name for name, _ in used).items() if count > 1]:
+            raise ValueError(summarize(f"{path} contains two files of one name", doubled))
+        files = dict(used)
+        prefix, names = _without_common_folder(files)
+        self._files = {name: files[prefix + name] for name in names}
+        self.notes = (*_passed_over((name for name, _ in found.files), path), *found.notes())
 
     @override
     def names(self) -> list[str]:
-        return self._names
+        return list(self._files)
 
     @override
     def read(self, name: str) -> bytes:
+        path, _ = self._files[name]
         try:
-            return (self._folder / name).read_bytes()
+            _refuse_large(printable(path), path.stat().st_size)
+            return path.read_bytes()
         except OSError as error:
-            raise ValueError(f"{self._folder / name} cannot be read: {error}") from None
+            raise ValueError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
 
     @override
     def fingerprint(self) -> str:
         # the time of the last status change (ctime) cannot be set back by programs that copy files, unlike mtime
-        stats = ((name, (self._folder / name).stat()) for name in self._names)
-        return _hash((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats)
+        stats = ((name, found) for name, (_, found) in self._files.items())
+        return _hash((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for name, found in stats)
+
+
+class _Walk:
+    """Regular files below a folder, each once: files and folders in it come before links that lead to them."""
+
+    def __init__(self, root: Path) -> None:
+        self.files: list[tuple[str, tuple[Path, os.stat_result]]] = []
+        self._root, self._seen, self._links = root, set[tuple[int, int]](), [("", root)]
+        self._aliases: list[str] = []
+        self._broken: list[str] = []
+        while self._links:  # a linked folder may contain links
+            links, self._links = sorted(self._links), []
+            for name, path in links:
+                self._follow(name, path)
+
+    def notes(self) -> Iterator[str]:
+        """Lines about links that lead nowhere, or to files that are there already."""
+        if self._aliases:
+            yield summarize(f"{self._root}: passed over links to files that are there already", self._aliases, 3)
+        if self._broken:
+            yield summarize(f"{self._root}: passed over broken links and files that are not regular", self._broken, 3)
+
+    def _follow(self, name: str, path: Path) -> None:
+        """Add what a link leads to; a link to a folder around it would add everything again."""
+        try:
+            found = path.stat()
+        except OSError:
+            self._broken.append(name)
+            return
+        inside = (
+            name
+            and stat.S_ISDIR(found.st_mode)
+            and Path(os.path.realpath(self._root)).is_relative_to(os.path.realpath(path))
+        )
+        if inside:
+            self._aliases.append(name)
+        elif stat.S_ISDIR(found.st_mode):
+            self._add_folder(name, path, found)
+        else:
+            self._add_file(name, path, found)
+
+    def _add_folder(self, name: str, path: Path, found: os.stat_result) -> None:
+        folders = [(name, path, found)]
+        while folders:
+            name, path, found = folders.pop()
+            if not self._is_new(name, found):
+                continue
+            try:
+                entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            except OSError as error:
+                raise ValueError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
+            for entry in entries:
+                inner = f"{name}/{entry.name}" if name else entry.name
+                if entry.is_symlink():
+                    self._links.append((inner, Path(entry.path)))
+                elif entry.is_dir():
+                    folders.append((inner, Path(entry.path), os.stat(entry.path)))
+                else:
+                    self._add_file(inner, Path(entry.path), os.stat(entry.path))
+
+    def _add_file(self, name: str, path: Path, found: os.stat_result) -> None:
+        name = normal_name(name)
+        if not stat.S_ISREG(found.st_mode):
+            self._broken.append(name)
+        elif not _is_used(name) or self._is_new(name, found):
+            self.files.append((name, (path, found)))
+
+    def _is_new(self, name: str, found: os.stat_result) -> bool:
+        """True the first time that a file or folder is found."""
+        identity = (found.st_dev, found.st_ino)
+        if identity in self._seen:
+            self._aliases.append(name)
+            return False
+        self._seen.add(identity)
+        return True
 
 
 def open_files(path: Path) -> Files:
@@ -149,109 +242,7 @@ def open_files(path: Path) -> Files:
         return FolderFiles(path)
     if path.is_file():
         return ZipFiles(path)
-    raise ValueError(f"there is no file or folder {path}")
-
-
-@dataclass(frozen=True, eq=False)
-class ImageList:
-    """Names of the images of a data set, and their labels.
-
-    Attributes:
-        names: names of the files, in order.
-        labels: class of each image; None for images without labels.
-        classes: names of the classes, if they are known.
-    """
-
-    names: list[str]
-    labels: Int64[np.ndarray, "N"] | None
-    classes: tuple[str, ...] = ()
-
-
-def list_images(files: Files, path: Path, labelled: bool = True) -> ImageList:
-    """The images among files, with their labels.
-
-    Args:
-        files: the files.
-        path: where they are, for errors.
-        labelled: False to ignore labels.
-
-    Raises:
-        ValueError: there are no images; `dataset.json` is damaged or does not fit the images; labels are not classes;
-            or there are images beside class folders.
-    """
-    names = files.names()
-    images = [name for name in names if name.lower().endswith(SUFFIXES)]
-    if not images:
-        raise ValueError(f"there are no images ({', '.join(SUFFIXES)}) in {path}")
-    if not labelled:
-        return ImageList(images, None)
-    if "dataset.json" in names:
-        return _labels_of_json(images, files.read("dataset.json"), path)
-    return _labels_of_folders(images, path)
-
-
-def class_labels(labels: Sequence[Any], path: object) -> Int64[np.ndarray, "N"]:
-    """Classes, given as numbers or as one-hot vectors.
-
-    Args:
-        labels: the labels of all images.
-        path: where the labels are from, for errors.
-
-    Raises:
-        ValueError: the labels are neither.
-    """
-    try:
-        array = np.asarray(labels)
-    except ValueError:
-        raise ValueError(f"labels in {path} are vectors of different lengths") from None
-    if array.ndim == 2 and np.isin(array, (0, 1)).all() and (array.sum(1) == 1).all():
-        return array.argmax(1).astype(np.int64)
-    whole = array.dtype.kind in "iu" or (array.dtype.kind == "f" and bool((array == np.floor(array)).all()))
-    if array.ndim != 1 or not whole or int(array.min()) < 0:
-        raise ValueError(
-            f"labels in {path} are not classes: they must be numbers 0, 1, 2, ... or one-hot vectors, not like "
-            f"{labels[0]!r}; --no-labels (labels=false) ignores them"
-        )
-    return array.astype(np.int64)
-
-
-def _labels_of_json(images: list[str], content: bytes, path: Path) -> ImageList:
-    """Images with the labels in `dataset.json`."""
-    try:
-        parsed = json.loads(content)
-        entries, classes = parsed["labels"], tuple(map(str, parsed.get("classes") or ()))
-        labels = None if entries is None else {str(name).replace("\\", "/"): label for name, label in entries}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'dataset.json in {path} is not {{"labels": [["name", label], ...]}} or {{"labels": null}}: {error!r}'
-        ) from None
-    if labels is None:
-        return ImageList(images, None)
-    if missing := [name for name in images if name not in labels]:
-        raise ValueError(
-            f"dataset.json in {path} has no label for {missing[0]} ({len(missing)} images without a label)"
-        )
-    if unknown := sorted(labels.keys() - set(images)):
-        raise ValueError(
-            f"dataset.json in {path} has a label for {unknown[0]}, which does not exist ({len(unknown)} such names)"
-        )
-    return ImageList(images, class_labels([labels[name] for name in images], path), classes)
-
-
-def _labels_of_folders(images: list[str], path: Path) -> ImageList:
-    """Images with their top folders as classes."""
-    loose = [name for name in images if "/" not in name]
-    if len(loose) == len(images) or all(_EDM_NAME.fullmatch(name) for name in images):
-        return ImageList(images, None)
-    if loose:
-        raise ValueError(
-            f"{path} has images beside its class folders, such as {loose[0]}; move them, or ignore the labels with "
-            "--no-labels (labels=false)"
-        )
-    folders = [name.partition("/")[0] for name in images]
-    classes = sorted(set(folders))
-    number = {name: label for label, name in enumerate(classes)}
-    return ImageList(images, np.array([number[name] for name in folders], np.int64), tuple(classes))
+    raise ValueError(f"there is no file or folder {printable(path)}")
 
 
 def _without_common_folder(names: Iterable[str]) -> tuple[str, list[str]]:
@@ -265,15 +256,54 @@ def _without_common_folder(names: Iterable[str]) -> tuple[str, list[str]]:
     return prefix, inside
 
 
+def normal_name(name: str) -> str:
+    """A name with forward slashes and composed letters (NFC), whichever program wrote it.
+
+    Args:
+        name: a name with folders.
+    """
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
+
+
+def _zip_name(entry: zipfile.ZipInfo) -> str:
+    """Name of a file in a ZIP file; UTF-8 that is not marked as such, as macOS writes it, is recognised."""
+    name = entry.filename
+    if not entry.flag_bits & 0x800 and not name.isascii():
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return normal_name(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
 def _is_used(name: str) -> bool:
     """True for `dataset.json` and images that are not hidden."""
-    *folders, last = name.split("/")
-    hidden = any(part.startswith((".", "__MACOSX")) for part in (*folders, last))
-    return not hidden and (last == "dataset.json" or last.lower().endswith(SUFFIXES))
+    last = name.rpartition("/")[2]
+    return not _is_hidden(name) and (last == LABELS or last.lower().endswith(SUFFIXES))
+
+
+def _passed_over(names: Iterable[str], path: Path) -> tuple[str, ...]:
+    """A note with the number of files that are neither images nor hidden, by suffix."""
+    suffixes = Counter(
+        os.path.splitext(name)[1].lower() or "no suffix"
+        for name in names
+        if not _is_used(name) and not _is_hidden(name)
+    )
+    if not suffixes:
+        return ()
+    shown = ", ".join(f"{count:,} {printable(suffix, 20)}" for suffix, count in suffixes.most_common(5))
+    return (f"{printable(path)}: passed over {suffixes.total():,} files that are not images by their names ({shown})",)
+
+
+def _refuse_large(name: str, size: int) -> None:
+    if size > MAX_FILE:
+        raise ValueError(f"{name} has {size:,} bytes; the limit for an image file is {MAX_FILE:,}; save it smaller")
 
 
 def _hash(entries: Iterable[tuple[Any, ...]]) -> str:
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(f"{entry}\n".encode())
+        digest.update(f"{entry}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -10,8 +10,10 @@ import math
 import re
 import struct
 import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ from typing_extensions import override
 from stablefield.data.contents import Contents
 from stablefield.data.decode import Preprocessing
 from stablefield.data.images import ImageSource, preprocess_array
+from stablefield.data.labels import class_labels
+from stablefield.data.limits import refuse_unpacked
+from stablefield.data.notices import printable
 from stablefield.pool import Pool
 
 __all__ = ["IDX", "find_images", "find_labels", "read_idx"]
@@ -44,17 +49,18 @@ class IDX(ImageSource):
     def fingerprint(self) -> str:
         images = find_images(self.path)
         files = [images, find_labels(images)]
-        return " ".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file)
+        return " ".join(_hash_file(file) for file in files if file)
 
     @override
     def _contents(self) -> Contents:
         file = find_images(self.path)
         images, labels_file = read_idx(file), find_labels(file)
         images = images[:, None] if images.ndim == 3 else images  # one channel
-        labels = read_idx(labels_file).astype(np.int64) if labels_file and self.labels else None
+        labels = class_labels(read_idx(labels_file), labels_file) if labels_file and self.labels else None
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(
-                f"{file} contains {len(images)} images, but {labels_file} contains labels of shape {labels.shape}"
+                f"{printable(file)} contains {len(images)} images, but {printable(labels_file)} contains labels of "
+                f"shape {labels.shape}"
             )
         if images.dtype == np.uint8 and images.ndim == 4:
             return Contents(len(images), lambda: preprocess_array(images, self.preprocessing()), labels)
@@ -69,7 +75,7 @@ class IDX(ImageSource):
         try:
             return Contents.from_pool(Pool(torch.from_numpy(images), pool_labels, values=self.values))
         except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+            raise ValueError(f"{printable(file)}: {printable(error)}") from None
 
 
 def find_images(path: Path) -> Path:
@@ -110,21 +116,59 @@ def read_idx(path: Path) -> Shaped[np.ndarray, "N ..."]:
         path: the file, optionally compressed with gzip.
 
     Raises:
-        ValueError: the file is not an IDX file, is damaged, or is shorter or longer than its header says.
+        ValueError: the file is not an IDX file, is damaged, is shorter or longer than its header says, or unpacks to
+            more than the limit.
     """
+    where = printable(path)
     try:
-        content = path.read_bytes()
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        with ExitStack() as stack:
+            file: BinaryIO = stack.enter_context(path.open("rb"))
+            packed = path.stat().st_size
+            compressed = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            if compressed:
+                file = cast("BinaryIO", stack.enter_context(gzip.GzipFile(fileobj=file)))
+            dtype, shape = _header(file, where)
+            size, header = math.prod(shape) * dtype.itemsize, 4 + 4 * len(shape)
+            if compressed:
+                refuse_unpacked(where, packed, size, "unpack it with gunzip")
+            elif packed != header + size:
+                raise ValueError(f"{where} is damaged: {shape} needs {header + size:,} bytes, the file has {packed:,}")
+            content = _read_exactly(file, size, where)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be decompressed; it is damaged or cut short: {error}") from None
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in _TYPES or content[3] == 0:
-        raise ValueError(f"{path} is not an IDX file: it begins with the bytes {content[:4].hex(' ')}")
-    dtype, header = np.dtype(_TYPES[content[2]]), 4 + 4 * content[3]
-    if len(content) < header:
-        raise ValueError(f"{path} is cut short: its header needs {header} bytes, the file has {len(content)}")
-    shape = struct.unpack(f">{content[3]}I", content[4:header])
-    expected = header + math.prod(shape) * dtype.itemsize
-    if len(content) != expected:
-        raise ValueError(f"{path} is damaged: {shape} needs {expected:,} bytes, the file has {len(content):,}")
-    array = np.frombuffer(content, dtype, offset=header).reshape(shape)
-    return array.astype({"f": np.float32, "u": np.uint8}.get(dtype.kind, np.int64))
+        raise ValueError(f"{where} cannot be decompressed; it is damaged or cut short: {printable(error)}") from None
+    array = content.view(dtype).reshape(shape)
+    return array.astype({"f": np.float32, "u": np.uint8}.get(dtype.kind, np.int64), copy=False)
+
+
+def _header(file: BinaryIO, where: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """Type and shape of the array in a file."""
+    begin = file.read(4)
+    if len(begin) < 4 or begin[:2] != b"\0\0" or begin[2] not in _TYPES or not 1 <= begin[3] <= 8:
+        raise ValueError(f"{where} is not an IDX file: it begins with the bytes {begin.hex(' ')}")
+    sizes = file.read(4 * begin[3])
+    if len(sizes) < 4 * begin[3]:
+        raise ValueError(
+            f"{where} is cut short: its header needs {4 + 4 * begin[3]} bytes, the file has {4 + len(sizes)}"
+        )
+    shape = struct.unpack(f">{begin[3]}I", sizes)
+    if 0 in shape:
+        raise ValueError(f"{where} contains no data: its shape is {shape}")
+    return np.dtype(_TYPES[begin[2]]), shape
+
+
+def _read_exactly(file: BinaryIO, size: int, where: str) -> Shaped[np.ndarray, "n"]:
+    """The bytes of a file up to its end, which must be there after that many."""
+    content, done = np.empty(size, np.uint8), 0
+    while done < size and (part := file.read(min(2**20, size - done))):
+        content[done : done + len(part)] = np.frombuffer(part, np.uint8)
+        done += len(part)
+    if done < size or file.read(1):
+        found = f"{done:,}" if done < size else "more"
+        raise ValueError(f"{where} is damaged: its header asks for {size:,} bytes after it, and the file has {found}")
+    return content
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,14 +21,38 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from stablefield.data.arrays import as_tensor, map_array
 from stablefield.data.contents import Contents, Progress, begin_hash, content_hash, end_hash, silent
-from stablefield.data.sources import Source, as_tensor, map_array
+from stablefield.data.integrity import check_once, remember, state_of
+from stablefield.data.labels import class_labels
+from stablefield.data.limits import read_json
+from stablefield.data.notices import printable, say
+from stablefield.data.sources import Source
 from stablefield.files import atomic_folder, cached, sweep
 from stablefield.pool import Pool
 
 __all__ = ["FORMAT", "Store", "cached_pool", "refuse_existing", "write_store"]
 
 FORMAT = "stablefield store 2"
+
+_MAX_JSON = 2**24
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(entry) is kind for entry in value)
+
+
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "hash": lambda value: isinstance(value, str),
+    "shape": lambda value: _is_list(value, int) and len(value) > 1 and min(value) > 0,
+    "dtype": lambda value: value in ("uint8", "float32"),
+    "num_levels": lambda value: type(value) is int and 2 <= value <= 256,
+    "values": lambda value: value in (None, "image", "float"),
+    "labels": lambda value: type(value) is bool,
+    "classes": lambda value: _is_list(value, str),
+    "source": lambda value: isinstance(value, str),
+}
+"""Entries of `store.json` that every store has, and what is valid."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +67,12 @@ class Store(Source):
 
     @override
     def load(self, progress: Progress = silent) -> Pool:
+        pool, metadata = self._load()
+        check_once(self.path, pool.nbytes, lambda: self._compare_hash(pool, metadata["hash"]))
+        return pool
+
+    def _load(self) -> tuple[Pool, dict[str, Any]]:
+        """The data, which are not compared with the hash, and the entries of `store.json`."""
         metadata = self.metadata()
         data = map_array(self._file("data.npy"))
         self._compare("data.npy", data, metadata["dtype"], metadata["shape"])
@@ -50,12 +80,12 @@ class Store(Source):
         if metadata["labels"]:
             array = map_array(self._file("labels.npy"))
             self._compare("labels.npy", array, "int64", metadata["shape"][:1])
-            labels = torch.from_numpy(np.array(array))
+            labels = torch.from_numpy(class_labels(array, self.where))
         values = self.values or metadata["values"]
         try:
-            return Pool(as_tensor(data), labels, metadata["num_levels"], values=values)
+            return Pool(as_tensor(data), labels, metadata["num_levels"], values=values), metadata
         except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
+            raise ValueError(f"{self.where}: {printable(error)}") from None
 
     @override
     def contents(self) -> Contents:
@@ -70,13 +100,11 @@ class Store(Source):
         Raises:
             ValueError: the hashes differ.
         """
-        expected, computed = self.metadata()["hash"], content_hash(self.load())
-        if expected != computed:
-            raise ValueError(
-                f"{self.path} is damaged: its data have the hash {computed[:16]}..., store.json says "
-                f"{expected[:16]}...; remove the folder and convert the data again"
-            )
-        return computed
+        pool, metadata = self._load()
+        state = state_of(self.path)
+        self._compare_hash(pool, metadata["hash"])
+        remember(self.path, state)
+        return str(metadata["hash"])
 
     def metadata(self) -> dict[str, Any]:
         """The entries of `store.json`: hash, shape, dtype, num_levels, values, labels, classes and source.
@@ -86,22 +114,37 @@ class Store(Source):
         """
         file = self._file("store.json")
         try:
-            metadata = json.loads(file.read_text())
+            if file.stat().st_size > _MAX_JSON:
+                raise ValueError(f"{printable(file)} has more than {_MAX_JSON:,} bytes, the limit for store.json")
+            metadata = read_json(file.read_bytes(), printable(file), 1000)
             if metadata["format"] != FORMAT:
                 raise ValueError(
-                    f"{self.path} has the format {metadata['format']!r}, but this version reads {FORMAT!r}; "
-                    "convert the data again"
+                    f"{self.where} has the format {printable(repr(metadata['format']))}, but this version reads "
+                    f"{FORMAT!r}; convert the data again"
                 )
-            names = ("hash", "shape", "dtype", "num_levels", "values", "labels", "classes", "source")
-            return {name: metadata[name] for name in names}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: {error!r}; convert the data again") from None
+            entries = {name: metadata[name] for name in _ENTRIES} | {"notes": metadata.get("notes", [])}
+        except (KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{printable(file)} is damaged: {printable(repr(error))}; convert the data again"
+            ) from None
+        if wrong := [name for name, valid in _ENTRIES.items() if not valid(entries[name])]:
+            raise ValueError(f"{printable(file)} is damaged: its {wrong[0]} is not valid; convert the data again")
+        return entries | {name: list(map(printable, entries[name])) for name in ("classes", "notes")}
+
+    def _compare_hash(self, pool: Pool, expected: str) -> None:
+        """Refuse data and labels that have another hash than `store.json` says."""
+        computed = content_hash(pool)
+        if expected != computed:
+            raise ValueError(
+                f"{self.where} is damaged: its data have the hash {computed[:16]}..., store.json says "
+                f"{printable(expected[:16])}...; remove the folder and convert the data again"
+            )
 
     def _file(self, name: str) -> Path:
         """Path of a file of the store, which must exist."""
         if not (self.path / name).is_file():
             raise ValueError(
-                f"{self.path} is not a complete store: {name} is missing; write one with `stablefield data convert`"
+                f"{self.where} is not a complete store: {name} is missing; write one with `stablefield data convert`"
             )
         return self.path / name
 
@@ -109,7 +152,8 @@ class Store(Source):
         """Refuse an array of another type or shape than `store.json` says."""
         if array.dtype != dtype or list(array.shape) != shape:
             raise ValueError(
-                f"{self.path / name} contains {array.dtype} {array.shape}, but store.json says {dtype} {tuple(shape)}; "
+                f"{printable(self.path / name)} contains {array.dtype} {array.shape}, but store.json says {dtype} "
+                f"{tuple(shape)}; "
                 "convert the data again"
             )
 
@@ -132,6 +176,7 @@ def write_store(path: Path, contents: Contents, *, source: str, progress: Progre
     with atomic_folder(path) as temporary:
         metadata = _fill(temporary, contents, progress) | {"source": source}
         (temporary / "store.json").write_text(json.dumps(metadata, indent=2))
+    remember(path, state_of(path))
     return Store(path)
 
 
@@ -163,7 +208,12 @@ def cached_pool(recipe: str, contents: Callable[[], Contents], *, source: str, p
 
     def find(path: Path) -> Pool | None:
         try:
-            return Store(path).load() if path.exists() else None
+            if not path.exists():
+                return None
+            store = Store(path)
+            for note in store.metadata()["notes"]:
+                say(note)
+            return store.load()
         except ValueError as error:
             raise ValueError(f"{error} (in the cache; remove {path} to decode the data again)") from None
 
@@ -202,6 +252,7 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
         "values": contents.values,
         "labels": contents.labels is not None,
         "classes": list(contents.classes),
+        "notes": contents.notes,
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablefield.config import ConfigError, resolve
-from stablefield.data import Source, StageProgress, content_hash, guess_kind, silent_stage, split
+from stablefield.data import Source, StageProgress, content_hash, guess_kind, range_question, say, silent_stage, split
 from stablefield.distributed import Ranks
 from stablefield.evaluate.frechet import Statistics
 from stablefield.generate import SampleStore, SamplingPlan
@@ -250,7 +250,10 @@ def take_from(pool: Pool) -> Take:
 def _load(source: Source, progress: StageProgress) -> Pool:
     """Load a data set, with a progress bar if images must be decoded."""
     with progress("decoding") as watch:
-        return source.load(watch)
+        pool = source.load(watch)
+    if question := range_question(pool):
+        say(f"{source.where}: {question}")
+    return pool
 
 
 def _data_source(path: str) -> Source:

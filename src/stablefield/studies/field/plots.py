@@ -168,12 +168,12 @@ def plot_study(path: Path, study: GaussianStudy, errors: Iterable[tuple[int, Flo
     law.set_ylim(0, 1.4)
     law.legend(frameon=False, fontsize=8)
     label(normal, "quantile of N(0, 1)", "quantile of the standardized error")
-    for line, (n, values) in zip(("-", *STYLES), errors, strict=False):
+    for style, (n, values) in zip(("-", *STYLES), errors, strict=False):
         u = (torch.arange(len(values), dtype=torch.float64) + 0.5) / len(values)
         normal.plot(
             torch.special.ndtri(u),
             values.sort().values,
-            linestyle=line,
+            linestyle=style,
             color="black",
             linewidth=1.2,
             label=f"n = {n:,}",
