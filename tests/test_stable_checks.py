@@ -364,3 +364,18 @@ def test_the_rounding_is_that_of_the_coarsest_type_that_took_part() -> None:
     assert rounding([x.bfloat16()], [1.0])[0] == torch.finfo(torch.bfloat16).eps / 2
     assert rounding([x.half().float(), x], [1.0])[0] == 2.0**-11
     assert rounding([x.double()], [x[:1].half()])[0] == 2.0**-11
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_one_example_of_each_of_several_classes_shows_references_of_another_scale(scaled: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data, labels = torch.rand(2000, 3, 4, 4, generator=generator), torch.arange(2000) % 10
+    index = torch.arange(8)
+    x, noise = 2 * data[index] - 1, torch.randn(8, 3, 4, 4, generator=generator)
+    stable = StableTarget(2 * data - 1 if scaled else data, labels=labels, size=16)
+    call = {"alpha": 1.0, "sigma": 1.0, "index": index, "label": labels[index]}
+    if scaled:
+        assert torch.isfinite(stable(noise, x + noise, x, **call)).all()
+    else:
+        with pytest.raises(ValueError, match=r"references are not scaled as x: their (mean|minimum)"):
+            stable(noise, x + noise, x, **call)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from noisy_data import QUERIES, SIX, on_ranks
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from stablefield import Pool, StableTarget
 from stablefield.stable import Bank, drawn
@@ -38,7 +39,7 @@ def targets_in_x(references: object = None, **options: object) -> StableTarget:
 
 def with_draw(monkeypatch: pytest.MonkeyPatch, chosen: Sequence[int]) -> None:
     """The next draws of a pool without labels."""
-    monkeypatch.setattr(drawn.Drawn, "_draw", lambda self, label, generator: torch.tensor(list(chosen)))
+    monkeypatch.setattr(drawn.Drawn, "_draw", lambda self, generator: torch.tensor(list(chosen)))
 
 
 @pytest.mark.parametrize("x_t", QUERIES)
@@ -133,7 +134,10 @@ def test_draws_within_classes_are_unbiased(n: int, group: int, monkeypatch: pyte
     for x_t in QUERIES[:1]:
         found = torch.zeros(6, 2, dtype=torch.float64)
         for draw in draws:
-            monkeypatch.setattr(drawn.Drawn, "_draw", lambda self, label, generator, draw=draw: draw[label])
+            rows = pad_sequence([draw[0], draw[1]], batch_first=True, padding_value=-1)
+            monkeypatch.setattr(
+                drawn.Drawn, "_draw_by_class", lambda self, classes, generator, rows=rows: rows[classes]
+            )
             found += means(stable, x_t, SIX, index, LABELS) / len(draws)
         w = weights(x_t, SIX)
         for label in (0, 1):

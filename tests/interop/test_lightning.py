@@ -103,6 +103,41 @@ def test_the_effective_sample_size_is_logged(lightning, tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["target/ess"]) == pytest.approx(float(stable.ess.mean()))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("unchecked")
+def test_the_excess_of_the_loss_is_logged_and_the_network_trains_on(lightning) -> None:
+    from stablefield.floor import Probes, SquaredError
+    from stablefield.interop.lightning import LossExcessCallback
+    from stablefield.times import LogNormal
+
+    probes = Probes(DATA, SquaredError(times=LogNormal(0.0, 1.0), prediction_type="epsilon"), per_bin=4)
+    module = module_of(lightning, StableTarget(DATA, size=16))
+    module.dropout, modes = torch.nn.Dropout(), []
+    module.dropout.eval()  # a frozen part stays as it was
+
+    def prediction(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        modes.append(module.training)
+        return module.network(x_t)
+
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[LossExcessCallback(probes, prediction, every=4)],
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(WithIndex(DATA), batch_size=8))
+    assert modes == [False] * 2
+    assert module.training
+    assert not module.dropout.training
+    wanted = probes.excess(lambda x_t, t: module.network(x_t))
+    assert float(trainer.callback_metrics["loss/excess"]) == pytest.approx(wanted.value, rel=1e-5)
+    assert float(trainer.callback_metrics["loss/floor_dsm"]) == pytest.approx(probes.floor("dsm").value, rel=1e-5)
+    with pytest.raises(ValueError, match="at least 1 step, not 0"):
+        LossExcessCallback(probes, every=0)
+
+
 @pytest.mark.usefixtures("lightning")
 def test_gather_concatenates_what_lightning_stacks() -> None:
     from stablefield.interop.lightning import gather

@@ -1,11 +1,13 @@
-"""Lightning: a callback that puts a stable target into checkpoints and logs its effective sample size."""
+"""Lightning: callbacks that save a stable target with the checkpoints, and log the excess of the loss."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from stablefield.extras import how_to_install
+from stablefield.floor import Probes
 from stablefield.stable import StableTarget
 
 try:
@@ -13,7 +15,7 @@ try:
 except ImportError:  # so that this module can be listed; making a callback says what is missing
     Callback = object
 
-__all__ = ["StableTargetCallback", "gather"]
+__all__ = ["LossExcessCallback", "StableTargetCallback", "gather"]
 
 
 class StableTargetCallback(Callback):
@@ -55,6 +57,42 @@ class StableTargetCallback(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % max(1, trainer.log_every_n_steps) == 0 and self.stable.ess is not None:
             pl_module.log(self.name, self.stable.ess.mean(), batch_size=len(self.stable.ess))
+
+
+class LossExcessCallback(Callback):
+    """Logs how far the network is from the best prediction: `loss/excess`, beside `loss/floor_dsm`.
+
+    A DSM loss is the sum of both on average. The network is examined in evaluation mode.
+
+    Args:
+        probes: fixed noisy examples, `stablefield.floor.Probes`.
+        prediction: the network as `Probes.excess` calls it, prediction(x_t, t) or prediction(x_t, t, label); the
+            module itself by default.
+        every: number of steps between two measurements.
+
+    Raises:
+        ImportError: Lightning is not installed.
+        ValueError: `every` is below 1.
+    """
+
+    def __init__(self, probes: Probes, prediction: Callable[..., Tensor] | None = None, every: int = 1000) -> None:
+        if Callback is object:
+            raise ImportError(how_to_install("LossExcessCallback", "lightning"))
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, not {every}")
+        self.probes, self.prediction, self.every = probes, prediction, every
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step % self.every:
+            return
+        was_training = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        excess = self.probes.excess(self.prediction or pl_module)
+        for module, training in was_training.items():
+            module.training = training
+        found = {"loss/excess": excess.value, "loss/floor_dsm": self.probes.floor("dsm").value}
+        pl_module.log_dict(found, batch_size=len(self.probes))
 
 
 def gather(module: Any) -> Any:

@@ -5,7 +5,8 @@ Each has a limit that a right call does not reach: rounding is bounded from the 
 1. The target is p x + q noise, with noise = (x_t - alpha x) / sigma and (p, q) fixed by the prediction type.
 2. The mean square of that noise is 1: chi-square with B D degrees of freedom (Wilson & Hilferty 1931).
 3. No statistic separates the examples from the references: if all are draws of one distribution, all B examples lie
-   above or all below n references with probability 2 B! n! / (B + n)!, an exact permutation test.
+   above or all below n references with probability 2 B! n! / (B + n)!, an exact permutation test. Within classes these
+   probabilities multiply, so that a few examples of several classes suffice.
 """
 
 import math
@@ -27,6 +28,7 @@ __all__ = ["Loop", "check_noise", "check_order", "check_references", "check_targ
 ROUNDINGS = 8  # in x_t and in a target: of alpha, sigma, both products, their sum, and the noise itself
 SLACK = 1e-3  # relative: alpha and sigma may have been computed in two ways
 CHANCE = 1e-9
+CLASSES = 8  # whose references are compared; more would only take time
 Z = 6.0  # standard deviations: 1e-9 on either side
 
 
@@ -185,22 +187,31 @@ def check_references(noisy: NoisyBatch, references: References) -> None:
         ValueError: a statistic of every reference is above, or below, that of every example.
     """
     label = torch.full_like(noisy.sigma, NULL_LABEL).long() if noisy.label is None else noisy.label
-    for value in label.unique().tolist():
+    values, counts = label.unique(return_counts=True)
+    ours, theirs, log_chance = [], [], 0.0
+    for value in values[counts.argsort(descending=True, stable=True)[:CLASSES]].tolist():
         chosen = label == value
         x, others = noisy.x[chosen], references.others(noisy, value)
-        distinct = len(x) if noisy.index is None else len(noisy.index[chosen].unique())
-        if others is None or _log_chance(distinct, len(others)) > math.log(CHANCE):
+        if others is None:
             continue
         if others.shape[1:] != x.shape[1:]:
             raise ValueError(f"references have shape {tuple(others.shape[1:])}, but examples {tuple(x.shape[1:])}")
-        ours, theirs = _statistics(x), _statistics(others)
-        for name, mine, other in zip(("mean", "minimum", "maximum", "mean square"), ours, theirs, strict=True):
-            if mine.max() < other.min() or mine.min() > other.max():
-                raise ValueError(
-                    f"the references are not scaled as x: their {name} is between {float(other.min()):.4g} and "
-                    f"{float(other.max()):.4g} each, that of the examples between {float(mine.min()):.4g} and "
-                    f"{float(mine.max()):.4g}. Give both the same preprocessing, for example with transform="
-                )
+        distinct = len(x) if noisy.index is None else len(noisy.index[chosen].unique())
+        log_chance += _log_chance(distinct, len(others))
+        ours.append(_statistics(x))
+        theirs.append(_statistics(others))
+    if log_chance > math.log(CHANCE):
+        return
+    for k, name in enumerate(("mean", "minimum", "maximum", "mean square")):
+        pairs = [(mine[k], other[k]) for mine, other in zip(ours, theirs, strict=True)]
+        below, above = ([m.max() < o.min() for m, o in pairs], [m.min() > o.max() for m, o in pairs])
+        if all(below) or all(above):
+            mine, other = (torch.cat(each) for each in zip(*pairs, strict=True))
+            raise ValueError(
+                f"the references are not scaled as x: their {name} is between {float(other.min()):.4g} and "
+                f"{float(other.max()):.4g} each, that of the examples between {float(mine.min()):.4g} and "
+                f"{float(mine.max()):.4g}. Give both the same preprocessing, for example with transform="
+            )
 
 
 def check_order(noisy: NoisyBatch, references: References) -> None:

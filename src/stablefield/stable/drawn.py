@@ -48,17 +48,22 @@ class Drawn(References):
     @override
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
         if noisy.label is None:
-            return self._mean(noisy, self._draw(NULL_LABEL, generator))
-        labels: list[int] = noisy.label.tolist()
-        draws = {label: self._draw(label, generator) for label in sorted(set(labels))}
-        if len(draws) * GROUP > len(labels) and not self.by_value and len(draws) > 1:
-            width = max(map(len, draws.values()))
-            table = torch.stack([torch.nn.functional.pad(d, (0, width - len(d)), value=-1) for d in draws.values()])
-            return self._mean(noisy, table[torch.tensor([list(draws).index(label) for label in labels])])
-        groups = [torch.tensor([k for k, label in enumerate(labels) if label == each]) for each in draws]
-        groups_there = [move(group, noisy.x.device) for group in groups]
-        found = [self._mean(noisy.select(g), d) for g, d in zip(groups_there, draws.values(), strict=True)]
-        return Posterior.concatenate(found).select(move(torch.cat(groups).argsort(), noisy.x.device))
+            return self._mean(noisy, self._draw(generator))
+        label, groups = noisy.label.cpu(), []
+        if (is_null := label == NULL_LABEL).any():
+            groups.append((is_null.nonzero().flatten(), self._draw(generator)))
+        if len(labelled := (~is_null).nonzero().flatten()):
+            classes, row = label[labelled].unique(return_inverse=True)
+            draws = self._draw_by_class(classes, generator)
+            if len(classes) > 1 and len(classes) * GROUP > len(labelled) and not self.by_value:
+                groups.append((labelled, draws[row]))
+            else:
+                groups += [(labelled[row == k], draw[draw >= 0]) for k, draw in enumerate(draws)]
+        if len(groups) == 1:
+            return self._mean(noisy, groups[0][1])
+        found = [self._mean(noisy.select(move(group, noisy.x.device)), draw) for group, draw in groups]
+        order = torch.cat([group for group, _ in groups]).argsort()
+        return Posterior.concatenate(found).select(move(order, noisy.x.device))
 
     @override
     def others(self, noisy: NoisyBatch, label: int) -> Float[Tensor, "n *D"] | None:
@@ -83,9 +88,14 @@ class Drawn(References):
             raise ValueError(f"transform must return {len(rows)} references for {len(rows)}, not {found}")
         return changed
 
-    def _draw(self, label: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
-        """One draw of data points with a label, on the CPU."""
-        return self.pool.indices(label) if self.size is None else self.pool.draw(self.size, label, generator)
+    def _draw(self, generator: torch.Generator | None) -> Int[Tensor, "n"]:
+        """One draw of data points, on the CPU."""
+        return self.pool.indices(NULL_LABEL) if self.size is None else self.pool.draw(self.size, NULL_LABEL, generator)
+
+    def _draw_by_class(self, classes: Int[Tensor, "G"], generator: torch.Generator | None) -> Int[Tensor, "G n"]:
+        """One draw of data points for each class, filled up with -1, on the CPU."""
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return self.pool.draw_by_class(self.size or len(self.pool), classes, seed)
 
     def _mean(self, noisy: NoisyBatch, drawn: Int[Tensor, "n"] | Int[Tensor, "B n"]) -> Posterior:
         """Posterior over one draw for all examples, or over a draw for each, filled up with -1."""
@@ -121,6 +131,8 @@ class TensorPool(Pool):
             raise ValueError(
                 f"labels must have the shape {(len(self.data),)}, one per reference, not {tuple(self.labels.shape)}"
             )
+        if self.labels is not None and int(self.labels.min()) < 0:
+            raise ValueError(f"labels of references must count from 0; the smallest is {int(self.labels.min())}")
 
     @override
     def take(self, index: Int[Tensor, "n"], device: torch.device | None = None) -> Tensor:
