@@ -9,8 +9,8 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -154,7 +154,7 @@ def as_tensor(array: Shaped[np.ndarray, "..."]) -> torch.Tensor:
         return torch.from_numpy(array)
 
 
-def _header(file: BinaryIO, name: str, size: int) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def _header(file: BufferedIOBase, name: str, size: int) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, order, type and size in bytes of the array in an open `.npy` file, which has exactly that size."""
     try:
         version = np.lib.format.read_magic(file)

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stablefield.evaluate.pairs import check_finite, squared_distances
+from stablefield.evaluate.pairs import check_finite
+from stablefield.kernel.nearest import k_nearest
 from stablefield.pool import NULL_LABEL, Pool
-from stablefield.targets.isolation import keep_smallest
 
 __all__ = ["NearestMatches", "find_nearest", "memorisation_scores"]
 
@@ -62,8 +62,7 @@ class NearestMatches:
 def find_nearest(x: Float[Tensor, "n *D"], pool: Pool, *, exclude: Int[Tensor, "n"] | None = None) -> NearestMatches:
     """The two nearest data points of a pool for each sample.
 
-    They are found by float64 matrix products, block by block; their distances are then computed from differences, so
-    that a copy has distance zero.
+    Their distances are computed from differences in float64, so that a copy has distance zero.
 
     Args:
         x: the samples, (n, *D).
@@ -77,20 +76,14 @@ def find_nearest(x: Float[Tensor, "n *D"], pool: Pool, *, exclude: Int[Tensor, "
     check_finite("samples", x)
     if len(pool) < 2 + (exclude is not None) or pool.shape != tuple(x.shape[1:]):
         raise ValueError(f"there are no two nearest neighbours of samples {tuple(x.shape[1:])} in {pool}")
-    centre = x.flatten(1).double().mean(0)
-    centred, squares = x.flatten(1).double() - centre, x.new_empty(len(x), 0, dtype=torch.float64)
-    index = squares.long()
-    start = 0
-    for block in pool.blocks(NULL_LABEL, _BLOCK):
-        new = squared_distances(centred, block.to(centred).flatten(1) - centre)
-        if exclude is not None:
-            in_block = (exclude >= start) & (exclude < start + len(block))
-            new[in_block.to(x.device), (exclude[in_block] - start).to(x.device)] = torch.inf
-        squares, index = keep_smallest(squares, index, new, start, 2)
-        start += len(block)
-    neighbours = pool.take(index.flatten().cpu()).to(centred).flatten(1).unflatten(0, (len(x), 2))
-    distance, order = (x.flatten(1).double()[:, None] - neighbours).norm(dim=2).sort(1)
-    return NearestMatches(distance.cpu(), index.gather(1, order).cpu())
+    distance, index = k_nearest(
+        x.flatten(1),
+        lambda: (block.flatten(1) for block in pool.blocks(NULL_LABEL, _BLOCK)),
+        lambda index: pool.take(index).flatten(1),
+        2,
+        exclude=exclude,
+    )
+    return NearestMatches(distance.cpu(), index.cpu())
 
 
 def memorisation_scores(samples: NearestMatches, held_out: NearestMatches) -> dict[str, float]:

@@ -1,17 +1,20 @@
 """Scores that compare all pairs of features: the kernel distance, and precision and recall.
 
-Both are computed in float64. In float32 the rounding of ||x||^2 - 2xy + ||y||^2 exceeds the distance between near
-neighbours, which precision and recall depend on.
+The products are in float32, the sums in float64. In float32 the rounding of ||x||^2 - 2xy + ||y||^2 may exceed the
+distance between near neighbours, so precision and recall compute distances again in float64 where it could change a
+comparison: their counts are those of float64.
 """
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stablefield.kernel.matmul import full_precision
+from stablefield.kernel.nearest import k_nearest, rounding
 from stablefield.pool import draw_without_replacement
 from stablefield.seeding import generator
 
-__all__ = ["check_finite", "kernel_distance", "precision_recall", "squared_distances"]
+__all__ = ["check_finite", "kernel_distance", "precision_recall"]
 
 _BLOCK = 1024
 
@@ -26,20 +29,10 @@ def check_finite(name: str, *tensors: Tensor) -> None:
     Raises:
         ValueError: some values are NaN or infinite.
     """
+    if all(tensor.sum().isfinite() for tensor in tensors):
+        return  # a sum with NaN or infinite terms is not finite either
     if bad := sum(int((~tensor.isfinite()).sum()) for tensor in tensors):
         raise ValueError(f"{name} must be finite, but {bad:,} of these numbers are not")
-
-
-def squared_distances(x: Float[Tensor, "n F"], y: Float[Tensor, "m F"]) -> Float[Tensor, "n m"]:
-    """Squared Euclidean distances ||x - y||^2 of all pairs, set to zero where they are zero up to rounding.
-
-    Args:
-        x: feature vectors, (n, F), float64; precise if their mean is near zero.
-        y: feature vectors, (m, F), float64.
-    """
-    scale = x.square().sum(1)[:, None] + y.square().sum(1)
-    squares = scale - 2 * x @ y.T
-    return squares.masked_fill(squares <= 1e-14 * scale, 0.0)  # NaN stays NaN
 
 
 def kernel_distance(
@@ -71,7 +64,7 @@ def kernel_distance(
         subsets = 1
 
     def subset(features: Tensor) -> Tensor:
-        return features[draw_without_replacement(len(features), size, draws).to(features.device)].double()
+        return features[draw_without_replacement(len(features), size, draws).to(features.device)]
 
     values = torch.tensor([_discrepancy(subset(x), subset(y)) for _ in range(subsets)], dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))
@@ -97,38 +90,69 @@ def precision_recall(
     check_finite("features", samples, reference)
     if min(len(samples), len(reference)) <= k:
         raise ValueError(f"{k} neighbours need more than {k} features on a side: {len(samples)}, {len(reference)}")
+    radii = [_radii(x, k) for x in (samples, reference)]
+    hits = [torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (samples, reference)]
     centre = reference.double().mean(0)
-    samples, reference = samples.double() - centre, reference.double() - centre
-    precision = _in_manifold(samples, reference, _squared_radii(reference, k))
-    recall = _in_manifold(reference, samples, _squared_radii(samples, k))
-    return float(precision.double().mean()), float(recall.double().mean())
-
-
-def _squared_radii(x: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n"]:
-    """Squared distance of each point to its k-th nearest other point."""
-    radii = []
+    x, y = ((side.double() - centre).float() for side in (samples, reference))
+    norms = [side.square().sum(1) for side in (x, y)]
+    margin = rounding(x.shape[1], max(float(norm.max()) for norm in norms))
     for start in range(0, len(x), _BLOCK):
-        squares = squared_distances(x[start : start + _BLOCK], x)
-        own = torch.arange(len(squares), device=x.device)
-        squares[own, own + start] = torch.inf
-        radii.append(squares.kthvalue(k, 1).values)
-    return torch.cat(radii)
+        rows = slice(start, start + _BLOCK)
+        squares = torch.addmm(norms[0][rows, None] + norms[1], x[rows], y.T, alpha=-2)
+        hits[0][rows] |= _hits(squares, radii[1], margin, samples[rows], reference, hits[0][rows])
+        hits[1] |= _hits(squares.T, radii[0][rows], margin, reference, samples[rows], hits[1])
+    precision, recall = (float(found.double().mean()) for found in hits)
+    return precision, recall
 
 
-def _in_manifold(x: Float[Tensor, "n F"], points: Float[Tensor, "m F"], radii: Float[Tensor, "m"]) -> Bool[Tensor, "n"]:
-    """True for each x in the ball of at least one point, whose squared radii are given."""
-    return torch.cat([(squared_distances(block, points) <= radii).any(1) for block in x.split(_BLOCK)])
+def _radii(x: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n"]:
+    """Distance of each point to its k-th nearest other point."""
+    index, parts = torch.arange(len(x)), []
+    for rows in index.split(_BLOCK):
+        parts.append(k_nearest(x[rows], lambda: x.split(4 * _BLOCK), lambda at: x[at], k, exclude=rows)[0][:, -1])
+    return torch.cat(parts)
 
 
+def _hits(
+    squares: Float[Tensor, "n m"],
+    radii: Float[Tensor, "m"],
+    margin: float,
+    x: Float[Tensor, "n F"],
+    centres: Float[Tensor, "m F"],
+    known: Bool[Tensor, "n"],
+) -> Bool[Tensor, "n"]:
+    """True for each x in a ball; distances within the margin of a radius are computed again in float64."""
+    limits = radii.square()
+    inside = (squares <= (limits - margin).float()).any(1)
+    rows = (~(inside | known)).nonzero().squeeze(1)
+    near = squares[rows] <= (limits + 2 * margin).float()
+    for i in near.any(1).nonzero().squeeze(1).tolist():
+        row, some = rows[i], near[i]
+        distance = (centres[some].double() - x[row].double()).norm(dim=1)
+        inside[row] = bool((distance <= radii[some]).any())
+    return inside
+
+
+@full_precision()
 def _discrepancy(x: Float[Tensor, "n F"], y: Float[Tensor, "n F"]) -> float:
     n = len(x)
-    within = sum(_kernel(z, z).sum() - _kernel_diagonal(z).sum() for z in (x, y)) / (n * (n - 1))
-    return float(within - 2 * _kernel(x, y).mean())
+    within = sum(_kernel_sum(_gram(z), z.shape[1]) - _kernel_sum(_squares(z), z.shape[1]) for z in (x, y))
+    return within / (n * (n - 1)) - 2 * _kernel_sum(x @ y.T, x.shape[1]) / n**2
 
 
-def _kernel(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+def _gram(x: Float[Tensor, "n F"]) -> Float[Tensor, "n n"]:
+    """Inner products of all pairs; numpy computes half of them, and mirrors it."""
+    return torch.from_numpy(x.numpy() @ x.numpy().T) if x.device.type == "cpu" else x @ x.T
 
 
-def _kernel_diagonal(x: Tensor) -> Float[Tensor, "n"]:
-    return (x.square().sum(1) / x.shape[1] + 1) ** 3
+def _squares(x: Float[Tensor, "n F"]) -> Float[Tensor, "n"]:
+    return x.square().sum(1)
+
+
+def _kernel_sum(products: Float[Tensor, "..."], features: int) -> float:
+    """Sum of (product / F + 1)^3 in float64."""
+    total = 0.0
+    for part in products.flatten().split(2**16):  # parts that fit the processor's cache
+        base = part.double().div_(features).add_(1)
+        total += float(torch.dot(base.square(), base))
+    return total

@@ -14,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from stablefield.sample import Samples
 
 __all__ = ["SampleStore"]
 
+_WRITERS = 4  # threads that compress and write; both release the interpreter
 _SHEET = 256  # samples on a sheet
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".zip", ".tar", ".gz", ".pt", ".pkl", ".safetensors", ".h5"}
 _LABEL = "label"  # keyword of the text chunk that holds the class
@@ -180,11 +182,15 @@ class SampleStore:
         with temporary_folder(self.path(seeds[0])) as folder:
             for start in {seed - seed % 1000 for seed in seeds}:
                 self.path(start).parent.mkdir(exist_ok=True)
-            for seed, sample, label in zip(seeds, x, labels, strict=True):
-                temporary = f"{folder}/{seed}"
-                with open(temporary, "wb") as file:  # paths as text: pathlib takes longer than the system
+
+            def write(seed: int, sample: np.ndarray, label: int) -> None:
+                temporary = f"{folder}/{seed}"  # paths as text: pathlib takes longer than the system
+                with open(temporary, "wb") as file:
                     file.write(self._encode(sample, label))
                 os.replace(temporary, f"{self.folder}/{self._name(seed)}")
+
+            with ThreadPoolExecutor(_WRITERS) as writers:
+                list(writers.map(write, seeds, x, labels))  # raises the first error
 
     def _encode(self, sample: np.ndarray, label: int) -> bytes:
         """Content of the file of a sample."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from stablefield.denoise import Denoiser
 from stablefield.pool import NULL_LABEL
 from stablefield.process import Process
-from stablefield.sample.grids import EDMGrid, TimeGrid
+from stablefield.sample.grids import EDMGrid, TimeGrid, check_finite_fields
 
 __all__ = ["BoundDenoiser", "Callback", "DrawNoise", "Sampler", "Samples"]
 
@@ -98,13 +98,14 @@ class Sampler(ABC):
         grid: rule for the times between them.
 
     Raises:
-        ValueError: there is no step.
+        ValueError: there is no step, or a number is not finite.
     """
 
     steps: int = 18
     grid: TimeGrid = field(default_factory=EDMGrid)
 
     def __post_init__(self) -> None:
+        check_finite_fields(self, infinite=("churn_max",))
         if self.steps < 1:
             raise ValueError(f"a sampler needs at least 1 step, not {self.steps}")
 

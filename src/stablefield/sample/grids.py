@@ -5,8 +5,9 @@ sigma / alpha = level. `TimeGrid.within` adapts a grid to the noise range that a
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from math import inf, isfinite, isnan
 
 import torch
 from jaxtyping import Float
@@ -16,11 +17,18 @@ from typing_extensions import override
 from stablefield.preconditioning import NoiseRange, iddpm_noise_levels
 from stablefield.process import VP, Process
 
-__all__ = ["EDMGrid", "GeometricGrid", "IDDPMGrid", "TimeGrid", "UniformGrid", "VPGrid"]
+__all__ = ["EDMGrid", "GeometricGrid", "IDDPMGrid", "TimeGrid", "UniformGrid", "VPGrid", "check_finite_fields"]
 
 
 class TimeGrid(ABC):
-    """Base class of time grids."""
+    """Base class of time grids.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+
+    def __post_init__(self) -> None:
+        check_finite_fields(self)
 
     @abstractmethod
     def __call__(self, process: Process, steps: int) -> Float[Tensor, "{steps}+1"]:
@@ -80,6 +88,7 @@ class EDMGrid(_BoundedGrid):
 
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
+        super().__post_init__()
         if not self.rho > 0:
             raise ValueError(f"rho must be positive, not {self.rho}")
 
@@ -132,8 +141,11 @@ class VPGrid(_BoundedGrid):
     end: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.end < 1:
             raise ValueError(f"a VP grid needs an end between 0 and 1, not {self.end}")
+        if not (self.beta_d > 0 and self.beta_min >= 0):
+            raise ValueError(f"a VP grid needs beta_d > 0 and beta_min >= 0, not {self.beta_d} and {self.beta_min}")
 
     @override
     def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
@@ -153,12 +165,22 @@ class IDDPMGrid(_BoundedGrid):
         table_steps: length of the table, M.
         c_1: least ratio alpha_bar(j-1) / alpha_bar(j) of a step of the table.
         c_2: offset of its cosine schedule.
+
+    Raises:
+        ValueError: the table is shorter than what is left out, or a constant is negative.
     """
 
     skip: int = 8
     table_steps: int = 1000
     c_1: float = 0.001
     c_2: float = 0.008
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.skip < self.table_steps:
+            raise ValueError(f"need 0 <= skip < table_steps, not {self.skip} and {self.table_steps}")
+        if not (self.c_1 > 0 and self.c_2 >= 0):
+            raise ValueError(f"need c_1 > 0 and c_2 >= 0, not {self.c_1} and {self.c_2}")
 
     @override
     def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
@@ -193,6 +215,22 @@ class UniformGrid(_BoundedGrid):
         if last > first:
             raise ValueError(f"the uniform grid starts at t = {first:g}, below the denoiser's lowest time {last:g}")
         return torch.cat([first + _progress(steps) * (last - first), torch.zeros(1, dtype=torch.float64)])
+
+
+def check_finite_fields(part: object, infinite: Collection[str] = ()) -> None:
+    """Refuse NaN and infinite numbers in the fields of a dataclass.
+
+    Args:
+        part: the dataclass.
+        infinite: names of fields that may be infinite.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
+    for each in fields(part):  # type: ignore[arg-type]  # any dataclass
+        value = getattr(part, each.name)
+        if isinstance(value, float) and not isfinite(value) and (each.name not in infinite or isnan(value)):
+            raise ValueError(f"{each.name} must be finite, not {value}")
 
 
 def _progress(steps: int) -> Tensor:
