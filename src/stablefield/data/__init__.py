@@ -13,6 +13,7 @@ from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
 from stablefield.data.contents import Contents, DataSummary, Progress, StageProgress, content_hash, silent, silent_stage
 from stablefield.data.conversion import Converted, Inspection, convert, inspect
+from stablefield.data.dataset import DatasetSource
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
@@ -35,6 +36,7 @@ __all__ = [
     "Contents",
     "Converted",
     "DataSummary",
+    "DatasetSource",
     "Digits",
     "EDMAugmentation",
     "HuggingFace",
