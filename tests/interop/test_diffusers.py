@@ -15,7 +15,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UnCLIPScheduler,
 )
-from pages import LOOPS, check
+from pages import LOOPS, blocks, check, run
 from typer.testing import CliRunner
 
 from stablefield import StableTarget
@@ -107,6 +107,18 @@ def test_a_scheduler_that_does_not_add_noise_is_refused() -> None:
 @pytest.mark.parametrize("number", [0, 1, 2], ids=["unconditional", "class-conditional", "latents"])
 def test_the_scripts_of_the_page_keep_their_weights_with_one_candidate(number: int) -> None:
     check("diffusers.md", number)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_excess_and_the_floor_of_the_page_add_up_to_the_dsm_loss() -> None:
+    names: dict = {}
+    for language, code in blocks("diffusers.md"):
+        names = run(code, names) if language == "python" else names
+    loss = names["probes"].denoising_loss(lambda x_t, t: names["model"](x_t, t).sample)
+    excess, floor = names["excess"], names["floor"]
+    assert excess.value > 0
+    assert 0 < floor.value < 1
+    assert abs(loss.value - excess.value - floor.value) < 5 * (loss.error**2 + floor.error**2) ** 0.5
 
 
 def test_a_null_label_has_an_embedding_of_its_own() -> None:
