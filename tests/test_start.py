@@ -1,4 +1,4 @@
-"""What the user only asks about starts without torch, and nothing heavy is imported where it is not used."""
+"""Help, version and recipes start without torch, and nothing heavy is imported where it is not used."""
 
 import os
 import subprocess
