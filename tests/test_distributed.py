@@ -53,6 +53,18 @@ def probed_run(ranks: Ranks) -> torch.Tensor:
     return torch.tensor([line[key] for key in sorted(line) if not key.startswith("timing")])
 
 
+def adapted_run(ranks: Ranks) -> torch.Tensor:
+    """Probabilities of the ranges of the noise level after some steps of adaptive noise."""
+    raw = {"network": {"kind": "mlp", "width": 8, "layers": 1}, "times": {"kind": "adaptive", "every": 64}}
+    config = resolve(raw | {"training": {"batch_size": 32, "images": 320}})
+    components = build(config, ranks=ranks)
+    state = initial_state(config, components)
+    for _ in train(state, components.objective, components.batches, images=320, ranks=ranks):
+        pass
+    assert state.adaptation is not None
+    return state.adaptation.shares
+
+
 def on_ranks(world_size: int, out: Path, function: str = "losses", **options: object) -> torch.Tensor:
     """The result of a function of this module when it is called on several ranks."""
     done = launched(world_size, out, function, **options)

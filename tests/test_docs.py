@@ -39,6 +39,13 @@ def test_the_readmes_python_runs(code, monkeypatch, tmp_path):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
+def test_the_python_of_the_page_about_the_loss_runs(capsys):
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loss.md").read_text(), re.DOTALL):
+        exec(compile(code, "loss.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("excess")
+
+
 def run(arguments: list[str], folder: Path) -> None:
     """Run `stablefield` in a process of its own, as a user would."""
     done = subprocess.run(

@@ -378,9 +378,15 @@ def smooth(n: int = 400) -> torch.Tensor:
 
 def proposed(x: torch.Tensor) -> NoiseProposal:
     pool = Pool(x)
-    return NoiseProposal.from_pool(
-        pool, DataSummary.from_pool(pool).std, DataDistances.from_pool(pool), LinearDenoiser.from_pool(pool)
-    )
+    return NoiseProposal.from_pool(pool, DataSummary.from_pool(pool).std, LinearDenoiser.from_pool(pool))
+
+
+def test_the_proposed_sigma_max_is_where_one_percent_of_the_variance_is_explained():
+    linear = LinearDenoiser(tensor(9.0, 1.0, 0.5))
+    sigma = torch.tensor([linear.noise_level_explaining(0.01)], dtype=torch.float64)
+    assert 1 - float(linear.squared_error(sigma)) / 10.5 == pytest.approx(0.01)
+    white = proposed(2 * cloud(4096, 6))
+    assert white.sigma_max == pytest.approx(2 * 99**0.5, rel=0.05)  # v / (v + sigma^2) = 0.01
 
 
 def test_proposed_noise_scales_with_the_units_of_the_data():
@@ -399,10 +405,7 @@ def test_for_white_noise_the_noise_of_edm_is_shifted_to_the_data():
 
 def test_sigma_min_of_bytes_is_that_of_edm():
     pool = Pool(torch.randint(0, 256, (64, 1, 4, 4), dtype=torch.uint8))
-    assert (
-        NoiseProposal.from_pool(pool, 0.5, DataDistances.from_pool(pool), LinearDenoiser.from_pool(pool)).sigma_min
-        == 0.002
-    )
+    assert NoiseProposal.from_pool(pool, 0.5, LinearDenoiser.from_pool(pool)).sigma_min == 0.002
 
 
 # ---- consequences for a training
@@ -530,7 +533,7 @@ def test_settings_that_inspect_proposes_are_valid(tmp_path, monkeypatch):
     config = resolve(override({}, settings))
     assert {setting.partition("=")[0] for setting in settings} >= {"times.mean", "times.std", "grid.sigma_max"}
     assert config["preconditioning"]["sigma_data"] == 0.75
-    assert config.make("grid").sigma_max == pytest.approx(9.6)
+    assert config.make("grid").sigma_max == pytest.approx(7.1)
     assert (tmp_path / "noise.png").exists()
     (tmp_path / "noise.png").unlink()
     assert "--set" not in command("data", "inspect", "digits", "--no-noise")

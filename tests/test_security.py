@@ -22,7 +22,7 @@ from stablefield.data import HuggingFace
 from stablefield.evaluate import ExportedNetwork
 from stablefield.kinds import BASES
 from stablefield.run import open_run
-from stablefield.studies.compare import Arm, Experiment
+from stablefield.studies.compare import Experiment
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -82,9 +82,9 @@ def named(run, name, out):
     checkpoint.save(out / "checkpoint.safetensors", found.tensors, config=config, images=found.images)
     clean = {section: {k: v for k, v in keys.items() if v is not None} for section, keys in sections.items()}
     (out / "config.toml").write_text(Config(clean).toml())  # an attacker can compute the checksum, too
-    Experiment(resolve({}), (Arm.parse("dsm"), Arm.parse("stf:16")), (0,)).write(out)
-    experiment = json.loads((out / "experiment.json").read_text())
-    (out / "experiment.json").write_text(json.dumps(experiment | {"config": sections}))
+    Experiment(resolve({}), ("dsm", "stf:16"), (0,), ("data",)).write(out)
+    experiment = json.loads((out / "comparison.json").read_text())
+    (out / "comparison.json").write_text(json.dumps(experiment | {"config": sections}))
     return out
 
 

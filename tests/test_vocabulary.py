@@ -74,10 +74,6 @@ ALLOWED = {
     "tests/test_interop_edm.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
     "tests/test_networks_edm.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
     "tests/test_preconditioning.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
-    "src/stablefield/studies/compare/evaluator.py": (
-        {r"(?i)\b(albums?|judge[ds]?|yardsticks?|laborator(y|ies))\b"},
-        "a purpose that random numbers are derived from",
-    ),
     "tests/test_config.py": ({r"\[scaling\]|\bscaling\.(kind|sigma_data|head)\b"}, "a section of format 1, refused"),
     "benchmarks/compare_checkouts.py": (NEVER.keys(), "translates the names of an earlier version"),
     "docs/exact.md": ({r"(?i)\bmembers?\b", r"(?i)\btold\b"}, "explains the old names in the output it quotes"),

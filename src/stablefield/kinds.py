@@ -46,6 +46,7 @@ KINDS: dict[str, dict[str, str]] = {
         "loguniform": "stablefield.times:LogUniform",
         "uniform": "stablefield.times:Uniform",
         "logitnormal": "stablefield.times:LogitNormal",
+        "adaptive": "stablefield.times:Adaptive",
         "vp": "stablefield.times:VPLevels",
     },
     "target": {

@@ -8,7 +8,9 @@ The quantile function is all that is needed: `TimeDistribution.draw` applies it 
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -17,7 +19,16 @@ from typing_extensions import override
 
 from stablefield.process import VP
 
-__all__ = ["LogNormal", "LogUniform", "LogitNormal", "Stratified", "TimeDistribution", "Uniform", "VPLevels"]
+__all__ = [
+    "Adaptive",
+    "LogNormal",
+    "LogUniform",
+    "LogitNormal",
+    "Stratified",
+    "TimeDistribution",
+    "Uniform",
+    "VPLevels",
+]
 
 
 class TimeDistribution(ABC):
@@ -185,6 +196,52 @@ class Stratified(TimeDistribution):
     def uniform(self, n: int, generator: torch.Generator | None) -> Tensor:
         shift = torch.rand(1, dtype=torch.float64, generator=generator)
         return (shift + torch.arange(n, dtype=torch.float64) / n) % 1
+
+
+@dataclass(frozen=True)
+class Adaptive(TimeDistribution):
+    """A base distribution that a run adapts to its network (see `stablefield.engine.adaptation`); by itself, the base.
+
+    Attributes:
+        base: kind of the base distribution: "lognormal", "loguniform", "uniform" or "logitnormal".
+        parameters: its two parameters, in the order of its class; by default its own defaults.
+        reweight: True to multiply losses by importance weights, so that the objective stays that of the base
+            distribution and the variance of the gradient falls; False to train more where the excess is large.
+        every: images with one distribution, at least those of a batch and of the steps whose targets are computed
+            together.
+
+    Raises:
+        ValueError: an unknown base, parameters that it refuses, or `every` below 1.
+    """
+
+    base: Literal["lognormal", "loguniform", "uniform", "logitnormal"] = "lognormal"
+    parameters: tuple[float, float] | None = None
+    reweight: bool = True
+    every: int = 16_384
+
+    def __post_init__(self) -> None:
+        if self.base not in _BASES:
+            raise ValueError(f"base must be one of {', '.join(_BASES)}, not {self.base!r}")
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1 image, not {self.every}")
+        self.base_times  # noqa: B018 (it checks the parameters)
+
+    @property
+    def base_times(self) -> TimeDistribution:
+        """The base distribution."""
+        return _BASES[self.base](*(self.parameters or ()))
+
+    @override
+    def quantile(self, u: Tensor) -> Tensor:
+        return self.base_times.quantile(u)
+
+
+_BASES: dict[str, Callable[..., TimeDistribution]] = {
+    "lognormal": LogNormal,
+    "loguniform": LogUniform,
+    "uniform": Uniform,
+    "logitnormal": LogitNormal,
+}
 
 
 def _check_normal(times: LogNormal | LogitNormal) -> None:

@@ -1,44 +1,39 @@
-"""`stablefield compare`: train with several targets on the same budget and the same seeds, and write a report."""
+"""`stablefield compare`: train with several targets on the same budget and the same seeds, and write a page."""
 
-import json
-import os
-import platform
+import math
+import re
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from stablefield.build import Components, build, choose_device
 from stablefield.cli.options import Allow
 from stablefield.cli.progress import progress_bar
 from stablefield.cli.training import allow_option, merge_layers
-from stablefield.config import Allowed, Config, allowed_names, overlay, override, resolve
-from stablefield.data import StageProgress
-from stablefield.engine.checkpoints import locked
+from stablefield.config import allowed_names, override, resolve, split_targets
 from stablefield.engine.fit import stop_signals
-from stablefield.files import write_text
-from stablefield.run import RunFolder
 from stablefield.seeding import parse_seeds
-from stablefield.studies.compare import Arm, Experiment, cached_evaluator, run_all, summarize, write_report
-from stablefield.studies.compare.experiment import experiment_file
+from stablefield.studies.compare import (
+    OBJECTIVES,
+    Arm,
+    Comparison,
+    Experiment,
+    define,
+    describe_machine,
+    measure_steps,
+    summarize,
+    write_page,
+)
+from stablefield.studies.compare import compare as run_comparison
+from stablefield.studies.compare.experiment import MIN_EVALUATIONS
 
-__all__ = ["check_targets", "compare", "describe_machine", "describe_plan", "run_experiment", "with_holdout"]
+__all__ = ["compare", "parse_duration"]
 
-TARGETS = "dsm,stf:256,stf:1024,exact"
-DEFAULTS: dict[str, Any] = {
-    "arms": tuple(map(Arm.parse, TARGETS.split(","))),
-    "seeds": (0, 1, 2),
-    "evaluations": 8,
-    "samples": 500,
-    "examples": 256,
-}
+TARGETS = "dsm,stf:256,exact"
 SAMPLER = {"kind": "dpm", "steps": 12}  # deterministic, and fast enough to evaluate often
 
 
@@ -48,13 +43,17 @@ def compare(
     ),
     targets: Annotated[
         str | None,
+        typer.Option(metavar="LIST", help=f"Targets, by default {TARGETS}; knn:32 too. The first is the baseline."),
+    ] = None,
+    objectives: Annotated[
+        str | None,
         typer.Option(
             metavar="LIST",
-            help=f"Targets to compare, by default {TARGETS}; knn:64 is possible too. The first is the baseline.",
+            help=f"Objectives to compare the targets with: {', '.join(OBJECTIVES)}; by default the configured one.",
         ),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Training seeds, by default 0-2; every target has one run per seed.")
+        str | None, typer.Option(help="Training seeds, by default 0-2; every arm has one run per seed.")
     ] = None,
     images: Annotated[
         int | None, typer.Option(min=1, help="Number of images that each run trains on; sets training.images.")
@@ -73,199 +72,138 @@ def compare(
     ] = None,
     allow: Allow = None,
     evaluations: Annotated[
-        int | None, typer.Option(min=1, help=f"Evaluations of each run, by default {DEFAULTS['evaluations']}.")
+        int | None, typer.Option(min=MIN_EVALUATIONS, help="Evaluations of each run, by default 12.")
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=2, help=f"Samples per evaluation, by default {DEFAULTS['samples']}.")
-    ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(min=1, help=f"Examples per noise level and evaluation, by default {DEFAULTS['examples']}."),
-    ] = None,
+    samples: Annotated[int | None, typer.Option(min=2, help="Samples per evaluation, by default 500.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Examples for the excess, by default 2,048.")] = None,
     jobs: Annotated[
-        int, typer.Option(min=1, help="Number of seeds to train at once, each in a process of its own.")
+        int, typer.Option(min=1, help="Runs to train at once; with more than one, each in a process of one thread.")
     ] = 1,
-    report_only: Annotated[
-        bool, typer.Option("--report-only", help="Write the report of what has been evaluated, without training.")
+    stop_after: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop and save after this time, such as 60m; resume later.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure-steps", help="Measure the time of steps, on an idle machine; trains nothing.")
     ] = False,
-    summary: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.md", help="Path of the summary, by default summary.md in the folder."),
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the page from the records, without training.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Path of the page, by default README.md in the folder.")
     ] = None,
 ) -> None:
     """Train with several targets on the same budget, seed by seed, and report the differences.
 
-    Runs with the same seed start from the same weights and train on the same images, times and noise. Some data are
-    held out for evaluation (data.holdout; by default a sixth, at most 5,000). The command can be stopped at any time;
-    the same command resumes it, and may add targets and seeds.
+    What decides is fixed before the first run and written to comparison.json. Some data are held out for evaluation
+    (data.holdout; by default a sixth, at most 5,000). The command can be stopped at any time; the same command resumes
+    it, and may add targets, objectives and seeds.
     """
     settings = [*(set_ or []), *([f"training.images={images}"] if images else [])]
     allowed = allowed_names(settings, allow)
-    if report_only:
-        _report(out, summary, allowed)
-        return
-    options: dict[str, Any] = {
-        "arms": tuple(map(Arm.parse, targets.split(","))) if targets else None,
-        "seeds": tuple(parse_seeds(seeds)) if seeds else None,
-        "evaluations": evaluations,
-        "samples": samples,
-        "examples": examples,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    if experiment_file(out).exists():
-        before = Experiment.read(out, allow=allowed)
-        shared = resolve(override(merge_layers(before.config.sections, recipe, config, data), settings), allow=allowed)
-        given["arms"] = tuple(dict.fromkeys((*before.arms, *given.get("arms", ()))))
-        experiment = before.extended_by(replace(before, config=shared, **given))
-    else:
-        raw = override(merge_layers({"sampler": SAMPLER}, recipe, config, data), settings)
-        command, today = shlex.join(["stablefield", *sys.argv[1:]]), date.today().isoformat()
-        experiment = Experiment(with_holdout(raw, allowed), **(DEFAULTS | given), command=command, started=today)
-    with progress_bar("decoding") as progress:
-        experiment = experiment.with_data_hash(progress)
-    print(check_targets(experiment, out, progress_bar))
-    with locked(RunFolder(out)):
-        experiment.write(out)
-        _write_json(out / "evaluator.json", cached_evaluator(out, progress_bar, allowed).description)
-        _write_json(out / "machine.json", describe_machine(experiment.config, jobs))
-        complete, signal = run_experiment(experiment, out, jobs)
-    _report(out, summary, allowed)
-    if not complete:
-        print(f"Stopped and saved. Resume with: stablefield compare --out {out}{allow_option(experiment.config)}")
-        raise typer.Exit(128 + signal)
-
-
-def with_holdout(raw: Mapping[str, Any], allow: Iterable[Allowed] = ()) -> Config:
-    """Configuration that all runs share; a sixth of the data, at most 5,000, are held out if it holds out none.
-
-    Args:
-        raw: sections of the configuration as given.
-        allow: classes outside this package that it may name, as for `resolve`.
-    """
-    config = resolve(raw, allow=allow)
-    if config["data"]["holdout"] == 0:
+    seconds = parse_duration(stop_after) if stop_after else math.inf
+    if not report_only:
+        options = {"evaluations": evaluations, "samples": samples, "examples": examples}
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        given |= {"targets": split_targets(targets)} if targets else {}
+        given |= {"objectives": tuple(map(str.strip, objectives.split(",")))} if objectives else {}
+        given |= {"seeds": parse_seeds(seeds)} if seeds else {}
+        sections: dict[str, Any] = {"sampler": SAMPLER}
+        if (out / "comparison.json").exists():  # what is not given stays as it is
+            before = Experiment.read(out, allow=allowed)
+            sections = before.config.sections
+            kept = ("evaluations", "samples", "examples", "targets", "seeds")
+            given = {name: getattr(before, name) for name in kept} | {"objectives": _names(before)} | given
+        shared = resolve(override(merge_layers(sections, recipe, config, data), settings), allow=allowed)
+        command = (date.today().isoformat(), shlex.join(["stablefield", *sys.argv[1:]]))
+        defaults = {"targets": split_targets(TARGETS), "seeds": range(3)}
         with progress_bar("decoding") as progress:
-            total = len(config.make("data").load(progress))
-        holdout = {"data": {"holdout": min(max(2, total // 6), 5000)}}
-        config = resolve(overlay(config.sections, holdout), allow=config.allowed)
-    return config
+            experiment = define(shared, **(defaults | given), command=command, progress=progress)
+        if measure:
+            _measure_steps(experiment, out)
+            return
+        print(_plan(experiment, out))
+        _run(experiment, out, jobs, seconds)
+    comparison = Comparison.read(out, allow=allowed)
+    path = page or out / "README.md"
+    write_page(comparison, path)
+    print("\n".join(summarize(comparison)))
+    print(f"page      {path}\nrecords   {out / 'records'}")
+    if not comparison.complete and not report_only:
+        option = allow_option(comparison.experiment.config)
+        print(f"Stopped and saved. The same command resumes, or: stablefield compare --out {out}{option}")
+        raise typer.Exit(75)  # EX_TEMPFAIL: to be tried again
 
 
-def check_targets(experiment: Experiment, out: Path, stage_progress: StageProgress) -> str:
-    """Build every target before any training, and describe the plan.
-
-    Targets that do not fit the data are refused here. The distances to nearest neighbours that exact targets need are
-    computed and cached.
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as `90s`, `60m` or `1.5h`.
 
     Args:
-        experiment: the experiment.
-        out: folder of the experiment, which may not exist yet.
-        stage_progress: opens a progress callback for each stage, given its title.
+        text: a number with its unit.
 
     Raises:
-        ValueError: components that do not fit the data or each other.
+        ValueError: the text has another form.
     """
-    configs = [arm.configure(experiment.config, 0) for arm in experiment.arms]
-    with stage_progress("decoding") as progress:
-        configs[0].make("data").load(progress)
-    plans = []
-    for arm, config in zip(experiment.arms, configs, strict=True):
-        with stage_progress(f"{arm.title}: nearest neighbours") as progress:
-            plans.append(describe_plan(experiment, build(config, progress), out))
-    return plans[0]
+    if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())):
+        raise ValueError(f"--stop-after is a time such as 90s, 60m or 2h, not {text!r}")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def describe_plan(experiment: Experiment, parts: Components, out: Path) -> str:
-    """Data, network, targets and runs of a comparison in a few lines.
+def _names(experiment: Experiment) -> tuple[str, ...]:
+    """Names of the objectives of an experiment; none if all runs share that of the configuration."""
+    return tuple(name for name in experiment.objectives if name)
 
-    Args:
-        experiment: the experiment.
-        parts: components of one of its runs.
-        out: folder of the experiment.
-    """
-    parameters = sum(p.numel() for p in parts.denoiser.parameters())
+
+def _plan(experiment: Experiment, out: Path) -> str:
+    """Targets, runs and endpoints in a few lines."""
     runs = len(experiment.arms) * len(experiment.seeds)
     return "\n".join(
         (
-            f"data      {parts.data!r}, {len(parts.held_out or ()):,} of them held out",
-            f"process   {parts.denoiser.process}, times {parts.objective.times}",
-            f"network   {experiment.config['network']['kind']}, {parameters:,} parameters, "
-            f"on {next(parts.denoiser.parameters()).device}",
-            f"targets   {'; '.join(arm.title for arm in experiment.arms)}",
+            f"arms      {'; '.join(map(str, experiment.arms))}",
             f"runs      {runs}: seeds {', '.join(map(str, experiment.seeds))}; {experiment.images:,} images each, "
             f"{experiment.evaluations} evaluations",
+            f"spaces    {', '.join(experiment.spaces)}",
+            f"endpoints {len(experiment.endpoints)} for each of {len(experiment.contrasts)} comparisons",
             f"folder    {out}",
         )
     )
 
 
-def run_experiment(experiment: Experiment, out: Path, jobs: int) -> tuple[bool, int]:
-    """Train and evaluate all runs, with a progress bar.
-
-    Args:
-        experiment: the experiment.
-        out: folder of the experiment.
-        jobs: number of seeds to train at once.
-
-    Returns:
-        True if the experiment is complete, and the number of the signal that stopped it (0 if none did).
-    """
-    seen: dict[tuple[int, str], int] = {}
-    total = experiment.images * len(experiment.arms) * len(experiment.seeds)
-    with stop_signals() as stop, _progress() as progress:
+def _run(experiment: Experiment, out: Path, jobs: int, stop_after: float) -> None:
+    """Train and evaluate all runs, with a progress bar."""
+    seen: dict[tuple[Arm, int], int] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    times = (TimeElapsedColumn(), TimeRemainingColumn(compact=True), TextColumn("left; {task.fields[status]}"))
+    with stop_signals() as stop, Progress(*columns, *times) as progress:
+        total = experiment.images * len(experiment.arms) * len(experiment.seeds)
         bar = progress.add_task("comparing", total=total, status="")
 
-        def report(seed: int, arm: Arm, images: int) -> None:
-            seen[seed, str(arm)] = images
-            status = f"seed {seed}, {arm.title}: {images:,} images"
-            progress.update(bar, completed=sum(seen.values()), status=status)
+        def report(arm: Arm, seed: int, status: int | str) -> None:
+            if isinstance(status, int):
+                seen[arm, seed] = status
+                status = f"{status:,} images"
+            progress.update(bar, completed=sum(seen.values()), status=f"{arm}, seed {seed}: {status}")
 
-        def report_stage(seed: int, stage: str) -> None:
-            progress.update(bar, status=f"seed {seed}: {stage}")
-
-        complete = run_all(experiment, out, jobs, report, lambda: stop.number > 0, report_stage)
-    return complete, stop.number
-
-
-def describe_machine(config: Config, jobs: int) -> dict[str, Any]:
-    """Device, processor and versions for the report.
-
-    Args:
-        config: configuration that names the device.
-        jobs: number of seeds that are trained at once.
-    """
-    device = choose_device(config.training.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {
-        "device": f"{device.type} ({name})",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads() if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs),
-        "jobs": jobs,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.system(),
-    }
+        run_comparison(
+            experiment,
+            out,
+            jobs=jobs,
+            stop_after=stop_after,
+            should_stop=lambda: stop.number > 0,
+            report=report,
+            stage_progress=progress_bar,
+        )
 
 
-def _report(out: Path, summary: Path | None, allow: Iterable[Allowed]) -> None:
-    """Write the report, and print its sentences and files."""
-    results = write_report(out, summary, allow=allow)
-    print("\n".join(summarize(results)))
-    print(f"report    {out / 'report.html'}\nsummary   {summary or out / 'summary.md'}")
-    print(f"numbers   {out / 'results.json'}, {out / 'results.csv'}")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _progress() -> Progress:
-    """A progress bar with the remaining time and the run that is training."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("left; {task.fields[status]}"),
-    )
+def _measure_steps(experiment: Experiment, out: Path) -> None:
+    """Measure training times, and print them."""
+    if not (out / "comparison.json").exists():
+        experiment.write(out)
+    with progress_bar("measuring steps") as progress:
+        line = measure_steps(experiment, out, describe_machine(experiment.config), report=progress)
+    if line["load"] > 0.5:
+        print(f"warning: the load average was {line['load']:.1f} before; measure on an idle machine")
+    for arm, times in line["sec_per_kimg"].items():
+        ordered = sorted(times)
+        middle, least, most = ordered[len(times) // 2], ordered[0], ordered[-1]
+        print(f"{arm:<24} {middle:.3g} s per 1,000 images ({least:.3g} to {most:.3g} over {len(times)} turns)")
+    print(f"records   {out / 'records' / 'steps.jsonl'}")

@@ -49,10 +49,12 @@ def demo(
     write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     plot_variance(variance, components.data, config)
     print(
-        f"Frechet distance of {samples} samples to the digits: {scores['samples']:.2f} "
-        f"(of {samples} real digits to the others: {scores['real']:.2f},\n"
-        f"  {scores['real_least']:.2f} to {scores['real_most']:.2f} in 8 splits), "
+        f"Frechet distance of {samples} samples to all digits: {scores['samples']:.2f}, "
         f"in {scores['features']} features of a classifier ({scores['accuracy']:.1%} accuracy on held-out digits)\n"
+        f"  of {samples} digits drawn from them with replacement: {scores['real']:.2f} ({scores['real_least']:.2f} to "
+        f"{scores['real_most']:.2f} in 8 draws)\n"
+        f"  of {samples} digits to the others: {scores['disjoint']:.2f}, because both sets have sampling error\n"
+        "  Samples can be nearer than digits are: with fewer unusual digits among them, sampling error is less.\n"
         f"samples            {sheet}\nloss curve         {loss}\n"
         f"target variance    {variance}\nrun                {out}\n"
         f"The same without stable targets: stablefield train --set target.kind=dsm"

@@ -37,7 +37,10 @@ def _report(x: torch.Tensor, done: int, total: int, progress: Progress) -> torch
 
 
 def score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:
-    """Frechet distance of samples to the data, and of as many real images to the other ones, over 8 splits.
+    """Frechet distances to all data: of samples, and of as many images drawn from the data, over 8 draws.
+
+    A model that had learned the data exactly would draw from them with replacement. Disjoint parts of the data are
+    further apart, because the sampling error of both counts: 1 / n + 1 / m compared with 1 / n.
 
     Args:
         data: the data of the run.
@@ -48,14 +51,19 @@ def score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:
     def frechet(samples: Pool | torch.Tensor, reference: Pool) -> float:
         return evaluate(samples, reference, features=classifier, metrics=["frechet"], batch_size=512)["frechet"].mean
 
-    splits = [torch.randperm(len(data), generator=generator(seed, "real")) for seed in range(8)]
-    real = [frechet(data.subset(order[: len(x)]), data.subset(order[len(x) :])) for order in splits]
+    n, real, disjoint = len(x), [], []
+    for seed in range(8):
+        drawn = torch.randint(len(data), (n,), generator=generator(seed, "real with replacement"))
+        real.append(frechet(data.take(drawn), data))
+        order = torch.randperm(len(data), generator=generator(seed, "real"))
+        disjoint.append(frechet(data.subset(order[:n]), data.subset(order[n:])))
     return {
         "samples": frechet(x, data),
         "real": sum(real) / len(real),
         "real_least": min(real),
         "real_most": max(real),
-        "n": len(x),
+        "disjoint": sum(disjoint) / len(disjoint),
+        "n": n,
         "reference": len(data),
         "features": classifier.network.head.in_features,
         "accuracy": classifier.accuracy,

@@ -79,7 +79,7 @@ def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16, dr
     except ValueError as error:
         return [f"noise     no proposal: {error}"]
     linear, process, size = LinearDenoiser.from_pool(few), VE(), min(1024, max(2, len(few) // 4))
-    proposal = NoiseProposal.from_pool(few, spread, distances, linear)
+    proposal = NoiseProposal.from_pool(few, spread, linear)
     with progress_bar("measuring") as progress:
         t = distances.noise_levels(13, process)
         field = measure_field(few, process, t, sizes=(size,), examples=examples, draws=draws, progress=progress)

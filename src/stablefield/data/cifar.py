@@ -127,9 +127,11 @@ def read_pickle(content: bytes, name: str) -> dict[str, Any]:
     try:
         found = _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
     except _ForbiddenError as error:
-        raise ValueError(f"{name} is refused: it asks for {error}, which CIFAR's files do not need") from None
+        raise ValueError(
+            f"{name} is refused: it asks for {printable(error)}, which CIFAR's files do not need"
+        ) from None
     except Exception as error:  # a damaged pickle can fail in any way; none of them runs anything
-        raise ValueError(f"{name} is damaged, or not a pickle of CIFAR: {error!r}") from None
+        raise ValueError(f"{name} is damaged, or not a pickle of CIFAR: {printable(repr(error))}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{name} contains not a dictionary but a {type(found).__name__}")
     return {_text(key): value.array(name) if isinstance(value, _Array) else value for key, value in found.items()}
@@ -184,7 +186,9 @@ class _Array:
                 raise ValueError(f"{dtype.name} {shape} and {len(content)} bytes")
             return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{name} is damaged: an array in it is not uint8, or is incomplete ({error})") from None
+            raise ValueError(
+                f"{name} is damaged: an array in it is not uint8, or is incomplete ({printable(error)})"
+            ) from None
 
 
 class _DType:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from stablefield.build import Components, build_sampler
-from stablefield.config import Config, Training
+from stablefield.config import Config, ConfigError, Training
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
+from stablefield.engine.adaptation import Adaptation
 from stablefield.engine.checkpoints import CheckpointManager, locked
 from stablefield.engine.loop import Optimization, StepReport, train
 from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
@@ -95,7 +96,20 @@ def initial_state(config: Config, components: Components) -> TrainState:
         components: the parts of the run, for the denoiser.
     """
     training = config.training
-    return TrainState(components.denoiser, emas=training.emas, precision=getattr(torch, training.precision))
+    return TrainState(
+        components.denoiser,
+        emas=training.emas,
+        precision=getattr(torch, training.precision),
+        adaptation=_adaptation(config, components),
+    )
+
+
+def _adaptation(config: Config, components: Components) -> Adaptation | None:
+    """The noise distribution of a run, if it adapts."""
+    adaptation = Adaptation.of(components.objective.times)
+    if adaptation and not adaptation.adaptive.reweight and not config.training.probe_every:
+        raise ConfigError("times.reweight=false follows the excess, which is not measured: set training.probe_every")
+    return adaptation
 
 
 def make_optimization(training: Training) -> Optimization:
@@ -222,6 +236,8 @@ class _Fit:
             self.metrics = self.logger.flush(self.state)
             if probe:
                 self.metrics |= self.probes(self.state)
+                if self.state.adaptation:
+                    self.state.adaptation.follow(self.probes.excess_by_bin)
             score = self._rate_average() if save and not stopping else None
             self.ranks.on_main(lambda: self._write_metrics(draw=save))
             if save:

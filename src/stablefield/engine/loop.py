@@ -44,6 +44,7 @@ class StepReport:
         step_taken: True if the gradient was finite and the weights were updated.
         fraction_dsm: share of this rank's examples that keep their own x as target because references cannot be seen
             through their augmentation; None if the network is not conditioned on augmentations.
+        importance: importance weight of each of this rank's examples, which is not in their losses; None without.
     """
 
     images: int
@@ -52,6 +53,7 @@ class StepReport:
     gradient_norm: Float[Tensor, ""]
     step_taken: bool
     fraction_dsm: Float[Tensor, ""] | None = None
+    importance: Float[Tensor, "B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -105,17 +107,24 @@ def train(
     model = ranks.wrap(state.denoiser)
     state.denoiser.train()
     training_batches = _training_batches(state, objective, batches, seed, batches.size // ranks.world_size)
+    adaptation = state.adaptation
     while state.images < images:
         noisy, target = next(training_batches)
+        importance = adaptation.importance(noisy.t, state.images) if adaptation else None
         dropout_seed = derive(seed, "dropout", ranks.rank)
-        report = _compute_gradient(state, model, objective, noisy, target, optimization.micro_batch_size, dropout_seed)
+        report = _compute_gradient(
+            state, model, objective, noisy, target, importance, optimization.micro_batch_size, dropout_seed
+        )
         learning_rate = optimization.learning_rate(state.images + batches.size)
         gradient_norm, step_taken = _update_weights(state, learning_rate, optimization.gradient_clip)
+        if adaptation:
+            process = state.denoiser.process
+            adaptation.add(report, process, objective.weight, state.denoiser, state.images, batches.size, ranks)
         state.end_step(batches.size, step_taken)
         if not step_taken:
             objective.target.check(noisy)
         fraction_dsm = None if noisy.augment_label is None else (~permutes(noisy.augment_label)).float().mean()
-        yield StepReport(state.images, report, learning_rate, gradient_norm, step_taken, fraction_dsm)
+        yield StepReport(state.images, report, learning_rate, gradient_norm, step_taken, fraction_dsm, importance)
         if state.skipped_in_a_row > optimization.patience:
             raise FloatingPointError(
                 f"the gradient was not finite in {state.skipped_in_a_row} steps in a row, up to {state.images} images "
@@ -133,6 +142,11 @@ def _training_batches(
     """
     target = objective.target
     together = target.steps(batch_size) if isinstance(target, Prefetched) else 1
+    if state.adaptation and state.adaptation.adaptive.every < together * batches.size:
+        raise ValueError(
+            f"times.every = {state.adaptation.adaptive.every} is below the {together * batches.size} images of the "
+            f"{together} steps whose targets are computed together; raise it, or lower training.target_prefetch"
+        )
 
     def group(first: int) -> list[tuple[NoisyBatch, Posterior]]:
         steps = [first + step * batches.size for step in range(together)]
@@ -156,12 +170,13 @@ def perturb(state: TrainState, times: TimeDistribution, batches: BatchSource, im
 
     Args:
         state: the state, for the process and the device of its model.
-        times: distribution of t.
+        times: distribution of t, unless that of the state adapts.
         batches: the batches of the run.
         images: images seen before the step, over all ranks.
         seed: seed of times and noise.
     """
     batch = batches(images).to(state.device)
+    times = state.adaptation.times(images, state.images) if state.adaptation else times
     t = times.draw(batches.size, generator(seed, "times", images))[batch.image_number - images]
     return state.denoiser.process.perturb(
         batch.x,
@@ -180,6 +195,7 @@ def _compute_gradient(
     objective: Objective,
     noisy: NoisyBatch,
     target: Posterior,
+    importance: Float[Tensor, "B"] | None,
     micro_batch_size: int | None,
     dropout_seed: int,
 ) -> LossReport:
@@ -195,7 +211,8 @@ def _compute_gradient(
         ):
             with torch.autocast(state.device.type, state.precision, enabled=state.precision != torch.float32):
                 report = objective.loss(model, state.denoiser.process, noisy.select(part), target.select(part))
-            state.scaler.scale(report.losses.sum() / len(noisy)).backward()
+            losses = report.losses if importance is None else importance[part] * report.losses
+            state.scaler.scale(losses.sum() / len(noisy)).backward()
         reports.append(report)
     losses, t, ess = (torch.cat([getattr(r, name).detach() for r in reports]) for name in ("losses", "t", "ess"))
     return LossReport(losses.mean(), losses, t, ess)

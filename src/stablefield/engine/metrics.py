@@ -138,11 +138,14 @@ class MetricsLogger:
         """Means over steps that were taken; the losses of skipped steps need not be finite."""
         if not steps:
             return {}
-        own = torch.cat([torch.stack([s.report.losses, s.report.t, s.report.ess.to(s.report.t)], 1) for s in steps])
-        losses, t, ess = self.ranks.all_gather(own.float()).double().cpu().unbind(1)
+        own = torch.cat(
+            [torch.stack([s.report.losses, s.report.t, s.report.ess.to(s.report.t), _importance(s)], 1) for s in steps]
+        )
+        losses, t, ess, importance = self.ranks.all_gather(own.float()).double().cpu().unbind(1)
         fractions = [step.fraction_dsm for step in steps if step.fraction_dsm is not None]
         return {
             **self.bins.means("loss", self.bins.sums(t, losses)),
+            **({} if steps[0].importance is None else {"loss/loss": float((importance * losses).mean())}),
             "loss/gradient_norm": float(torch.stack([step.gradient_norm for step in steps]).double().mean()),
             "target/ess": float(ess.mean()),
             "target/fraction_ess_above_1.01": float((ess > ESS_THRESHOLD).double().mean()),
@@ -151,6 +154,11 @@ class MetricsLogger:
 
     def _mean_over_ranks(self, values: Sequence[Tensor]) -> float:
         return float(self.ranks.all_gather(torch.stack(list(values))).double().mean())
+
+
+def _importance(step: StepReport) -> Float[Tensor, "B"]:
+    """Importance weights of the examples of a step."""
+    return torch.ones_like(step.report.t) if step.importance is None else step.importance.to(step.report.t)
 
 
 def _resources(device: torch.device) -> dict[str, float]:

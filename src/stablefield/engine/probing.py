@@ -85,6 +85,7 @@ class RunProbes:
         every: images between two measurements; 0 for none.
         target: name of the targets that the run is trained with; None if their floor is not known.
         latest: the excess and the floor that were measured last, and the name of the target; empty before.
+        excess_by_bin: the excess in each range of the noise level under the run's own loss, as measured last.
     """
 
     def __init__(self, config: Config, components: Components, ranks: Ranks) -> None:
@@ -95,6 +96,7 @@ class RunProbes:
         self.batch_size = training.micro_batch_size or training.batch_size // ranks.world_size
         self.augmented = bool(config.make("augmentation").augment_dim)
         self.latest: dict[str, Any] = {}
+        self.excess_by_bin = torch.zeros(0)
         self._made: tuple[list[_Group], Probes | None] | None = None
 
     def due(self, images: int, batch_size: int) -> bool:
@@ -140,6 +142,8 @@ class RunProbes:
                 squares[id(probes.noisy)] = probes.squares(network, batch_size=self.batch_size)[0]
             excess = self._gathered(probes, probes.weighted(squares[id(probes.noisy)]))
             metrics |= group.means(group.prefix, f"excess{suffix}", excess)
+            if group is groups[0] and not suffix:
+                self.excess_by_bin = excess.by_bin
             metrics[f"{group.prefix}/excess{suffix}_error"] = excess.error
         return metrics
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stablefield.denoise import Denoiser
+from stablefield.engine.adaptation import Adaptation
 from stablefield.schedule import EMA, average_names
 
 __all__ = ["TrainState"]
@@ -23,6 +24,7 @@ class TrainState:
         optimizer: optimizer of the model's parameters; by default Adam with betas (0.9, 0.999).
         emas: moving averages of the weights to keep; samples are drawn from the first.
         precision: dtype of matrix products and convolutions; weights, averages and sums stay float32.
+        adaptation: the noise distribution, if it adapts to the run.
 
     Attributes:
         denoiser: the model.
@@ -30,6 +32,7 @@ class TrainState:
         averages: a copy of the model with averaged weights for each of them, in evaluation mode.
         optimizer: the optimizer.
         precision: dtype of matrix products and convolutions.
+        adaptation: the noise distribution, if it adapts to the run.
         scaler: scale of the loss, which changes only in float16.
         images: images seen, over all ranks.
         skipped: steps that were skipped because their gradient was not finite.
@@ -47,12 +50,13 @@ class TrainState:
         *,
         emas: Sequence[EMA] = (EMA(),),
         precision: torch.dtype = torch.float32,
+        adaptation: Adaptation | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.emas = dict(zip(average_names([ema.half_life for ema in emas]), emas, strict=True))
         self.averages = {name: copy.deepcopy(denoiser).eval().requires_grad_(False) for name in self.emas}
         self.optimizer = optimizer or torch.optim.Adam(denoiser.parameters(), lr=1e-3, fused=True)
-        self.precision = precision
+        self.precision, self.adaptation = precision, adaptation
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.images = self.skipped = self.skipped_in_a_row = 0
         self.complete = True
@@ -91,6 +95,8 @@ class TrainState:
             named |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in slots.items()}
         scaler = self.scaler.state_dict()
         named |= {f"scaler.{name}": torch.tensor(value, dtype=torch.float64) for name, value in scaler.items()}
+        if self.adaptation is not None:
+            named |= {f"times.{name}": value for name, value in self.adaptation.tensors().items()}
         counts = {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
         return named | {f"steps.{name}": torch.tensor(count) for name, count in counts.items()}
 
@@ -117,6 +123,8 @@ class TrainState:
         if self.scaler.is_enabled() and "scaler" in groups:
             before = self.scaler.state_dict()
             self.scaler.load_state_dict({k: type(before[k])(v.item()) for k, v in groups["scaler"].items()})
+        if self.adaptation is not None and "times" in groups:
+            self.adaptation.restore(groups["times"])
         counts = groups.get("steps", {})
         self.skipped, self.skipped_in_a_row = (int(counts.get(name, 0)) for name in ("skipped", "skipped_in_a_row"))
         self.images = images

@@ -5,6 +5,7 @@ from stablefield.evaluate.estimate import Estimate
 from stablefield.evaluate.evaluation import evaluate, feature_statistics
 from stablefield.evaluate.features import ExportedNetwork, Features, Pixels
 from stablefield.evaluate.frechet import Statistics, StatisticsAccumulator, frechet_distance
+from stablefield.evaluate.image_network import EfficientNetLite0
 from stablefield.evaluate.inception import Inception
 from stablefield.evaluate.inputs import Reference
 from stablefield.evaluate.memorisation import NearestMatches, find_nearest, memorisation_scores
@@ -15,6 +16,7 @@ from stablefield.evaluate.scores import Scores, ScoreTable
 __all__ = [
     "METRICS",
     "Classifier",
+    "EfficientNetLite0",
     "Estimate",
     "ExportedNetwork",
     "FeatureSet",

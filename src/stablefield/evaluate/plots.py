@@ -63,6 +63,8 @@ def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> N
     above, below = figure.subplots(2, 1)
     above.set_title(title, loc="left", fontsize=11)
     label(above, "images seen", "loss (weighted squared error)")
+    if all(line.get("loss/floor_target") == line.get("loss/floor_dsm") for line in lines):  # a run with DSM targets
+        lines = [{key: value for key, value in line.items() if "floor_target" not in key} for line in lines]
     curves = (
         ("loss/loss", "0.75", "-", "training loss"),
         ("loss/floor_dsm", "black", ":", "floor with DSM targets"),

@@ -9,6 +9,7 @@ from stablefield.data import StageProgress, silent_stage
 from stablefield.distributed import Ranks
 from stablefield.evaluate.classifier import cached_classifier, find_classifier
 from stablefield.evaluate.features import ExportedNetwork, Features, Pixels
+from stablefield.evaluate.image_network import EfficientNetLite0
 from stablefield.evaluate.inception import NUM_FEATURES, Inception
 from stablefield.evaluate.inputs import Reference
 
@@ -86,6 +87,8 @@ def _open_features(
         return Pixels()
     if name == "inception":
         return Inception(weights, ranks.device)
+    if name == EfficientNetLite0.name:
+        return EfficientNetLite0(ranks.device)
     if name != "classifier":
         return ExportedNetwork(Path(name), ranks.device, trusted=trusted)
     if base.pool is None:

@@ -52,13 +52,17 @@ def k_nearest(
     Returns:
         Euclidean distances, ascending, in float64, and the indices of the data points, on the device of x.
     """
-    centre = x.double().mean(0)
-    queries = (x.double() - centre).to(dtype)
+    centre = x.double().mean(0).float()  # exact in any precision, so that subtracting it rounds the difference only
+
+    def centred(z: Tensor) -> Tensor:
+        return (z.to(torch.promote_types(z.dtype, dtype)) - centre).to(dtype)
+
+    queries = centred(x)
     norm = queries.square().sum(1)
     best, index = queries.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     largest, start = float(norm.max()), 0
     for block in blocks():
-        y = (block.to(x.device).double() - centre).to(dtype)
+        y = centred(block.to(x.device))
         norms = y.square().sum(1)
         largest = max(largest, float(norms.max()))
         squares = torch.addmm(norm[:, None] + norms, queries, y.T, alpha=-2)

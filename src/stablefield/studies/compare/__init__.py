@@ -1,23 +1,27 @@
-"""Comparison of training targets: paired runs, what is measured of them, and the report."""
+"""Comparison of training targets: paired runs, endpoints that are fixed before them, and a page of what was found."""
 
-from stablefield.studies.compare.evaluator import Evaluator, make_evaluator
-from stablefield.studies.compare.experiment import Arm, Experiment
+from stablefield.studies.compare.comparison import Comparison, compare, define, describe_machine
+from stablefield.studies.compare.endpoints import Endpoint, Finding
+from stablefield.studies.compare.experiment import OBJECTIVES, Arm, Experiment
 from stablefield.studies.compare.gradients import GradientVariance, gradient_variance
-from stablefield.studies.compare.jobs import cached_evaluator, run_all
-from stablefield.studies.compare.report import write_report
-from stablefield.studies.compare.results import Results
-from stablefield.studies.compare.summary import summarize
+from stablefield.studies.compare.page import summarize, write_page
+from stablefield.studies.compare.statistics import Estimate
+from stablefield.studies.compare.steps import measure_steps
 
 __all__ = [
+    "OBJECTIVES",
     "Arm",
-    "Evaluator",
+    "Comparison",
+    "Endpoint",
+    "Estimate",
     "Experiment",
+    "Finding",
     "GradientVariance",
-    "Results",
-    "cached_evaluator",
+    "compare",
+    "define",
+    "describe_machine",
     "gradient_variance",
-    "make_evaluator",
-    "run_all",
+    "measure_steps",
     "summarize",
-    "write_report",
+    "write_page",
 ]

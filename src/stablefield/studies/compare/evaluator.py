@@ -1,18 +1,20 @@
-"""Evaluation of all arms with the same x_t and exact posterior means, the same sampling seeds and the same features.
+"""Evaluation of all runs with the same sampling seeds, the same features, and the same x_t and exact posterior means.
 
-So differences between arms are due to the arms. Four properties of a denoiser D are measured:
+So differences between arms are due to the arms. Of raw and of averaged weights, it measures
 
-    quality       Frechet distance between features of samples and of the training data
-    held-out loss E ||D(x_t) - x||^2 per dimension, with x from data that were never trained on
-    exact error   E ||D(x_t) - E[x | x_t]||^2 per dimension, with the posterior mean over the training data
-    copies        distance of samples to the training data, relative to that of held-out data
+    distance        Frechet distance between features of samples and of the training data, and of the held-out data
+    held-out loss   the training loss (DSM) on data that were never trained on
+    excess          mean of w(t) ||D(x_t) - E[x | x_t]||^2 per dimension, on training data
 
-The exact error alone says little about quality: a denoiser without any would only reproduce training data.
+The excess alone says little about quality: a denoiser without any would only reproduce training data. So the fraction
+of copies at the end is a part of the record.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +23,13 @@ from torch import Tensor
 
 from stablefield.build import Components, build_sampler
 from stablefield.config import Config
-from stablefield.data import Progress, StageProgress, silent, silent_stage, split
+from stablefield.data import Progress, StageProgress, silent
 from stablefield.denoise import Denoiser
+from stablefield.distributed import Ranks
+from stablefield.engine.metrics import HeldOutLoss, NoiseBins
+from stablefield.engine.state import TrainState
 from stablefield.evaluate import (
+    EfficientNetLite0,
     Features,
     NearestMatches,
     Pixels,
@@ -35,266 +41,225 @@ from stablefield.evaluate import (
     memorisation_scores,
 )
 from stablefield.evaluate.frechet import merge_all
+from stablefield.floor import Probes, SquaredError
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch
 from stablefield.sample import Sampler
 from stablefield.seeding import generator
-from stablefield.targets import ExactTarget
-from stablefield.times import TimeDistribution
+from stablefield.studies.compare.gradients import gradient_variance
 
-__all__ = ["Evaluator", "NoiseLevel", "make_evaluator", "noise_levels"]
+__all__ = ["Evaluator", "Reference", "Space", "find_spaces"]
 
-NUM_LEVELS = 9
 BATCH_SIZE = 250
 BLOCK_SIZE = 1024
 GRADIENT_BATCHES, GRADIENT_EXAMPLES = 16, 32
+PROBE_BINS = 32
+
+
+def find_spaces(data: Pool) -> tuple[str, ...]:
+    """Names of the feature spaces that suit some data and are installed.
+
+    Args:
+        data: all data.
+    """
+    if len(data.shape) != 3 or not data.images:
+        return ("data",)
+    own = "data" if data.labels is None else "classifier"
+    general = EfficientNetLite0.available() and data.shape[0] in (1, 3)
+    return (own, EfficientNetLite0.name) if general else (own,)
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseLevel:
-    """Examples at one noise level, on which denoisers are evaluated.
+class Space:
+    """A feature space with the statistics of the data in it.
 
     Attributes:
-        noise_level: sigma / alpha.
-        share: probability that the training noise is nearer to this level than to the others.
-        weight: loss weight at this level.
-        train: x_t of training data, on the denoiser's device.
-        exact: their posterior means E[x | x_t] over all training data.
-        held_out: x_t of held-out data.
+        features: the features.
+        train: statistics of the training data.
+        held_out: statistics of the held-out data.
     """
 
-    noise_level: float
-    share: float
-    weight: float
-    train: NoisyBatch
-    exact: Float[Tensor, "n *D"]
-    held_out: NoisyBatch
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluator:
-    """Evaluation shared by all arms; it depends on the data and the configuration alone, not on any training.
-
-    Attributes:
-        shape: shape of one sample.
-        pool: training data.
-        sampler: sampler of all arms.
-        seeds: sampling seeds, one per sample.
-        features: feature network of the Frechet distance.
-        train_statistics: feature statistics of the training data.
-        held_out_statistics: feature statistics of the held-out data.
-        held_out_nearest: nearest training data of held-out data, which samples are compared with.
-        levels: examples at each noise level.
-        gradient_batches: batches for the variance of the gradient, each with its exact posterior means.
-        description: what the report needs besides the scores: noise levels, features, and scores of held-out data.
-    """
-
-    shape: tuple[int, ...]
-    pool: Pool
-    sampler: Sampler
-    seeds: range
     features: Features
-    train_statistics: Statistics
-    held_out_statistics: Statistics
-    held_out_nearest: NearestMatches
-    levels: Sequence[NoiseLevel]
-    gradient_batches: Sequence[tuple[NoisyBatch, Tensor]]
-    description: dict[str, Any]
+    train: Statistics
+    held_out: Statistics
 
-    def sample(self, denoiser: Denoiser) -> tuple[Float[Tensor, "n *D"], int]:
-        """Samples on the CPU, one per seed, and the number of network evaluations per sample.
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Data that samples of every objective are compared with, and their features.
+
+    Attributes:
+        pool: the training data.
+        held_out: the held-out data.
+        spaces: the feature spaces by name.
+        nearest: nearest training data of held-out data, which samples are compared with.
+    """
+
+    pool: Pool
+    held_out: Pool
+    spaces: dict[str, Space]
+    nearest: NearestMatches
+
+    @classmethod
+    def make(
+        cls, parts: Components, names: Sequence[str], samples: int, cache: Path, stage_progress: StageProgress
+    ) -> "Reference":
+        """Compute features of all data, or read their statistics from the cache.
 
         Args:
-            denoiser: the denoiser to sample from.
+            parts: components of a run, with held-out data.
+            names: names of the feature spaces.
+            samples: number of samples per evaluation.
+            cache: folder for the statistics.
+            stage_progress: opens a progress callback for each stage, given its title.
         """
-        chunks = [self.seeds[start : start + BATCH_SIZE] for start in range(0, len(self.seeds), BATCH_SIZE)]
-        samples = [self.sampler(denoiser, self.shape, seeds=seeds) for seeds in chunks]
-        return torch.cat([chunk.x.float().cpu() for chunk in samples]), samples[0].evaluations
+        assert parts.held_out is not None
+        device = next(parts.denoiser.parameters()).device
+        spaces = {}
+        for name in names:
+            with stage_progress(f"features: {name}") as progress:
+                features = _features(name, parts.data, device, progress)
+            with stage_progress(f"statistics of the data: {name}") as progress:
+                compute = partial(_cached_statistics, cache, features)
+                train = compute(f"{name}-train", parts.pool, progress)
+                spaces[name] = Space(features, train, compute(f"{name}-held-out", parts.held_out, silent))
+        index = torch.randperm(len(parts.held_out), generator=generator(0, "near"))[:samples]
+        nearest = find_nearest(parts.held_out.take(index), parts.pool)
+        return cls(parts.pool, parts.held_out, spaces, nearest)
 
-    def score_samples(self, x: Float[Tensor, "n *D"]) -> dict[str, float]:
-        """Frechet distances of samples to training and held-out data, and measures of copying.
+    def description(self) -> dict[str, Any]:
+        """Sizes, features, and the scores of held-out data, which samples can be compared with."""
+        return {
+            "train_size": len(self.pool),
+            "held_out_size": len(self.held_out),
+            "features": {name: space.features.metadata() for name, space in self.spaces.items()},
+            "held_out_distance": {name: frechet_distance(s.held_out, s.train) for name, s in self.spaces.items()},
+            "held_out_copies": float(self.nearest.copies().double().mean()),
+        }
+
+    def distances(self, x: Float[Tensor, "n *D"]) -> dict[str, float]:
+        """Frechet distances of samples to training and held-out data in every space.
 
         Args:
             x: the samples.
         """
-        statistics = Statistics.from_features(self.features(x))
-        near = memorisation_scores(find_nearest(x, self.pool), self.held_out_nearest)
-        return {
-            "frechet": frechet_distance(statistics, self.train_statistics),
-            "frechet_held_out": frechet_distance(statistics, self.held_out_statistics),
-            "nearest_ratio": near.get("nearest_ratio", nan),
-            "copies": near["copies"],
-        }
+        found = {}
+        for name, space in self.spaces.items():
+            statistics = Statistics.from_features(space.features(x))
+            found[name] = frechet_distance(statistics, space.train)
+            found[f"{name}, held-out"] = frechet_distance(statistics, space.held_out)
+        return found
 
-    @torch.no_grad()
-    def score_denoiser(self, denoiser: Denoiser) -> dict[str, Any]:
-        """Exact error and held-out loss of a denoiser, at each noise level and weighted as in training.
+    def copies(self, x: Float[Tensor, "n *D"]) -> dict[str, float]:
+        """Fraction of copies among samples, and their nearest distance relative to that of held-out data.
 
         Args:
-            denoiser: the denoiser to evaluate.
+            x: the samples.
         """
-        exact = [_error(denoiser, level.train, level.exact) for level in self.levels]
-        held_out = [_error(denoiser, level.held_out, level.held_out.x) for level in self.levels]
-        factors = [level.share * level.weight for level in self.levels]
-        return {
-            "exact_error": sum(f * e for f, e in zip(factors, exact, strict=True)),
-            "held_out_loss": sum(f * e for f, e in zip(factors, held_out, strict=True)),
-            "exact_error_by_level": exact,
-            "held_out_loss_by_level": held_out,
-        }
+        found = memorisation_scores(find_nearest(x, self.pool), self.nearest)
+        return {"copies": found["copies"], "nearest_ratio": found.get("nearest_ratio", nan)}
 
 
-def make_evaluator(
-    config: Config,
-    parts: Components,
-    *,
-    samples: int,
-    examples: int,
-    stage_progress: StageProgress = silent_stage,
-) -> Evaluator:
-    """Make the evaluator of an experiment; with 50,000 images this takes minutes.
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Evaluation shared by all runs of an objective.
 
-    Args:
-        config: configuration that all arms share.
-        parts: components built from it, with held-out data.
-        samples: number of samples per evaluation.
-        examples: number of examples per noise level.
-        stage_progress: opens a progress callback for each stage, given its title.
+    Attributes:
+        reference: what samples are compared with.
+        sampler: the sampler.
+        samples: number of samples, with seeds 0, 1, ...
+        held_out_loss: loss on the held-out data.
+        probes: x_t of training data with their exact posterior means.
+        gradient_batches: batches for the variance of the gradient, each with its exact posterior means.
     """
-    pool, held_out = parts.pool, parts.held_out
-    assert held_out is not None
-    with stage_progress("training the classifier that compares samples") as progress:
-        device = next(parts.denoiser.parameters()).device
-        features, description = _features(split(parts.data, len(held_out))[0], device, progress)
-    with stage_progress("features of the data") as progress:
-        train_statistics = _statistics(features, pool, progress)
-        held_out_statistics = _statistics(features, held_out, silent)
-    index = torch.randperm(len(held_out), generator=generator(0, "near"))[:samples]
-    held_out_nearest = find_nearest(held_out.take(index), pool)
-    with stage_progress("exact targets at every noise level") as progress:
-        levels = list(_levels(parts, held_out, examples, progress))
-    with stage_progress("exact targets for the gradients") as progress:
-        gradient_batches = list(_gradient_batches(parts, progress))
-    description |= {
-        "levels": [level.noise_level for level in levels],
-        "shares": [level.share for level in levels],
-        "weights": [level.weight for level in levels],
-        "train_size": len(pool),
-        "held_out_size": len(held_out),
-        "frechet_of_held_out": frechet_distance(held_out_statistics, train_statistics),
-        "nearest_of_held_out": float(held_out_nearest.distance[:, 0].median()),
-        "copies_of_held_out": float(held_out_nearest.copies().double().mean()),
-    }
-    return Evaluator(
-        pool.shape,
-        pool,
-        build_sampler(config),
-        range(samples),
-        features,
-        train_statistics,
-        held_out_statistics,
-        held_out_nearest,
-        levels,
-        gradient_batches,
-        description,
-    )
+
+    reference: Reference
+    sampler: Sampler
+    samples: int
+    held_out_loss: HeldOutLoss
+    probes: Probes
+    gradient_batches: Sequence[tuple[NoisyBatch, Tensor]]
+
+    @classmethod
+    def make(cls, config: Config, parts: Components, reference: Reference, samples: int, examples: int) -> "Evaluator":
+        """Draw the x_t of an objective and compute their exact posterior means; with 50,000 images, in a minute.
+
+        Args:
+            config: configuration of a run of the objective.
+            parts: its components.
+            reference: what samples are compared with.
+            samples: number of samples per evaluation.
+            examples: number of x_t that the excess is measured on.
+        """
+        objective, process = parts.objective, parts.denoiser.process
+        bins = NoiseBins.equally_likely(objective.times, process)
+        ranks = Ranks(next(parts.denoiser.parameters()).device)
+        held_out_loss = HeldOutLoss(reference.held_out, objective, bins, ranks, BATCH_SIZE, max_examples=4 * examples)
+        loss, device = SquaredError.of_objective(objective, process), ranks.device
+        probes = Probes(parts.pool, loss, bins=PROBE_BINS, per_bin=-(-examples // PROBE_BINS), device=device)
+        count = GRADIENT_BATCHES * GRADIENT_EXAMPLES
+        points = Probes(parts.pool, loss, bins=GRADIENT_BATCHES, per_bin=GRADIENT_EXAMPLES, seed=1, device=device)
+        batches = []
+        for number, rows in enumerate(
+            torch.randperm(count, generator=generator(0, "gradients")).split(GRADIENT_EXAMPLES)
+        ):
+            noisy = points.noisy.select(rows).map(lambda values: values.to(device))
+            step = torch.full((len(rows),), number * len(parts.pool))  # recent references are those of one step
+            batches.append((replace(noisy, image_number=step), points.exact.mean[rows].to(device)))
+        return cls(reference, build_sampler(config), samples, held_out_loss, probes, batches)
+
+    def __call__(self, state: TrainState, parts: Components, *, last: bool) -> tuple[dict[str, Any], Tensor]:
+        """Scores of a run, and samples of its averaged weights.
+
+        Args:
+            state: its state.
+            parts: its components.
+            last: True at the end of training, when copies are counted.
+        """
+        line: dict[str, Any] = {"images": state.images}
+        sheet = torch.empty(0)
+        for name, denoiser in (("raw", state.denoiser), ("average", state.average)):
+            denoiser.eval()
+            sheet = self._sample(denoiser)
+            line[name] = {
+                **self.reference.distances(sheet),
+                **(self.reference.copies(sheet) if last else {}),
+                "held-out loss": self.held_out_loss(denoiser)["held_out/loss"],
+                "excess": self.probes.excess(denoiser, batch_size=BATCH_SIZE).value,
+            }
+        state.denoiser.train()
+        variance = gradient_variance(parts.denoiser, parts.objective, self.gradient_batches)
+        line |= {"gradient_variance": variance.total, "gradient_variance_of_target": variance.target}
+        return line | {"gradient_squared_mean": variance.squared_mean}, sheet
+
+    def _sample(self, denoiser: Denoiser) -> Float[Tensor, "n *D"]:
+        """Samples on the CPU, one per seed."""
+        chunks = [range(start, min(start + BATCH_SIZE, self.samples)) for start in range(0, self.samples, BATCH_SIZE)]
+        shape = self.reference.pool.shape
+        return torch.cat([self.sampler(denoiser, shape, seeds=seeds).x.float().cpu() for seeds in chunks])
 
 
-def noise_levels(parts: Components) -> tuple[Float[Tensor, "L"], list[float]]:
-    """Times at noise levels evenly spaced in log(sigma / alpha), and the share of the training noise nearest to each.
-
-    Args:
-        parts: components, with the process and the distribution of t.
-    """
-    process, times = parts.denoiser.process, parts.objective.times
-    ends = _log_levels(parts, times, torch.tensor([0.005, 0.995], dtype=torch.float64))
-    spaced = torch.linspace(float(ends[0]), float(ends[1]), NUM_LEVELS, dtype=torch.float64)
-    quantiles = _log_levels(parts, times, (torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
-    closest = (quantiles[:, None] - spaced).abs().argmin(1)
-    shares = torch.bincount(closest, minlength=NUM_LEVELS).double() / len(quantiles)
-    return process.time(spaced.exp()), shares.tolist()
+def _features(name: str, data: Pool, device: torch.device, progress: Progress) -> Features:
+    """Features by name; a classifier is trained on all data, so that it is the same for every number held out."""
+    if name == "data":
+        return Pixels()
+    if name == "classifier":
+        return cached_classifier(data, device=device, progress=progress)
+    return EfficientNetLite0(device)
 
 
-def _levels(parts: Components, held_out: Pool, examples: int, progress: Progress) -> Iterator[NoiseLevel]:
-    """Examples and exact posterior means at each noise level."""
-    pool, process = parts.pool, parts.denoiser.process
-    t, shares = noise_levels(parts)
-    weights = parts.objective.weight(process, t).tolist()
-    for number, (time, share, weight) in enumerate(zip(t, shares, weights, strict=True)):
-        train, unseen = (
-            _noisy_batch(parts, data, time.expand(min(examples, len(data))), number) for data in (pool, held_out)
-        )
-        alpha, sigma = process.scales(time)
-        yield NoiseLevel(float(sigma / alpha), share, weight, train, _exact_means(pool, train), unseen)
-        progress(number + 1, len(t))
-
-
-def _gradient_batches(parts: Components, progress: Progress) -> Iterator[tuple[NoisyBatch, Tensor]]:
-    """Batches as in training, each with its exact posterior means."""
-    for number in range(GRADIENT_BATCHES):
-        times = parts.objective.times.draw(GRADIENT_EXAMPLES, generator(0, "gradient times", number))
-        noisy = _noisy_batch(parts, parts.pool, times, NUM_LEVELS + number)
-        yield noisy, _exact_means(parts.pool, noisy)
-        progress(number + 1, GRADIENT_BATCHES)
-
-
-def _log_levels(parts: Components, times: TimeDistribution, u: Tensor) -> Tensor:
-    """Quantiles of log(sigma / alpha)."""
-    alpha, sigma = parts.denoiser.process.scales(times.quantile(u))
-    return (sigma / alpha).log()
-
-
-def _features(pool: Pool, device: torch.device, progress: Progress) -> tuple[Features, dict[str, Any]]:
-    """Features of a classifier of the training data; the data themselves if they have no classes."""
-    if pool.labels is None or len(pool.shape) != 3:
-        return Pixels(), {"features": "the data themselves", "accuracy": None}
-    classifier = cached_classifier(pool, device=device, progress=progress)
-    return classifier, {"features": "a classifier of the training data", "accuracy": classifier.accuracy}
-
-
-def _statistics(features: Features, pool: Pool, progress: Progress) -> Statistics:
+def _cached_statistics(cache: Path, features: Features, name: str, pool: Pool, progress: Progress) -> Statistics:
     """Feature statistics of a pool, block by block."""
+    file = cache / f"statistics-{name}.npz"
+    if file.exists() and (found := Statistics.read(file)).features == features.identity and found.n == len(pool):
+        return found
 
     def sums() -> Iterator[StatisticsAccumulator]:
         for number, block in enumerate(pool.blocks(NULL_LABEL, BLOCK_SIZE)):
             yield StatisticsAccumulator.from_features(features(block))
             progress(min((number + 1) * BLOCK_SIZE, len(pool)), len(pool))
 
-    return merge_all(sums()).statistics()
-
-
-def _noisy_batch(parts: Components, pool: Pool, t: Float[Tensor, "n"], number: int) -> NoisyBatch:
-    """Random data points of a pool at the given times, on the denoiser's device."""
-    random = generator(0, "yardstick", number, len(pool))
-    index = torch.randperm(len(pool), generator=random)[: len(t)]
-    x = pool.take(index)
-    noise = torch.randn(x.shape, generator=random, dtype=x.dtype)
-    device = next(parts.denoiser.parameters()).device
-    label = pool.label(index)
-    return parts.denoiser.process.perturb(
-        x.to(device),
-        t.to(x).to(device),
-        noise.to(device),
-        label=None if label is None else label.to(device),
-        index=index,
-    )
-
-
-def _exact_means(pool: Pool, noisy: NoisyBatch) -> Tensor:
-    """E[x | x_t] of each example over the whole pool."""
-    chunks = [noisy.select(slice(start, start + BATCH_SIZE)) for start in range(0, len(noisy), BATCH_SIZE)]
-    return torch.cat([ExactTarget(pool, missing_mass=0.0)(chunk).mean for chunk in chunks])
-
-
-def _error(denoiser: Denoiser, noisy: NoisyBatch, target: Tensor) -> float:
-    """Mean squared error of a denoiser per dimension."""
-    squares = [
-        (denoiser(part.x_t, part.t, part.label) - target[start : start + BATCH_SIZE])
-        .double()
-        .square()
-        .flatten(1)
-        .mean(1)
-        for start in range(0, len(noisy), BATCH_SIZE)
-        for part in [noisy.select(slice(start, start + BATCH_SIZE))]
-    ]
-    return float(torch.cat(squares).mean())
+    statistics = replace(merge_all(sums()).statistics(), features=features.identity)
+    cache.mkdir(parents=True, exist_ok=True)
+    statistics.save(file)
+    return statistics

@@ -1,135 +1,142 @@
-"""Definition of a comparison: arms that differ only in their target, seeds, and the points at which they are evaluated.
+"""Definition of a comparison: objectives, targets, seeds, evaluation points and endpoints, fixed before the first run.
 
-DIR/experiment.json               what is compared
-    evaluator.json, machine.json  what the arms are evaluated with, and the machine
-    runs/ARM/seed-0/              a run like any other: config.toml, checkpoint.safetensors, metrics.jsonl
-                    evaluations.jsonl   its scores, one line per evaluation
-                    samples/            a sheet of its first samples per evaluation
-    report.html, summary.md, results.json, results.csv
+DIR/comparison.json          the definition, with the hash of its endpoints and of its data
+    records/RUN.jsonl        scores of a run, one line per evaluation
+            steps.jsonl      training times, measured alternately by `--measure-steps`
+            machine.json     the machine, and what samples were compared with
+    README.md, *.png         the page, made from the files above alone
+    checkpoints/             weights of the runs: large, not needed by the page, ignored by git
 
-Two arms with the same seed start from the same weights and train on the same images, times and noise: the random
-numbers of a step depend on the seed and the number of images seen (`engine.train`), never on the arm.
+An arm is a target with an objective. Two arms with the same seed start from the same weights and train on the same
+images; with the same objective, also at the same times and noise (`engine.train`).
 """
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
-from stablefield.data import Progress, silent
+from stablefield.config import Allowed, Config, ConfigError, override, resolve, target_section
 from stablefield.engine.checkpoints import RESUMABLE_KEYS
 from stablefield.files import write_text
 from stablefield.pool import Pool
-from stablefield.run import RunFolder, fingerprint, refuse_other_data
+from stablefield.run import RunFolder, refuse_other_data
+from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
 
-__all__ = ["SUPPORT_SIZE_KEYS", "Arm", "Experiment", "experiment_file"]
+__all__ = ["MIN_EVALUATIONS", "OBJECTIVES", "Arm", "Experiment"]
 
-FORMAT = "stablefield comparison 1"
-# targets that can be compared, and the configuration key of the support size that is written after the colon
-SUPPORT_SIZE_KEYS = {"dsm": "", "stf": "size", "knn": "neighbours", "exact": ""}
+FORMAT = "stablefield comparison 2"
+MIN_EVALUATIONS = 10
 CHANGEABLE_KEYS = RESUMABLE_KEYS - {"training.images"}  # the number of images decides the evaluation points
+
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    # flow matching as in Lipman et al. 2023: uniform t, and a network that predicts the velocity
+    "flow": (
+        "process.kind=flow",
+        "times.kind=uniform",
+        "weight.kind=velocity",
+        "preconditioning.kind=none",
+        "preconditioning.prediction_type=velocity",
+    ),
+    # Karras et al. 2022
+    "edm": ("process.kind=ve", "times.kind=lognormal", "weight.kind=edm", "preconditioning.kind=edm", "grid.kind=edm"),
+    # Song et al. 2021: log-uniform noise and weight 1 / sigma^2
+    "ve": (
+        "process.kind=ve",
+        "times.kind=loguniform",
+        "weight.kind=snr",
+        "preconditioning.kind=ve",
+        "grid.kind=geometric",
+    ),
+    "vp": ("process.kind=vp", "times.kind=uniform", "weight.kind=snr", "preconditioning.kind=vp", "grid.kind=uniform"),
+}
+"""Settings of the objectives that can be compared by name; any other comes from the shared configuration."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A target to compare, written `dsm`, `stf:256`, `knn:64` or `exact`.
+    """A target with an objective.
 
     Attributes:
-        kind: kind of the target, as in the section `target` of a configuration.
-        number: number of candidates in the support, for the kinds that have one; None for the others.
+        objective: name of the objective; "" if all runs share that of the configuration.
+        target: the target as text.
     """
 
-    kind: str
-    number: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "Arm":
-        """The arm that a text such as `stf:256` names.
-
-        Args:
-            text: the kind, followed by a colon and the number where the kind has one.
-
-        Raises:
-            ConfigError: the kind is unknown, or the number is missing, not a number, or not used by this kind.
-        """
-        kind, colon, number = text.strip().partition(":")
-        known = kind in SUPPORT_SIZE_KEYS
-        if not known or bool(colon) != bool(SUPPORT_SIZE_KEYS[kind]) or (colon and not number.isdecimal()):
-            kinds = ", ".join(f"{kind}:NUMBER" if key else kind for kind, key in SUPPORT_SIZE_KEYS.items())
-            raise ConfigError(f"cannot compare the target {text.strip()!r}; write it as one of {kinds}")
-        return cls(kind, int(number) if colon else None)
+    objective: str
+    target: str
 
     def __str__(self) -> str:
-        return self.kind if self.number is None else f"{self.kind}:{self.number}"
-
-    @property
-    def title(self) -> str:
-        """Name of the target in reports, as papers write it."""
-        titles = {"dsm": "DSM", "exact": "exact"}
-        return f"STF, n = {self.number:,}" if self.kind == "stf" else titles.get(self.kind, str(self))
-
-    def configure(self, base: Config, seed: int) -> Config:
-        """Configuration of this arm's run with one seed.
-
-        Args:
-            base: configuration that all arms share.
-            seed: training seed of the run.
-        """
-        # further keys of the shared target section apply only to targets of its kind
-        shared = base["target"] if base["target"]["kind"] == self.kind else {}
-        number = {SUPPORT_SIZE_KEYS[self.kind]: self.number} if self.number is not None else {}
-        target = {**shared, "kind": self.kind, **number}
-        sections = overlay({**base.sections, "target": target}, {"training": {"seed": seed}})
-        return resolve(sections, allow=base.allowed)
+        return f"{self.objective}, {self.target}" if self.objective else self.target
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A comparison: what is trained, and how it is evaluated.
+    """A comparison: what is trained, how it is evaluated, and what decides.
 
     Attributes:
-        config: configuration that all arms share.
-        arms: targets to compare; the first is the baseline.
+        config: configuration that all runs share.
+        targets: targets to compare; the first is the baseline.
         seeds: training seeds; every arm has one run per seed.
+        spaces: names of the feature spaces in which samples are compared with the data.
+        objectives: settings of each objective by name; by default the objective of the configuration.
         evaluations: number of evaluations of each run, at image counts that grow by equal factors.
         samples: number of samples per evaluation.
-        examples: number of examples x_t per noise level and evaluation.
-        command: command line that started the comparison.
-        started: date on which it was started (ISO 8601).
-        data_hash: hash of the data (see `fingerprint`); "" before they are loaded.
+        examples: number of x_t that the excess is measured on.
+        commands: date and command line of the start and of every later extension.
+        data_hash: hash of the data (see `run.fingerprint`); "" before they are loaded.
+        endpoints: the endpoints; by default all of `fixed_endpoints`.
 
     Raises:
-        ConfigError: there are fewer than two arms, an arm occurs twice, a number is too small, or there are more
+        ConfigError: there are fewer than two targets, a target occurs twice, a number is too small, or there are more
             evaluations than training steps.
     """
 
     config: Config
-    arms: tuple[Arm, ...]
+    targets: tuple[str, ...]
     seeds: tuple[int, ...]
-    evaluations: int = 8
+    spaces: tuple[str, ...]
+    objectives: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
+    evaluations: int = 12
     samples: int = 500
-    examples: int = 256
-    command: str = ""
-    started: str = ""
+    examples: int = 2048
+    commands: tuple[tuple[str, str], ...] = ()
     data_hash: str = ""
+    endpoints: tuple[Endpoint, ...] = ()
 
     def __post_init__(self) -> None:
-        if len(self.arms) < 2 or len(set(self.arms)) < len(self.arms):
-            arms = ", ".join(map(str, self.arms))
-            raise ConfigError(f"a comparison needs at least two different targets, not {arms}; set --targets")
-        if not self.seeds or min(self.evaluations, self.samples - 1, self.examples) < 1:
+        if not self.endpoints:
+            object.__setattr__(self, "endpoints", fixed_endpoints(self.spaces))
+        if len(self.targets) < 2 or len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"a comparison needs at least two different targets, not {', '.join(self.targets)}")
+        if self.evaluations < MIN_EVALUATIONS:
             raise ConfigError(
-                "a comparison needs at least 1 seed, 1 evaluation, 2 samples and 1 example per noise level, not "
-                f"{len(self.seeds)}, {self.evaluations}, {self.samples} and {self.examples}"
+                f"{self.evaluations} evaluations are too few: areas and spreads need at least {MIN_EVALUATIONS}"
+            )
+        if not self.seeds or min(self.samples - 1, self.examples) < 1:
+            raise ConfigError(
+                "a comparison needs at least 1 seed, 2 samples and 1 example, not "
+                f"{len(self.seeds)}, {self.samples} and {self.examples}"
             )
         if len(set(self.evaluation_points)) < self.evaluations:
             raise ConfigError(
-                f"{self.images:,} images are too few for {self.evaluations} evaluations; increase --images or "
-                "decrease --evaluations"
+                f"{self.images:,} images are too few for {self.evaluations} evaluations; raise --images, or lower "
+                "--evaluations or training.batch_size"
             )
+        for arm in self.arms:
+            self.configure(arm, 0)
+
+    @cached_property
+    def arms(self) -> tuple[Arm, ...]:
+        """Pairs of an objective and a target."""
+        return tuple(Arm(objective, target) for objective in self.objectives for target in self.targets)
+
+    @cached_property
+    def contrasts(self) -> tuple[tuple[Arm, Arm], ...]:
+        """Each arm that is not a baseline, with the baseline of its objective."""
+        return tuple((arm, Arm(arm.objective, self.targets[0])) for arm in self.arms if arm.target != self.targets[0])
 
     @cached_property
     def images(self) -> int:
@@ -139,66 +146,59 @@ class Experiment:
     @cached_property
     def evaluation_points(self) -> tuple[int, ...]:
         """Image counts at which runs are evaluated, from a sixteenth of the training to its end."""
-        powers = [1 - point / max(1, self.evaluations - 1) for point in range(self.evaluations)]
+        powers = [1 - point / (self.evaluations - 1) for point in range(self.evaluations)]
         return tuple(self._whole_steps(self.images * 16.0**-power) for power in [*powers[:-1], 0.0])
-
-    @cached_property
-    def switch_points(self) -> tuple[int, ...]:
-        """Image counts at which training switches to the next arm: about a hundred, and every evaluation point."""
-        size = self.segment_images
-        every = -(-self._whole_steps(min(self.images / 100, 5_000)) // size) * size
-        return tuple(sorted({*range(every, self.images, every), *self.evaluation_points}))
-
-    @cached_property
-    def segment_images(self) -> int:
-        """Number of images in a segment: the most for which any arm computes its targets in one call.
-
-        Arms alternate, and their times are compared, in whole segments, because prefetched targets are paid for in
-        the first step of a segment.
-        """
-        training = self.config.training
-        # references that are the whole data set are computed as the exact target is
-        prefetched = any(arm.kind in ("exact", "stf") for arm in self.arms)
-        return training.batch_size * max(1, training.target_prefetch // training.batch_size if prefetched else 1)
 
     def _whole_steps(self, images: float) -> int:
         """A number of images, rounded up to whole steps."""
         size = self.config.training.batch_size
         return max(1, -int(-images // size)) * size
 
+    def configure(self, arm: Arm, seed: int) -> Config:
+        """Configuration of a run.
+
+        Args:
+            arm: the arm.
+            seed: training seed of the run.
+        """
+        sections = override(self.config.sections, self.objectives[arm.objective])
+        target = target_section(arm.target, self.config.allowed)
+        # further keys of the shared section apply only to targets of its kind
+        shared = sections["target"] if sections["target"]["kind"] == target["kind"] else {}
+        training = sections["training"] | {"seed": seed}
+        return resolve(sections | {"target": shared | target, "training": training}, allow=self.config.allowed)
+
     def extended_by(self, other: "Experiment") -> "Experiment":
         """This experiment with the arms and seeds of another one added.
 
         Args:
-            other: an experiment that differs in nothing but arms and seeds.
+            other: an experiment that differs in nothing but targets, objectives and seeds.
 
         Raises:
             ConfigError: they differ in anything else.
         """
         changed = [key for key in self.config.differences(other.config) if key not in CHANGEABLE_KEYS]
-        names = ("evaluations", "samples", "examples")
+        names = ("evaluations", "samples", "examples", "spaces", "endpoints")
         changed += [name for name in names if getattr(self, name) != getattr(other, name)]
+        changed += [f"objective {k}" for k in self.objectives if list(self.objectives[k]) != list(other.objectives[k])]
         if changed:
             raise ConfigError(
-                f"cannot change {', '.join(changed)} of an existing comparison, which can only be extended by targets "
-                "and seeds; start a new one with another --out"
+                f"cannot change {', '.join(changed)} of an existing comparison, which can only be extended by targets, "
+                "objectives and seeds; start a new one with another --out"
             )
-        arms, seeds = dict.fromkeys((*self.arms, *other.arms)), dict.fromkeys((*self.seeds, *other.seeds))
-        return replace(self, config=other.config, arms=tuple(arms), seeds=tuple(sorted(seeds)))
-
-    def with_data_hash(self, progress: Progress = silent) -> "Experiment":
-        """This experiment with the hash of its data, which are loaded for it.
-
-        Args:
-            progress: called with (done, total) while the data are decoded.
-
-        Raises:
-            ConfigError: the experiment was started with other data.
-        """
-        data: Pool = self.config.make("data").load(progress)
-        data_hash = fingerprint(data)
-        self.refuse_other_data(data, data_hash)
-        return replace(self, data_hash=data_hash)
+        same = (set(self.targets), set(self.objectives), set(self.seeds)) >= (
+            set(other.targets),
+            set(other.objectives),
+            set(other.seeds),
+        )
+        return replace(
+            self,
+            config=other.config,
+            targets=tuple(dict.fromkeys((*self.targets, *other.targets))),
+            objectives={**self.objectives, **other.objectives},
+            seeds=tuple(sorted({*self.seeds, *other.seeds})),
+            commands=self.commands if same else (*self.commands, *other.commands),
+        )
 
     def refuse_other_data(self, data: Pool, data_hash: str) -> None:
         """Check that data are those that the experiment was started with.
@@ -215,27 +215,37 @@ class Experiment:
             refuse_other_data(data, data_hash, self.data_hash, way_out)
 
     def run_folder(self, out: Path, arm: Arm, seed: int) -> RunFolder:
-        """Folder of the run of one arm with one seed.
+        """Folder of the checkpoints of a run.
 
         Args:
             out: folder of the experiment.
             arm: the arm.
             seed: its training seed.
         """
-        return RunFolder(out / "runs" / str(arm).replace(":", "-") / f"seed-{seed}")
+        return RunFolder(out / "checkpoints" / _run_name(arm, seed))
+
+    def record_file(self, out: Path, arm: Arm, seed: int) -> Path:
+        """File of the scores of a run.
+
+        Args:
+            out: folder of the experiment.
+            arm: the arm.
+            seed: its training seed.
+        """
+        return out / "records" / f"{_run_name(arm, seed)}.jsonl"
 
     def write(self, out: Path) -> None:
-        """Write `experiment.json`.
+        """Write `comparison.json`, and folders for records and checkpoints.
 
         Args:
             out: folder of the experiment, created if necessary.
         """
-        write_text(experiment_file(out), json.dumps(self.as_dict(), indent=2) + "\n")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The content of `experiment.json`: a format version and all attributes as plain values."""
-        arms = [str(arm) for arm in self.arms]
-        return {"format": FORMAT, **asdict(self), "config": self.config.sections, "arms": arms}
+        for name in ("records", "checkpoints"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+        write_text(out / "checkpoints" / ".gitignore", "*\n")
+        endpoints = {"endpoints": list(map(str, self.endpoints)), "endpoints_hash": endpoints_hash(self.endpoints)}
+        content = {"format": FORMAT, **asdict(replace(self, endpoints=())), "config": self.config.sections, **endpoints}
+        write_text(out / "comparison.json", json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, out: Path, *, allow: Iterable[Allowed] = ()) -> "Experiment":
@@ -246,35 +256,31 @@ class Experiment:
             allow: classes outside this package that the configuration may name, as for `resolve`.
 
         Raises:
-            ConfigError: there is no experiment, it is damaged or has another format version, or it names a class that
-                is not allowed.
+            ConfigError: there is no experiment; it is damaged or has another format version; its endpoints do not have
+                the hash that was written with them; or it names a class that is not allowed.
         """
-        file = experiment_file(out)
+        file = out / "comparison.json"
         if not file.exists():
             raise ConfigError(f"there is no comparison in {out}: {file.name} is missing; start one with --out {out}")
+        new = "start a new comparison with another --out"
         try:
             content: dict[str, Any] = json.loads(file.read_text())
-            _check_format(file, content.pop("format", None))
-            arms, seeds = tuple(map(Arm.parse, content.pop("arms"))), tuple(content.pop("seeds"))
-            return cls(config=resolve(content.pop("config"), allow=allow), arms=arms, seeds=seeds, **content)
+            if (version := content.pop("format", None)) != FORMAT:
+                raise ConfigError(f"{file} has the format version {version!r}, not {FORMAT!r}; {new}")
+            config = resolve(content.pop("config"), allow=allow)
+            content["endpoints"] = tuple(map(Endpoint.parse, content["endpoints"]))
+            if (found := endpoints_hash(content["endpoints"])) != (written := content.pop("endpoints_hash")):
+                raise ConfigError(
+                    f"the endpoints in {file} have the hash {found}, not {written} as when the comparison was started; "
+                    f"restore the file, or {new}"
+                )
+            names = ("targets", "seeds", "spaces")
+            content |= {name: tuple(content[name]) for name in names}
+            return cls(config, **(content | {"commands": tuple(map(tuple, content["commands"]))}))
         except (AttributeError, TypeError, KeyError, json.JSONDecodeError) as error:
             raise ConfigError(f"{file} is damaged: {error}") from None
 
 
-def _check_format(file: Path, version: str | None) -> None:
-    """Refuse a file of another format version."""
-    if version != FORMAT:
-        written = "has no format version" if version is None else f"has the format version {version!r}"
-        raise ConfigError(
-            f"{file} {written}, and this version of stablefield reads {FORMAT!r} only; start a new comparison with "
-            "another --out"
-        )
-
-
-def experiment_file(out: Path) -> Path:
-    """Path of the file that defines the experiment in a folder.
-
-    Args:
-        out: folder of the experiment.
-    """
-    return out / "experiment.json"
+def _run_name(arm: Arm, seed: int) -> str:
+    parts = [arm.objective, arm.target, f"seed-{seed}"]
+    return "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts if part)

@@ -1,172 +1,155 @@
-"""Means over seeds with confidence intervals, differences between paired runs, and properties of training curves.
+"""Statistics of paired runs: intervals, tests, Holm's correction, and properties of training curves.
 
-An interval is Student's t interval, mean +- t_(n-1) s / sqrt(n): correct for normally distributed seeds, and wide for
-few of them. Runs with the same seed share their initial weights, order of images and noise, so differences between two
-arms are taken seed by seed before they are averaged.
+Runs with the same seed share their initial weights, order of images and noise, so two arms are compared seed by seed.
+Intervals and tests of means are Student's t; equality of two spreads over the same seeds is tested by Pitman and Morgan
+(1939): two variables have equal variances if and only if their sum and difference are uncorrelated.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf, isfinite, isnan, log, nan, sqrt
-from statistics import fmean, stdev
+from statistics import correlation, fmean, stdev
 
-__all__ = [
-    "Estimate",
-    "images_to_reach",
-    "paired_difference",
-    "paired_log_ratio",
-    "roughness",
-    "student_quantile",
-    "value_at",
-]
+__all__ = ["Estimate", "area_mean", "holm", "roughness", "spread_ratio", "value_at"]
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over seeds with a 95 % confidence interval, mean +- half_width.
+    """A number with its 95 % confidence interval and the p-value of zero.
 
     Attributes:
-        mean: mean of the values; nan if there are none.
-        half_width: half the width of the interval; infinite for fewer than two values.
-        std: sample standard deviation of the values; nan for fewer than two.
-        n: number of values.
+        mean: the estimate; nan if there is none.
+        low: lower end of the interval; -inf if the values do not determine it.
+        high: upper end of the interval.
+        p: two-sided p-value of the hypothesis that the number is zero; nan if the values do not determine it.
+        n: number of pairs of runs that it comes from.
     """
 
     mean: float
-    half_width: float
-    std: float
+    low: float
+    high: float
+    p: float
     n: int
 
     @classmethod
     def from_values(cls, values: Sequence[float]) -> "Estimate":
-        """Estimate from one value per seed.
+        """Mean of independent values, by Student's t.
 
         Args:
-            values: independent values.
+            values: one value per seed; with one that is not finite, nothing is estimated.
         """
         n = len(values)
+        if not values or not all(map(isfinite, values)):
+            return cls(nan, -inf, inf, nan, n)
+        mean = fmean(values)
         if n < 2:
-            return cls(values[0] if values else nan, inf, nan, n)
-        std = stdev(values) if all(map(isfinite, values)) else nan
-        return cls(fmean(values), student_quantile(n - 1) * std / sqrt(n), std, n)
-
-    def shifted(self, offset: float) -> "Estimate":
-        """Estimate of the values plus a constant.
-
-        Args:
-            offset: the constant.
-        """
-        return replace(self, mean=self.mean + offset)
-
-    @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
-        return self.mean + self.half_width
-
-    @property
-    def significant(self) -> bool:
-        """True if the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+            return cls(mean, -inf, inf, nan, n)
+        error = stdev(values) / sqrt(n)
+        half_width = _student_quantile(n - 1) * error
+        p = _student_p(mean / error, n - 1) if error else float(mean == 0)
+        return cls(mean, mean - half_width, mean + half_width, p, n)
 
 
-def student_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """Quantile of Student's t distribution for a two-sided interval.
+def spread_ratio(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Logarithm of the ratio of two standard deviations over the same seeds, by Pitman and Morgan.
+
+    With the correlation r of the pairs, q the t quantile and K = 1 + 2 (1 - r^2) q^2 / (n - 2), the interval of the
+    ratio of variances is its estimate times K -+ sqrt(K^2 - 1).
 
     Args:
-        degrees: degrees of freedom.
-        confidence: probability that the interval covers the mean.
-    """
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, (1 + confidence) / 2))
-
-
-def paired_difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
-    """Estimate of arm - baseline over the seeds that both have.
-
-    Args:
-        arm: values of an arm by seed.
-        baseline: values of the baseline by seed.
-    """
-    return Estimate.from_values([arm[seed] - baseline[seed] for seed in sorted(arm.keys() & baseline.keys())])
-
-
-def paired_log_ratio(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
-    """Estimate of log(arm / baseline) over the seeds that both have; its mean is the log of the geometric mean.
-
-    Args:
-        arm: positive values of an arm by seed.
-        baseline: positive values of the baseline by seed.
-    """
-    seeds = sorted(arm.keys() & baseline.keys())
-    return Estimate.from_values([log(arm[seed] / baseline[seed]) for seed in seeds])
-
-
-def images_to_reach(quality: float, images: Sequence[int], values: Sequence[float]) -> float:
-    """Number of images at which a curve first falls to a value, interpolated linearly in log(images).
-
-    Args:
-        quality: the value to reach.
-        images: image counts of the evaluations, increasing.
-        values: the curve at these image counts; lower is better.
+        first: one value per seed.
+        second: one value per seed, paired with the first.
 
     Returns:
-        The number of images. It is inf if the curve never falls that far; the first image count if the curve starts
-        below, which is then an upper bound; nan if the quality, or a value before it is reached, is nan.
+        log(std(first) / std(second)); without an interval for fewer than three pairs or if a spread is zero.
     """
-    if isnan(quality):
-        return nan
-    before: tuple[int, float] | None = None
-    for count, value in zip(images, values, strict=True):
-        if isnan(value):
-            return nan
-        if value <= quality:
-            if before is None:
-                return float(count)
-            fraction = (before[1] - quality) / (before[1] - value)
-            return exp(log(before[0]) + fraction * (log(count) - log(before[0])))
-        before = count, value
-    return inf
+    n = len(first)
+    values = [*first, *second]
+    if n < 3 or not all(map(isfinite, values)) or not (stdev(first) and stdev(second)):
+        return Estimate(nan, -inf, inf, nan, n)
+    ratio = log(stdev(first) / stdev(second))
+    r = min(1.0, max(-1.0, correlation(first, second)))
+    k = 1 + 2 * (1 - r * r) * _student_quantile(n - 2) ** 2 / (n - 2)
+    half_width = 0.5 * log(k + sqrt(k * k - 1))
+    sums, differences = ([a + s * b for a, b in zip(first, second, strict=True)] for s in (1, -1))
+    if not (stdev(sums) and stdev(differences)):
+        return Estimate(ratio, ratio - half_width, ratio + half_width, 1.0, n)
+    between = correlation(sums, differences)
+    rest = 1 - between * between
+    p = _student_p(between * sqrt((n - 2) / rest), n - 2) if rest > 0 else 0.0
+    return Estimate(ratio, ratio - half_width, ratio + half_width, p, n)
 
 
-def value_at(at: float, images: Sequence[int], values: Sequence[float]) -> float:
-    """Value of a curve between two evaluations, interpolated linearly in log(images).
+def holm(p: Sequence[float]) -> list[float]:
+    """P-values adjusted by Holm (1979): at most 5 % of pages without effects have any adjusted value below 0.05.
+
+    Args:
+        p: the p-values of all tests of a page; nan, of a test that could not be done, counts as 1 and stays nan.
+    """
+    order = sorted(range(len(p)), key=lambda i: 1.0 if isnan(p[i]) else p[i])
+    adjusted, largest = [nan] * len(p), 0.0
+    for rank, i in enumerate(order):
+        if not isnan(p[i]):
+            largest = adjusted[i] = max(largest, min(1.0, (len(p) - rank) * p[i]))
+    return adjusted
+
+
+def area_mean(images: Sequence[float], values: Sequence[float]) -> float:
+    """Mean of log(value) over log(images), by the trapezoidal rule: the area under the curve over its width.
+
+    Args:
+        images: increasing image counts of at least two evaluations.
+        values: the curve at these image counts, positive.
+    """
+    points = [(log(count), log(value) if value > 0 else nan) for count, value in zip(images, values, strict=True)]
+    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+    return area / (points[-1][0] - points[0][0])
+
+
+def value_at(at: float, images: Sequence[float], values: Sequence[float]) -> float:
+    """Value of a curve between two evaluations, interpolated linearly in log(value) and log(images).
 
     Args:
         at: number of images; the result is nan before the first and after the last evaluation.
-        images: image counts of the evaluations, increasing.
-        values: the curve at these image counts.
+        images: increasing image counts of the evaluations.
+        values: the curve at these image counts, positive.
     """
     for (before, left), (after, right) in pairwise(zip(images, values, strict=True)):
-        if before <= at <= after:
+        if before <= at <= after and left > 0 and right > 0:
             fraction = log(at / before) / log(after / before)
-            return left + fraction * (right - left)
+            return left if left == right else exp(log(left) + fraction * log(right / left))
     return nan
 
 
 def roughness(values: Sequence[float]) -> float:
-    """Relative scatter of a curve between evaluations over its last half, from its second differences.
+    """Relative spread of a curve between successive evaluations over its last half, from second differences.
 
-    With y the logarithms of the values, it is
-
-        sqrt(mean (y_(i-1) - 2 y_i + y_(i+1))^2 / 6)
-
-    This is the standard deviation of independent errors around a straight line, such as a power law of the images when
-    evaluation points grow by equal factors. Curvature contributes too.
+    With y the logarithms of the values, it is sqrt(mean (y_(i-1) - 2 y_i + y_(i+1))^2 / 6): the standard deviation of
+    independent errors around a straight line, such as a power law of the images when evaluation points grow by equal
+    factors. Curvature contributes too.
 
     Args:
-        values: the curve, positive; the result is nan for fewer than four values.
+        values: the curve; the result is nan for fewer than four values, or if one is not positive.
     """
-    if len(values) < 4:
+    if len(values) < 4 or not all(value > 0 for value in values):
         return nan
     y = [log(value) for value in values[len(values) // 2 - 1 :]]
     bends = [before - 2 * here + after for before, here, after in zip(y, y[1:], y[2:], strict=False)]
     return sqrt(fmean(bend * bend for bend in bends) / 6)
+
+
+def _student_quantile(degrees: int) -> float:
+    """Quantile of Student's t distribution for a two-sided interval."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+
+
+def _student_p(t: float, degrees: int) -> float:
+    """Two-sided p-value of a t statistic."""
+    from scipy.special import stdtr
+
+    return float(2 * stdtr(degrees, -abs(t)))

@@ -58,6 +58,19 @@ class LinearDenoiser:
         square = noise_level.double().square()
         return torch.stack([(self.variances * s / (self.variances + s)).sum() for s in square.flatten()])
 
+    def noise_level_explaining(self, share: float) -> float:
+        """Noise level at which x_t explains a share of the variance of the data: sum v^2 / (v + sigma^2) / sum v.
+
+        Args:
+            share: the share, between 0 and 1.
+        """
+        low, high = (self.variances.max().clamp(min=1e-300).log() / 2 + end for end in (-20.0, 20.0))
+        for _ in range(60):  # bisection in ln sigma
+            middle = (low + high) / 2
+            explained = (self.variances.square() / (self.variances + (2 * middle).exp())).sum() / self.variances.sum()
+            low, high = (middle, high) if explained > share else (low, middle)
+        return float(low.exp())
+
     def learnable_share(self, noise_level: Float[Tensor, "L"]) -> Float[Tensor, "L"]:
         """Share of the initial loss that the linear denoiser removes, between 0 and 1.
 

@@ -21,7 +21,14 @@ from stablefield.studies.field.report import phases_of
 
 __all__ = ["plot_bias", "plot_field", "plot_proposal", "plot_study"]
 
-STYLES = ("--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (6, 3)))
+STYLES: tuple[str | tuple[int, tuple[int, ...]], ...] = (
+    "--",
+    "-.",
+    ":",
+    (0, (4, 1, 1, 1, 1, 1)),
+    (0, (1, 3)),
+    (0, (6, 3)),
+)
 NOISE_LEVEL = "noise level sigma / alpha (units of the data)"
 
 

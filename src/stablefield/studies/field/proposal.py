@@ -1,8 +1,9 @@
 """Noise levels and noise distribution for data that no model has been trained on yet.
 
 sigma_data   standard deviation of the data (Karras et al. 2022, table 1).
-sigma_max    largest distance between two data points, above which all are about equally likely (Song & Ermon 2020,
-             technique 1).
+sigma_max    where x_t still explains 1 % of the variance of the data: above, the best prediction is their mean, the
+             floor of the loss is their variance, and nothing can be learned. It is 82 on CIFAR-10, where EDM's tuned
+             value is 80. (The largest distance between two data points, technique 1 of Song & Ermon 2020, is 110.)
 sigma_min    a quarter of the step between two byte values, which rounding removes: EDM's 0.002 for 256 values. For
              other data 0.004 sigma_data, EDM's ratio.
 mean, std    of ln sigma in training: 95 % of the training noise is where the learnable share is at least half its
@@ -22,7 +23,6 @@ from dataclasses import dataclass
 import torch
 
 from stablefield.pool import Pool
-from stablefield.studies.field.distances import DataDistances
 from stablefield.studies.field.linear import LinearDenoiser
 from stablefield.times import LogNormal
 
@@ -53,15 +53,12 @@ class NoiseProposal:
     learnable: tuple[float, float] | None
 
     @classmethod
-    def from_pool(
-        cls, pool: Pool, sigma_data: float, distances: DataDistances, linear: LinearDenoiser
-    ) -> "NoiseProposal":
+    def from_pool(cls, pool: Pool, sigma_data: float, linear: LinearDenoiser) -> "NoiseProposal":
         """Apply the rules of this module to a data set.
 
         Args:
             pool: the data.
             sigma_data: standard deviation of the data.
-            distances: smallest and largest distance in the data.
             linear: the linear denoiser of the data.
         """
         if pool.data.dtype == torch.uint8:
@@ -77,7 +74,7 @@ class NoiseProposal:
         return cls(
             _two_digits(sigma_data),
             _two_digits(sigma_min),
-            _two_digits(distances.farthest),
+            _two_digits(linear.noise_level_explaining(0.01)),
             round(mean, 1),
             max(edm.std, round(std, 1)),
             rule,
@@ -111,7 +108,7 @@ class NoiseProposal:
         return [
             reason,
             f"sigma_min: {self.sigma_min_rule}",
-            "sigma_max: the largest distance found between two data points (Song & Ermon 2020)",
+            "sigma_max: where x_t explains 1 % of the variance of the data (best linear denoiser)",
         ]
 
 

@@ -1,0 +1,195 @@
+"""The page of a comparison in Markdown: a summary, three figures, and a table of all endpoints."""
+
+import os
+from collections.abc import Iterator
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from stablefield.files import write_text
+from stablefield.seeding import format_seeds
+from stablefield.studies.compare.comparison import Comparison
+from stablefield.studies.compare.endpoints import Finding, endpoints_hash
+from stablefield.studies.compare.experiment import Arm
+from stablefield.studies.compare.figures import save_figures
+
+__all__ = ["summarize", "write_page"]
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    """Write the page of a comparison, and its figures beside it.
+
+    Args:
+        comparison: the comparison.
+        path: the page; the figures have the same name, with "-distance.png" and so on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blocks = [f"# Training targets compared: {_data_name(comparison)}", *_status(comparison)]
+    if _has_pairs(comparison):
+        files = save_figures(comparison, path.with_suffix(""))
+        figures = [f"![{name}]({os.path.relpath(files[name], path.parent)})\n\n{_CAPTIONS[name]}" for name in files]
+        blocks += ["\n".join(f"* {line}" for line in summarize(comparison)), *figures, *_table(comparison)]
+    blocks += ["## Methods", "\n".join(f"* **{name}**: {text}" for name, text in _methods(comparison))]
+    write_text(path, "\n\n".join(blocks) + "\n")
+
+
+_CAPTIONS = {
+    "distance": "Frechet distance of samples to the training data in the first feature space: geometric mean over "
+    "seeds. Bands: 95 % interval of the ratio to the baseline, over paired seeds. Grey line: held-out data.",
+    "endpoints": "All endpoints: change against the baseline with its 95 % interval. Filled: significant after Holm's "
+    "correction over the page.",
+    "loss": "Left: loss on held-out data. Right: variance of the gradient of a batch; thin lines with open markers: "
+    "the part that is due to the target, which stable targets can lower.",
+}
+
+
+def summarize(comparison: Comparison) -> list[str]:
+    """Findings in one sentence per contrast, and levels at the end in one per arm.
+
+    Args:
+        comparison: the comparison.
+    """
+    if not _has_pairs(comparison):
+        return ["No pair of runs is finished yet."]
+    count = len(comparison.experiment.endpoints)
+    findings = comparison.findings
+    contrasts = [findings[at : at + count] for at in range(0, len(findings), count)]
+    return [_sentence(comparison, found) for found in contrasts] + list(_levels(comparison))
+
+
+def _sentence(comparison: Comparison, findings: tuple[Finding, ...]) -> str:
+    """Significant changes of a contrast by direction, and the number of the others."""
+    first = findings[0]
+    arm, baseline = Arm(first.objective, first.target), Arm(first.objective, first.baseline)
+    parts = []
+    for direction in ("decreases", "increases"):
+        names = [f"{f.endpoint.title} [{f.endpoint.weights}] {f.change}" for f in findings if f.direction == direction]
+        parts += [f"{direction} {'; '.join(names)}"] if names else []
+    for words in ("not distinguishable", "not measured"):
+        number = sum(f.direction == words for f in findings)
+        parts += [f"{number} of {len(findings)} endpoints {words}"] if number else []
+    pairs = len(comparison.paired_seeds(arm, baseline))
+    return f"**{first.contrast}** ({pairs} {'pair' if pairs == 1 else 'pairs'}): {'. '.join(parts)}."
+
+
+def _levels(comparison: Comparison) -> Iterator[str]:
+    """Means over seeds of the averaged weights at the end of training, one sentence per arm."""
+    real = comparison.machine["reference"]["held_out_distance"]
+    for arm in comparison.experiment.arms:
+        if not any(each == arm for each, _ in comparison.lines):
+            continue
+        levels = [
+            f"{space} {_value(comparison, arm, space)} to training data, "
+            f"{_value(comparison, arm, f'{space}, held-out')} to held-out data (held-out to training {real[space]:.3g})"
+            for space in comparison.experiment.spaces
+        ]
+        total, target = (
+            comparison.mean_at_end(arm, name) for name in ("gradient_variance", "gradient_variance_of_target")
+        )
+        times = comparison.steps.get("sec_per_kimg", {}).get(str(arm), [])
+        yield (
+            f"{arm}, levels at the end (averaged weights): distance {'; '.join(levels)}; held-out loss "
+            f"{_value(comparison, arm, 'held-out loss')}, excess {_value(comparison, arm, 'excess')}, copies "
+            f"{_value(comparison, arm, 'copies')}; variance of the gradient {total:.3g}, of which the target makes "
+            f"{target:.3g}" + (f"; {sorted(times)[len(times) // 2]:.3g} s per 1,000 images" if times else "")
+        )
+
+
+def _value(comparison: Comparison, arm: Arm, name: str) -> str:
+    return f"{comparison.mean_at_end(arm, name, 'average'):.3g}"
+
+
+def _status(comparison: Comparison) -> Iterator[str]:
+    """Findings in one line, and what a reader must know before reading on."""
+    findings = comparison.findings
+    if comparison.exploratory:
+        yield (
+            "**Exploratory.** Records were written under other endpoints than those listed here, so the endpoints were "
+            "not fixed before the runs."
+        )
+    if not comparison.complete:
+        total = len(comparison.experiment.arms) * len(comparison.experiment.seeds)
+        yield f"**Unfinished**: {len(comparison.lines)} of {total} runs are complete; only complete pairs are used."
+    down, up = (sum(f.direction == word for f in findings) for word in ("decreases", "increases"))
+    yield (
+        f"Of {len(findings)} endpoints fixed before the runs, {down} decrease and {up} increase significantly (Holm, "
+        "5 % over the page); lower is better for each of them."
+    )
+
+
+def _table(comparison: Comparison) -> Iterator[str]:
+    """Table of the endpoints of all contrasts."""
+    yield "## All endpoints"
+    contrasts = [
+        comparison.findings[at : at + len(comparison.experiment.endpoints)]
+        for at in range(0, len(comparison.findings), len(comparison.experiment.endpoints))
+    ]
+    names = [found[0].contrast for found in contrasts]
+    lines = [f"| endpoint | weights | {' | '.join(names)} |", f"| --- | --- |{' --- |' * len(names)}"]
+    for row in zip(*contrasts, strict=True):
+        lines.append(f"| {row[0].endpoint.title} | {row[0].endpoint.weights} | {' | '.join(map(_cell, row))} |")
+    yield "\n".join(lines)
+    yield "Change against the baseline (95 % interval), p-value after Holm's correction over the page, and the finding."
+
+
+def _cell(finding: Finding) -> str:
+    if isnan(finding.estimate.p):
+        return finding.change
+    if finding.direction == "not distinguishable":
+        return f"{finding.change}, p = {finding.p_adjusted:.2g}: not distinguishable"
+    p = f"p = {finding.p_adjusted:.2g}" if finding.p_adjusted >= 1e-4 else "p < 0.0001"
+    return f"{finding.change}, {p}: **{finding.direction}**"
+
+
+def _methods(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """Everything that the numbers depend on."""
+    experiment, machine = comparison.experiment, comparison.machine
+    reference = machine.get("reference", {})
+    config = experiment.config
+    training = config.training
+    yield "data", _data_name(comparison)
+    for objective in experiment.objectives:
+        sections = experiment.configure(Arm(objective, experiment.targets[0]), 0)
+        parts = ("process", "times", "weight", "preconditioning", "sampler", "grid")
+        text = "; ".join(f"{name} {_component(sections[name])}" for name in parts)
+        yield f"objective {objective}".strip(), text
+    yield "network", _component(config["network"])
+    yield (
+        "training",
+        f"{experiment.images:,} images per run, batches of {training.batch_size}, learning rate "
+        f"{training.learning_rate:g}, averaged weights with a half-life of {training.half_lives[0]:,.0f} images",
+    )
+    yield "pairing", "runs with one seed share initial weights, order of images, and, per objective, times and noise"
+    points = ", ".join(f"{point:,}" for point in experiment.evaluation_points)
+    yield "evaluations", f"{experiment.evaluations}, after {points} images; {experiment.samples} samples each"
+    for name, features in reference.get("features", {}).items():
+        accuracy = f", {features['accuracy']:.1%} accuracy" if "accuracy" in features else ""
+        yield f"feature space {name}", f"{features['identity']}{accuracy}; its Frechet distance is not FID"
+    if len(experiment.spaces) < 2:
+        yield "general image network", "not used: the data are not images, or `image-network` was not installed"
+    if steps := comparison.steps:
+        yield "equal time", f"step times measured alternately on {steps['date']}, load {steps['load']:.1f} before"
+    else:
+        yield "equal time", "not measured; `stablefield compare --measure-steps` on an idle machine adds it"
+    yield "endpoints", f"{len(experiment.endpoints)} per contrast, hash {endpoints_hash(experiment.endpoints)}"
+    about = {key: value for key, value in machine.items() if key != "reference"}
+    yield "machine", ", ".join(f"{key} {value}" for key, value in about.items())
+    yield "seeds", format_seeds(experiment.seeds)
+    for day, command in experiment.commands:
+        yield f"command of {day}", f"`{command}`"
+
+
+def _component(section: dict[str, Any]) -> str:
+    rest = ", ".join(f"{key} {value}" for key, value in section.items() if key != "kind" and value is not None)
+    return f"{section['kind']} ({rest})" if rest else section["kind"]
+
+
+def _data_name(comparison: Comparison) -> str:
+    data, reference = comparison.experiment.config["data"], comparison.machine.get("reference", {})
+    path = f" {Path(data['path']).name}" if data.get("path") else ""
+    sizes = f", {reference['train_size']:,} to train on, {reference['held_out_size']:,} held out" if reference else ""
+    return f"{data['kind']}{path}{sizes}"
+
+
+def _has_pairs(comparison: Comparison) -> bool:
+    return any(comparison.paired_seeds(*contrast) for contrast in comparison.experiment.contrasts)
