@@ -26,6 +26,7 @@ __all__ = [
     "Resample",
     "Resampling",
     "UpConv",
+    "check_counts",
     "condition_or_zeros",
     "downsample",
     "resampling_conv",
@@ -38,6 +39,22 @@ Resampling = Literal["up", "down"]
 
 
 # ---- embeddings of the noise level and of the condition
+
+
+def check_counts(most: int, **counts: int | Sequence[int]) -> None:
+    """Refuse counts that are not between 1 and a limit, before anything is built.
+
+    Args:
+        most: the limit.
+        **counts: numbers of channels, blocks or layers, by the name of the argument.
+
+    Raises:
+        ValueError: a count is beyond the limits.
+    """
+    for name, given in counts.items():
+        numbers = given if isinstance(given, Sequence) else (given,)
+        if not numbers or not all(1 <= number <= most for number in numbers):
+            raise ValueError(f"{name} must be between 1 and {most:,}, not {given}")
 
 
 class PositionalEmbedding(nn.Module):
