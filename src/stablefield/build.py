@@ -170,9 +170,15 @@ def _build_exact(
     training = config.training
     distances = NeighbourDistances(pool, device=float64_device(ranks.device), progress=progress)
     fields = {key: section[key] for key in ("missing_mass", "projection_dims") if key in section}
-    target = ExactTarget(pool, distances, **fields)
+    target = ExactTarget(pool, **fields)
     if target.missing_mass:
-        distances.prepare(null_label=training.label_dropout > 0)
+        known = distances.prepare(null_label=training.label_dropout > 0)
+        target = replace(target, distances=known)
+        if known is None and ranks.is_main:
+            LOGGER.warning(
+                "distances between the %d data points are not measured: the search would take longer than it saves",
+                len(pool),
+            )
     if not training.target_sharding:
         return Prefetched(target, training.target_prefetch)
     # each rank moves only its own part to its device

@@ -8,7 +8,7 @@ on its seed alone, not on the batch it was made in.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -137,7 +137,7 @@ class Sampler(ABC):
         """Draw samples, one per seed or per latent.
 
         Args:
-            denoiser: the denoiser; the samples are made on the device of its parameters.
+            denoiser: the denoiser; the samples are made on its device.
             shape: shape of one sample; may be left out if `latents` are given.
             seeds: seed of each sample, modulo 2^32. It decides the latent, the class and the sampler's noise.
             label: the class of all samples, or of each, -1 for no class; by default a conditional denoiser's classes
@@ -152,7 +152,7 @@ class Sampler(ABC):
             ValueError: there are neither seeds nor latents; their numbers, the shape or the labels do not match; a
                 label is unknown to the denoiser; or seeds are missing that the sampler or the classes need.
         """
-        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        device = next((x.device for x in chain(denoiser.parameters(), denoiser.buffers())), torch.device("cpu"))
         generators = None if seeds is None else [torch.Generator(device).manual_seed(seed % 2**32) for seed in seeds]
         latents = _latents(latents, shape, generators, device)
         bound = BoundDenoiser(denoiser, _labels(label, denoiser, len(latents), generators, device))
