@@ -115,7 +115,8 @@ def test_a_signal_at_any_work_stops_it_at_once_and_loses_nothing(whole, tmp_path
     assert_nothing_lost(tmp_path, whole)
 
 
-@pytest.mark.parametrize("at", [96, pytest.param(192, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [96, 192])
 def test_a_sheet_that_a_kill_prevented_is_drawn_when_the_run_resumes(whole, tmp_path, monkeypatch, at):
     draw = driver.samples
 
