@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,10 +66,12 @@ def test_a_run_killed_at_many_moments_ends_with_the_tensors_of_an_uninterrupted_
     kill_repeatedly(tmp_path / "run", kills=60, total=3200)
 
 
-def launched(folder: Path, *settings: str, ranks: int = 2, resume: bool = False) -> subprocess.Popen:
+def launched(
+    folder: Path, *settings: str, ranks: int = 2, resume: bool = False, launcher: Sequence[str] = (), options=()
+) -> subprocess.Popen:
     """Start the command line on several ranks."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    flags = QUICK if not resume else []
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher]
+    flags = [*(QUICK if not resume else []), *options]
     extra = [part for setting in settings for part in ("--set", setting)]
     where = ["--resume" if resume else "--out", str(folder)]
     return subprocess.Popen(
@@ -159,3 +161,20 @@ def test_only_the_main_rank_reports_an_error(tmp_path):
     assert process.returncode != 0
     assert error.count("stablefield: ") == 1, error
     assert "holds a run already" in error
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_loses_nothing(tmp_path):
+    settings = ("training.images=3200", "training.save_every=320", "training.probe_every=0")
+    whole = launched(tmp_path / "whole", *settings)
+    out, error = whole.communicate(timeout=240)
+    assert whole.returncode == 0, out + error
+    process = launched(tmp_path / "run", *settings, launcher=["--max-restarts=1"], options=["--resume-if-exists"])
+    wait_for(tmp_path / "run", 320)
+    os.kill(children(process)[1], signal.SIGKILL)
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, out + error
+    assert out.count("Done: ") == 1
+    assert images(tmp_path / "run") == 3200
+    assert seen(tmp_path / "run") == seen(tmp_path / "whole")
+    assert same(tmp_path / "run", tmp_path / "whole")

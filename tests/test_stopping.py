@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_fit import Killed, same, seen, trained, untimed
+from click.testing import Result
+from test_fit import SHORT, SMALL, Killed, same, seen, trained, untimed
+from typer.testing import CliRunner
 
 from stablefield.checkpoint import read
+from stablefield.cli import app
 from stablefield.distributed import Ranks
 from stablefield.engine import fit as driver
 from stablefield.engine.checkpoints import CheckpointManager
@@ -186,3 +189,23 @@ def test_a_run_in_which_every_step_was_skipped_is_not_complete(tmp_path, monkeyp
         with pytest.raises(FloatingPointError, match="not finite in any of the 10 steps, so nothing was trained"):
             trained(tmp_path, "training.probe_every=0")
     assert read(RunFolder(tmp_path).checkpoint).images == 320
+
+
+def command(folder: Path, *settings: str) -> Result:
+    flags = [part for setting in (*SMALL, *SHORT, "training.probe_every=0", *settings) for part in ("--set", setting)]
+    return CliRunner().invoke(app, ["train", "--out", str(folder), "--resume-if-exists", *flags])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_command_starts_a_run_resumes_it_and_refuses_another_configuration(tmp_path):
+    started = command(tmp_path / "run")
+    assert started.exit_code == 0, started.exception
+    again = command(tmp_path / "run", "training.images=384")
+    assert again.exit_code == 0, again.exception
+    assert read(RunFolder(tmp_path / "run").checkpoint).images == 384
+    trained(tmp_path / "whole", "training.images=384", "training.probe_every=0")
+    assert same(tmp_path / "run", tmp_path / "whole")
+    other = command(tmp_path / "run", "target.size=8", "training.seed=3")
+    assert "cannot change target.size, training.seed when resuming" in str(other.exception)
+    without_out = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / "run"), "--resume-if-exists"])
+    assert "--resume cannot be combined with --resume-if-exists" in str(without_out.exception)

@@ -94,7 +94,7 @@ def build(config: Config, progress: Progress = silent, ranks: Ranks | None = Non
     if not training.target_sharding:
         pool = resident(pool, ranks.device)
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
-    order = ShuffledBatches(pool, training.batch_size, training.seed, ranks.rank, ranks.world_size)
+    order = ShuffledBatches(pool, training.batch_size, training.seed, ranks.rank, ranks.world_size, ranks.device)
     target = _build_target(config, order, ranks, progress)
     denoiser = build_denoiser(config, pool.shape, pool.num_classes).to(ranks.device)
     _check_network(denoiser, pool, augmentation.augment_dim)

@@ -7,7 +7,7 @@ Without them there is a single rank, no process group is created, and every oper
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stablefield.extras import how_to_install
 
-__all__ = ["Ranks", "no_sync", "process_group"]
+__all__ = ["Ranks", "no_sync", "process_group", "refuse_accelerate_settings"]
 
 T = TypeVar("T")
 
@@ -179,16 +179,55 @@ def no_sync(module: nn.Module) -> AbstractContextManager[object]:
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+_UNUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def refuse_accelerate_settings(environment: Mapping[str, str], precision: str) -> None:
+    """Refuse settings of `accelerate launch` that would be ignored: it passes them in environment variables.
+
+    Args:
+        environment: the environment variables.
+        precision: precision of the run.
+
+    Raises:
+        ValueError: there is such a setting.
+    """
+    found = {name.removeprefix("ACCELERATE_"): value.lower() for name, value in environment.items() if value}
+    mixed, steps = found.get("MIXED_PRECISION", "no"), found.get("GRADIENT_ACCUMULATION_STEPS", "1")
+    if mixed != "no" and _PRECISIONS.get(mixed, mixed) != precision:
+        raise ValueError(
+            f"accelerate was launched with mixed_precision={mixed}, but the precision is {precision}; launch with "
+            "mixed_precision=no, and set training.precision to change it"
+        )
+    if steps != "1":
+        raise ValueError(
+            f"accelerate was launched with gradient_accumulation_steps={steps}; set training.micro_batch_size instead, "
+            "the number of examples that pass through the network at once"
+        )
+    if found.get("DYNAMO_BACKEND", "no") != "no":
+        raise ValueError("accelerate was launched with a dynamo backend; set training.compile=true instead")
+    for name in _UNUSED:
+        if found.get(f"USE_{name}") in ("true", "1", "yes"):
+            raise ValueError(
+                f"accelerate was launched with {name}, which is not supported: every rank holds the whole network; "
+                "launch with --multi_gpu, or use torchrun"
+            )
+
+
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Ranks]:
+def process_group(device: torch.device, precision: str = "float32") -> Iterator[Ranks]:
     """Context with the process group of all ranks, which is destroyed at the end.
 
     Args:
         device: device to compute on; with several GPUs each rank uses its own.
+        precision: precision of the run, which `accelerate launch` must not contradict.
 
     Raises:
+        ValueError: `accelerate launch` was given a setting that this package does not follow.
         ModuleNotFoundError: there are several ranks, and accelerate is not installed.
     """
+    refuse_accelerate_settings(os.environ, precision)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(device)
         return

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from stablefield.augmentation import permutes
 from stablefield.data import BatchSource
+from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks, no_sync
 from stablefield.engine.state import TrainState
 from stablefield.kernel.accumulator import Posterior
@@ -29,7 +30,7 @@ from stablefield.seeding import derive, generator
 from stablefield.targets import Prefetched
 from stablefield.times import TimeDistribution
 
-__all__ = ["Optimization", "StepReport", "TrainingBatch", "perturb", "train"]
+__all__ = ["Optimization", "StepReport", "TrainingBatch", "perturb", "refuse_unused_parameters", "train"]
 
 TrainingBatch = tuple[NoisyBatch, Posterior]
 """The noisy batch of a training step, and the target of each example."""
@@ -105,17 +106,20 @@ def train(
         A report after every step.
 
     Raises:
-        ValueError: there is no target for a batch, as `TargetEstimator.check` says.
+        ValueError: there is no target for a batch, as `TargetEstimator.check` says, or there are several ranks, and
+            parameters that the loss does not depend on.
         FloatingPointError: the gradient was not finite in more than `patience` consecutive steps. None of them has
             changed the weights.
     """
     optimization, ranks = optimization or Optimization(), ranks or Ranks(state.device)
     prepare = prepare or (lambda make: make())
-    model = ranks.wrap(state.denoiser)
-    state.denoiser.train()
     training_batches = _training_batches(state, objective, batches, seed, batches.size // ranks.world_size)
     adaptation = state.adaptation
     batch = prepare(training_batches.__next__) if state.images < images else None
+    if batch is not None and ranks.world_size > 1:
+        refuse_unused_parameters(state.denoiser, objective, batch)
+    model = ranks.wrap(state.denoiser)
+    state.denoiser.train()
     while batch is not None:
         noisy, target = batch
         importance = adaptation.importance(noisy.t, state.images) if adaptation else None
@@ -141,6 +145,28 @@ def train(
                 f"(loss {report.loss.item():g}); none of them changed the weights: lower the learning rate, raise the "
                 "precision, or look for outliers in the data"
             )
+
+
+def refuse_unused_parameters(denoiser: Denoiser, objective: Objective, batch: TrainingBatch) -> None:
+    """Refuse parameters that have no gradient: several ranks would wait for it in vain.
+
+    Args:
+        denoiser: the denoiser; its gradients are removed.
+        objective: the training objective.
+        batch: a noisy batch and its targets, of which one example is used.
+
+    Raises:
+        ValueError: there are such parameters; it names them.
+    """
+    noisy, target = (part.select(slice(0, 1)) for part in batch)
+    objective.loss(denoiser.eval(), denoiser.process, noisy, target).loss.backward()
+    unused = [name for name, p in denoiser.named_parameters() if p.requires_grad and p.grad is None]
+    denoiser.zero_grad(set_to_none=True)
+    if unused:
+        raise ValueError(
+            f"{len(unused)} parameters have no gradient, which training on several ranks needs: {', '.join(unused[:8])}"
+            f"{', ...' if len(unused) > 8 else ''}; use them, remove them, or freeze them with requires_grad_(False)"
+        )
 
 
 def _training_batches(
@@ -233,7 +259,7 @@ def _update_weights(state: TrainState, learning_rate: float, clip: float | None)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.scaler.unscale_(state.optimizer)
-    parameters = [p for p in state.denoiser.parameters() if p.grad is not None]
+    parameters = [p for p in state.weights if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     step_taken = bool(torch.isfinite(norm))
     state.complete = False  # until `end_step`
