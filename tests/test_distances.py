@@ -94,3 +94,16 @@ def test_a_run_with_the_exact_target_measures_distances_before_it_starts(cache: 
 def test_a_run_that_streams_all_data_measures_no_distances(cache: Path, measured: list[int]) -> None:
     build(resolve({"target": {"kind": "exact", "missing_mass": 0.0}, "network": {"kind": "mlp"}}))
     assert measured == []
+
+
+def test_distances_are_measured_before_a_run_only_if_that_is_quick(measured: list[int], monkeypatch) -> None:
+    data = pool()
+    sizes = [len(data.indices(label)) for label in (0, 1)]
+    products = sum(size**2 for size in sizes) / 2 * data.data[0].numel()
+    monkeypatch.setattr(stablefield.data.distances, "MOST_PRODUCTS", products - 1)
+    assert NeighbourDistances(data).prepare() is None
+    assert measured == []
+    monkeypatch.setattr(stablefield.data.distances, "MOST_PRODUCTS", products)
+    assert NeighbourDistances(data).prepare(null_label=True) is None  # among all data there are more pairs
+    assert NeighbourDistances(data).prepare() is not None
+    assert measured == [0, 1]

@@ -10,13 +10,17 @@ from noisy_data import images, noisy_batch
 from pretend_gpu import CUDA, PretendGPU
 from torch import Tensor
 
-from stablefield import DSMTarget, ExactTarget, KNNTarget, NoisyBatch, Pool, STFTarget
+from stablefield import VE, DSMTarget, ExactTarget, KNNTarget, NoisyBatch, Pool, STFTarget
 from stablefield.build import build
 from stablefield.config import override, resolve
+from stablefield.denoise import Guided, IdealDenoiser, Preconditioned
 from stablefield.distributed import Ranks
 from stablefield.engine.fit import initial_state, make_optimization
 from stablefield.engine.loop import StepReport, train
+from stablefield.networks import MLP
 from stablefield.pool import NULL_LABEL
+from stablefield.preconditioning import EDMPreconditioning
+from stablefield.sample import Ancestral, Euler, Heun, Sampler
 from stablefield.targets import TargetEstimator
 
 SMALL = ["network.channels=8", "training.batch_size=16", "training.images=1000000"]
@@ -217,3 +221,35 @@ def test_the_pretended_gpu_sees_waits_and_mixed_devices() -> None:
             gpu.clear()
             mistake()
             assert gpu.mistakes
+
+
+# ---- samplers and denoisers
+
+
+@pytest.mark.parametrize("sampler", [Heun(), Euler(), Ancestral()])
+@pytest.mark.parametrize("classes", [0, 3])
+def test_an_evaluation_of_a_sampler_does_not_wait(sampler: Sampler, classes: int) -> None:
+    network = MLP((2, 4, 4), width=16, num_classes=classes)
+    denoiser = Preconditioned(network, VE(), EDMPreconditioning(), classes).eval()
+    guided = Guided(denoiser, 2.0) if classes else denoiser
+    waits = []
+    for steps in (4, 12):
+        with PretendGPU() as gpu:
+            guided.to(CUDA)
+            gpu.clear()
+            replace(sampler, steps=steps)(guided, shape=(2, 4, 4), seeds=range(3))
+        assert not gpu.mistakes
+        waits.append(gpu.waits.total())
+    assert waits[0] == waits[1], gpu.waits
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_the_ideal_denoiser_samples_where_it_was_moved_to(labelled: bool) -> None:
+    pool = images(50)
+    pool = pool if labelled else Pool(pool.data)
+    here = Heun(steps=3)(IdealDenoiser(pool, VE()), shape=pool.shape, seeds=range(3))
+    with PretendGPU() as gpu:
+        there = Heun(steps=3)(IdealDenoiser(pool, VE()).to(CUDA), shape=pool.shape, seeds=range(3))
+        assert there.x.is_cuda
+    assert not gpu.mistakes
+    torch.testing.assert_close(on_cpu(there.x), here.x)

@@ -110,20 +110,27 @@ class Preconditioned(Denoiser):
 class IdealDenoiser(Denoiser):
     """The exact E[x | x_t] for data drawn uniformly from a pool: the minimiser of every unbiased training loss.
 
+    Moved to a device as any module, it takes the data there when it is called, and samplers sample there.
+
     Args:
         pool: the data set; with labels the mean is that of the class.
         process: the process that made x_t.
     """
 
+    place: Tensor  # empty; on the device that the module was moved to
+
     def __init__(self, pool: Pool, process: Process) -> None:
         super().__init__()
         self.pool, self.process, self.num_classes = pool, process, pool.num_classes
+        self.register_buffer("place", pool.data.new_empty(0), persistent=False)
 
     @override
     def forward(
         self, x_t: Tensor, t: Tensor, label: Tensor | None = None, augment_label: Tensor | None = None
     ) -> Tensor:
         alpha, sigma = self.process.scales(t)
+        if self.place.device != self.pool.data.device:
+            self.pool = self.pool.to(self.place.device)
         if augment_label is not None:
             if not permutes(augment_label).all():
                 raise ValueError("IdealDenoiser supports flips only: columns 2 to 8 of augment_label must be 0")
@@ -132,13 +139,13 @@ class IdealDenoiser(Denoiser):
             return self._mean(x_t, alpha, sigma, NULL_LABEL)
         mean = torch.empty_like(x_t)
         for value in label.unique().tolist():
-            chosen = label == value
+            chosen = move((label == value).nonzero().flatten(), x_t.device)
             mean[chosen] = self._mean(x_t[chosen], alpha[chosen], sigma[chosen], value)
         return mean
 
     def _mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, label: int) -> Tensor:
         """The mean of examples that share a label."""
-        blocks = ((block, None) for block in self.pool.blocks(label, chunk_size(x_t)))
+        blocks = ((block, None) for block in self.pool.blocks(label, chunk_size(x_t), x_t.device))
         return stream(x_t, blocks, sigma=sigma, alpha=alpha).mean
 
 

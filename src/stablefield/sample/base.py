@@ -8,7 +8,7 @@ on its seed alone, not on the batch it was made in.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,9 @@ from stablefield.pool import NULL_LABEL
 from stablefield.process import Process
 from stablefield.sample.grids import EDMGrid, TimeGrid, check_finite_fields
 
-__all__ = ["BoundDenoiser", "Callback", "DrawNoise", "Sampler", "Samples"]
+__all__ = ["MOST_STEPS", "BoundDenoiser", "Callback", "DrawNoise", "Sampler", "Samples"]
+
+MOST_STEPS = 1_000_000  # memory is allocated for all of their times
 
 DrawNoise = Callable[[], Tensor]  # standard normal noise shaped like the state, each sample's from its own generator
 Callback = Callable[[int, Tensor, Tensor], None]  # called with (step, t, x_t) after every step
@@ -106,8 +108,8 @@ class Sampler(ABC):
 
     def __post_init__(self) -> None:
         check_finite_fields(self, infinite=("churn_max",))
-        if self.steps < 1:
-            raise ValueError(f"a sampler needs at least 1 step, not {self.steps}")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"a sampler needs at least 1 step, not {self.steps}, and at most {MOST_STEPS:,}")
 
     @abstractmethod
     def step(self, denoiser: BoundDenoiser, x: Tensor, t: Tensor, s: Tensor, draw_noise: DrawNoise) -> Tensor:
@@ -135,7 +137,7 @@ class Sampler(ABC):
         """Draw samples, one per seed or per latent.
 
         Args:
-            denoiser: the denoiser; the samples are made on the device of its parameters.
+            denoiser: the denoiser; the samples are made on its device.
             shape: shape of one sample; may be left out if `latents` are given.
             seeds: seed of each sample, modulo 2^32. It decides the latent, the class and the sampler's noise.
             label: the class of all samples, or of each, -1 for no class; by default a conditional denoiser's classes
@@ -150,7 +152,7 @@ class Sampler(ABC):
             ValueError: there are neither seeds nor latents; their numbers, the shape or the labels do not match; a
                 label is unknown to the denoiser; or seeds are missing that the sampler or the classes need.
         """
-        device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+        device = next((x.device for x in chain(denoiser.parameters(), denoiser.buffers())), torch.device("cpu"))
         generators = None if seeds is None else [torch.Generator(device).manual_seed(seed % 2**32) for seed in seeds]
         latents = _latents(latents, shape, generators, device)
         bound = BoundDenoiser(denoiser, _labels(label, denoiser, len(latents), generators, device))

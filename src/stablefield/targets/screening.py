@@ -22,12 +22,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stablefield.pool import Pool
+from stablefield.process import move
 from stablefield.seeding import generator
 from stablefield.targets.shard import Shard
 
 __all__ = ["Projection", "Screen", "count_true", "likely", "principal_directions", "rounding_bound"]
 
 CLOSER = (1 / 64, 1 / 2)  # of the data points: if a share between these is left, it pays to drop more by summed mass
+SETUP_BLOCK = 128  # data points that are projected together, such that they stay in a cache
 BINS = 128  # of half a nat, in which their mass is summed
 
 
@@ -61,14 +63,6 @@ class Projection:
         """
         share = torch.as_tensor(alpha, dtype=torch.float32, device=x.device).reshape(-1, 1)
         return torch.addcmul(x.flatten(1).float(), share, self.centre, value=-1)
-
-    def squared_distance(self, x: Float[Tensor, "n *D"]) -> Float[Tensor, "n"]:
-        """Squared distances from the centre, in float64.
-
-        Args:
-            x: data.
-        """
-        return (x.flatten(1).double() - self.centre).square().sum(1)
 
     def to(self, device: torch.device) -> "Projection":
         """The projection on another device.
@@ -131,15 +125,16 @@ class Screen:
             level: isolation level of each, in the order of `indices`.
         """
         level, order = level.sort(stable=True)
-        device, here, (scale, shift) = projection.centre.device, projection.to(pool.data.device), pool.affine
+        device, (scale, shift) = projection.centre.device, pool.affine
         coordinates = projection.basis.new_empty(len(indices), projection.basis.shape[1] + 1)
         square = coordinates.new_empty(len(indices), dtype=torch.float64)
         # into memory of their own at once: small results kept between large blocks would fragment memory
-        for part in torch.arange(len(indices)).split(1024):
+        for start in range(0, len(indices), SETUP_BLOCK):
+            some = slice(start, start + SETUP_BLOCK)
             # in float64: at small sigma, the float32 rounding of a byte's value is too much for a squared norm
-            block = pool.stored(indices[part]).double() * scale + shift
-            some = slice(int(part[0]), int(part[-1]) + 1)
-            coordinates[some, :-1], square[some] = here(block), here.squared_distance(block)
+            block = move(pool.stored(indices[some]), device).flatten(1).to(torch.float64, copy=True)
+            coordinates[some, :-1] = projection(block.mul_(scale).add_(shift))
+            square[some] = block.sub_(projection.centre).square_().sum(1)
         coordinates[:, -1] = coordinates[:, :-1].square().sum(1)
         ordered = coordinates[order.to(device)]
         return cls(projection, indices, order, order.argsort(), level.to(device), ordered, square)
