@@ -87,14 +87,6 @@ class RunFolder:
         """Folder of the TensorBoard events."""
         return self.path / "tensorboard"
 
-    def sheet(self, images: int) -> Path:
-        """File of a sheet of samples.
-
-        Args:
-            images: number of images that the network had seen.
-        """
-        return self.sheets / f"{images:09d}.png"
-
     def older_checkpoint(self, images: int) -> Path:
         """File of a checkpoint that is no longer the newest.
 
@@ -175,21 +167,11 @@ class RunFolder:
             images: number of images that the checkpoint has seen.
         """
         if self.metrics.exists():
-            self.rewrite_metrics([line for line in self.history() if round(line["progress/kimg"] * 1000) <= images])
+            kept = (line for line in self.history() if round(line["progress/kimg"] * 1000) <= images)
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         for sheet in self.sheets.glob("[0-9]*.png"):
             if int(sheet.stem) > images:
                 sheet.unlink()
-
-    def rewrite_metrics(self, lines: Iterable[dict[str, Any]]) -> None:
-        """Replace all lines of the metrics.
-
-        Args:
-            lines: the new lines, as `history` returns them.
-
-        Raises:
-            OSError: the disk is full or not writable; the lines are as before.
-        """
-        write_text(self.metrics, "".join(json.dumps(finite(line)) + "\n" for line in lines))
 
     def sweep(self) -> None:
         """Remove temporary files of a process that was killed while it wrote them."""

@@ -88,7 +88,7 @@ class EMA:
         return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
 
     @torch.no_grad()
-    def update(self, averages: Sequence[Tensor], weights: Sequence[Tensor], images: int, batch_size: int) -> None:
+    def update(self, averages: list[Tensor], weights: list[Tensor], images: int, batch_size: int) -> None:
         """Move averaged weights towards those of the model.
 
         Args:

@@ -92,8 +92,8 @@ def train(
     settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
     allowed = allowed_names([*settings, *([f"target.kind={target_kind(target)}"] if target else [])], allow)
     if resume:
-        others = {"--recipe": recipe, "--data": data, "--config": config, "--out": out, "--init-from": init_from}
-        others |= {"--target": target, "--resume-if-exists": resume_if_exists}
+        others: dict[str, object] = {"--recipe": recipe, "--data": data, "--config": config, "--out": out}
+        others |= {"--init-from": init_from, "--target": target, "--resume-if-exists": resume_if_exists}
         if given := [option for option, value in others.items() if value]:
             raise ConfigError(
                 f"--resume cannot be combined with {', '.join(given)}: a run keeps its own configuration; change "

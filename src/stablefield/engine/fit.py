@@ -6,6 +6,7 @@ stopped writes them at the same steps. A signal ends measurements and sheets of 
 the checkpoint is saved without them; what was due at a checkpoint and is missing is made up for when the run resumes.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from stablefield.build import Components, build_sampler
+from stablefield.checkpoint import finite
 from stablefield.config import Config, ConfigError, Training
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
@@ -284,7 +286,7 @@ class _Fit:
             (self.held_out is not None and "held_out/loss" not in line)
             or (self.score is not None and "score/score" not in line)
         )
-        sheet = self._due(self.config.training.sample_every) and not self.folder.sheet(images).exists()
+        sheet = self._due(self.config.training.sample_every) and not (self.folder.sheets / f"{images:09d}.png").exists()
         # the main rank decides: others may see older files
         probe, rate, sheet = (images > 0 and bool(self.ranks.all_gather_int(owed)[0]) for owed in (probe, rate, sheet))
         if probe or rate:
@@ -300,7 +302,7 @@ class _Fit:
             return
         lines = [*(self.history[:-1] if last else self.history), line]
         self.checkpoints.save(self.state, self._score_in(line))
-        self.folder.rewrite_metrics(lines)
+        write_text(self.folder.metrics, "".join(json.dumps(finite(each)) + "\n" for each in lines))
         self.figure = LossFigure(self.folder, lines)
         if self.tensorboard:
             self.tensorboard.add_metrics({key: line[key] for key in line.keys() - last.keys()}, self.state.images)

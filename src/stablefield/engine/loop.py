@@ -157,7 +157,7 @@ def refuse_unused_parameters(denoiser: Denoiser, objective: Objective, batch: Tr
     Raises:
         ValueError: there are such parameters; it names them.
     """
-    noisy, target = (part.select(slice(0, 1)) for part in batch)
+    noisy, target = batch[0].select(slice(0, 1)), batch[1].select(slice(0, 1))
     objective.loss(denoiser.eval(), denoiser.process, noisy, target).loss.backward()
     unused = [name for name, p in denoiser.named_parameters() if p.requires_grad and p.grad is None]
     denoiser.zero_grad(set_to_none=True)

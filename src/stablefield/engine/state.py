@@ -57,8 +57,11 @@ class TrainState:
         self.emas = dict(zip(average_names([ema.half_life for ema in emas]), emas, strict=True))
         self.averages = {name: copy.deepcopy(denoiser).eval().requires_grad_(False) for name in self.emas}
         # the modules are searched for them once, and not at every step
-        self.weights, self._buffers = list(denoiser.parameters()), list(denoiser.buffers())
-        self._averaged = {name: (list(avg.parameters()), list(avg.buffers())) for name, avg in self.averages.items()}
+        self.weights: list[Tensor] = list(denoiser.parameters())
+        self._buffers = list(denoiser.buffers())
+        self._averaged: dict[str, tuple[list[Tensor], list[Tensor]]] = {
+            name: (list(each.parameters()), list(each.buffers())) for name, each in self.averages.items()
+        }
         self.optimizer = optimizer or torch.optim.Adam(denoiser.parameters(), lr=1e-3, fused=True)
         self.precision, self.adaptation = precision, adaptation
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)

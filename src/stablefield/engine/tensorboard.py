@@ -92,7 +92,7 @@ class TensorBoardWriter:
         Raises:
             OSError: the disk is full or cannot be written.
         """
-        path = self.folder.sheet(images)
+        path = self.folder.sheets / f"{images:09d}.png"
         save_sheet(path, x)
         width, height = Image.open(path).size
         image = self.summary.Image(
