@@ -525,11 +525,11 @@ def test_every_target_trains_the_same_denoiser(target):
     estimator = {"DSM": DSMTarget(), "STF": STFTarget(pool, 3), "exact": exact_target(pool)}[target]
     objective, table = Objective(Always(0.3), estimator, PredictionWeight("x0")), Table()
     optimizer = torch.optim.Adam(table.parameters(), 0.1)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 400)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 200)
     generator, index = torch.Generator().manual_seed(3), torch.arange(6000) % 6
-    for _ in range(400):
+    for _ in range(200):
         optimizer.zero_grad()
-        for part in index.split(600):  # each with its own references, which are what the targets vary by
+        for part in index.split(1500):  # each with its own references, which are what the targets vary by
             objective(table, points[part], index=part, generator=generator).loss.backward()
         optimizer.step()
         schedule.step()
