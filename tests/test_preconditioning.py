@@ -454,6 +454,7 @@ def losses(family, preconditioning, weight, target, steps=20):
         optimizer.step()
 
 
+@pytest.mark.usefixtures("unchecked")  # the checks take longer than what they check
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("prediction_type", [*PREDICTION_TYPES, "own"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -518,6 +519,7 @@ class Always(TimeDistribution):
         return torch.full_like(u, self.t)
 
 
+@pytest.mark.usefixtures("unchecked")  # the checks take longer than what they check
 @pytest.mark.parametrize("target", ["DSM", "STF", "exact"])
 def test_every_target_trains_the_same_denoiser(target):
     points = torch.tensor([-1.0, -0.7, -0.2, 0.1, 0.15, 0.9])[:, None]

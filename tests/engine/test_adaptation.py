@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import Interrupted, configured, interrupt_at, same, tensors, trained, untimed
 from test_distributed import adapted_run, on_ranks
-from test_fit import Interrupted, configured, interrupt_at, same, tensors, trained, untimed
 
 from stablefield.build import build
 from stablefield.config import ConfigError, override, resolve

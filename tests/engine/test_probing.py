@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from short_runs import Interrupted, configured, interrupt_at, same, trained, untimed
 from test_distributed import on_ranks, probed_run
-from test_fit import Interrupted, configured, interrupt_at, same, trained, untimed
 
 from stablefield.build import build
 from stablefield.cli.training import progress_text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from processes import forked
-from test_fit import SHORT, SMALL, same, seen, trained
+from short_runs import SHORT, SMALL, same, seen, trained
 
 from stablefield.checkpoint import read
 from stablefield.run import RunFolder
