@@ -73,32 +73,42 @@ def adapted_run(ranks: Ranks) -> torch.Tensor:
 def on_ranks(
     world_size: int, out: Path, function: Callable[..., torch.Tensor] = losses, **options: object
 ) -> torch.Tensor:
-    """The result of a function on the main rank when it is called on several ranks, which are forks of this process."""
+    """The result of a function on the main rank when it is called on several ranks."""
+    codes, printed = on_forks(world_size, out, function, **options)
+    assert codes == [0] * world_size, printed
+    return torch.load(out / "result.pt")
+
+
+def on_forks(world_size: int, out: Path, function: Callable, **options: object) -> tuple[list[int], str]:
+    """Call a function on several ranks, which are forks of this process: their exit codes, and what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world_size)}
     forks = [forked(partial(_one_rank, address, rank, out, function, options)) for rank in range(world_size)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks]
-    assert codes == [0] * world_size, [(out / f"{rank}.txt").read_text() for rank in range(world_size)]
-    return torch.load(out / "result.pt")
+    return codes, "".join((out / f"{rank}.txt").read_text() for rank in range(world_size))
 
 
 def _one_rank(address: dict[str, str], rank: int, out: Path, function: Callable, options: dict[str, object]) -> None:
     """Call the function in a process group, write what is printed to a file, and end this process."""
     signal.alarm(120)
+    code = 0
     with (out / f"{rank}.txt").open("w") as printed:
         os.dup2(printed.fileno(), 2)
         try:
             os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=address["WORLD_SIZE"])
             with process_group(torch.device("cpu")) as ranks:
+                group = weakref.ref(torch.distributed.group.WORLD)
                 result = function(ranks, **options)
                 if ranks.is_main:
                     torch.save(result, out / "result.pt")
         except BaseException:
             printed.write(traceback.format_exc())
-            printed.flush()
-            raise
-    os._exit(0)
+            code = 1
+        if group() is not None:
+            printed.write("the process group still exists")
+            code = 2
+    os._exit(code)
 
 
 def launched(world_size: int, out: Path, function: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -147,6 +157,13 @@ def fail_at_the_end(ranks: Ranks) -> None:
 
 
 def test_the_process_group_is_destroyed_even_if_ranks_fail(tmp_path):
+    codes, printed = on_forks(2, tmp_path, fail_at_the_end)
+    assert codes == [1, 1], printed
+    assert printed.count("ValueError: cannot write") == 1, printed
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_that_fail_print_one_error(tmp_path):
     done = launched(2, tmp_path, "fail_at_the_end")
     assert done.returncode != 0
     assert done.stderr.count("ValueError: cannot write") == 1, done.stderr
