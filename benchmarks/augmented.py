@@ -32,7 +32,7 @@ from stablefield.recipes import read_recipe
 from stablefield.seeding import generator
 
 SEED = 0
-SIGMAS = (0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+SIGMAS = (4.0, 8.0, 16.0, 32.0)
 
 
 def cost(data: Path, batch: int, sizes: list[int]) -> None:
@@ -74,6 +74,7 @@ def bias(pool: Pool, size: int, draws: int, examples: int, mapped_size: int = 64
                 sums[row] += errors(source + sigma * noise, sigma, seen, references, mapped_size)
         print(f"  {name}: sigma, bias^2, error of stf-published, error of stf with {mapped_size}")
         for sigma, (dsm, square, published, mapped) in zip(SIGMAS, sums.tolist(), strict=True):
+            dsm = max(dsm, 1e-12)
             print(f"    {sigma:5} {square / dsm:10.4f} {published / dsm:10.4f} {mapped / dsm:10.4f}", flush=True)
 
 
@@ -104,7 +105,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as a ZIP file in EDM's layout")
     parser.add_argument("--batch", type=int, default=16, help="examples whose targets are timed (16)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 16, 64], help="reference batches that are timed")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 16, 64], help="reference batches that are timed; none: no timing")
     parser.add_argument("--images", type=int, default=1000, help="images of the data set for the bias (1000)")
     parser.add_argument("--references", type=int, default=512, help="size of the published estimator there (512)")
     parser.add_argument("--draws", type=int, default=16, help="reference batches for each x_t (16)")
@@ -112,8 +113,9 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.manual_seed(SEED)
     print(headline(__file__))
-    print(f"cost of a batch of {options.batch}:")
-    cost(options.data, options.batch, options.sizes)
+    if options.sizes:
+        print(f"cost of a batch of {options.batch}:")
+        cost(options.data, options.batch, options.sizes)
     print(f"bias with {options.references} references out of {options.images} images:")
     whole = resolve({"data": {"kind": "images", "path": str(options.data)}}).make("data").load()
     chosen = torch.randperm(len(whole), generator=generator(SEED, "images"))[: options.images]
