@@ -105,7 +105,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as a ZIP file in EDM's layout")
     parser.add_argument("--batch", type=int, default=16, help="examples whose targets are timed (16)")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 16, 64], help="reference batches that are timed; none: no timing")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 16, 64], help="reference batches that are timed")
     parser.add_argument("--images", type=int, default=1000, help="images of the data set for the bias (1000)")
     parser.add_argument("--references", type=int, default=512, help="size of the published estimator there (512)")
     parser.add_argument("--draws", type=int, default=16, help="reference batches for each x_t (16)")
