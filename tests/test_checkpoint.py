@@ -2,19 +2,24 @@
 
 import itertools
 import json
+import resource
 import shutil
+import struct
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from test_fit import trained
 
 import stablefield.checkpoint
 from stablefield.checkpoint import CheckpointError, checksum, read, save
+from stablefield.run import RunFolder, open_run
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -162,3 +167,76 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
         images=0,
     )
     assert torch.equal(read(tmp_path / "c.safetensors").tensors["b"], x)
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    """A safetensors file with any header."""
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+SHARED = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
+
+
+@pytest.mark.parametrize(
+    "octets",
+    [
+        b"",
+        header(b"{}", 2**63),
+        header(b"{}", 10**8 + 1),
+        header(b"[" * 100_000),
+        header(b'{"x":' + b"[" * 100_000),
+        header(SHARED) + bytes(8),
+        header(b'{"x":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'),
+        header(b'{"x":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}') + bytes(4),
+        header(b'{"__metadata__":{"format":"stablefield/2"}}'),
+        header(b'{"__metadata__":{"format":"\\u001b[2J"}}'),
+    ],
+)
+def test_a_hostile_header_is_refused(tmp_path, octets):
+    (tmp_path / "c.safetensors").write_bytes(octets)
+    with pytest.raises(CheckpointError, match=r"c\.safetensors") as found:
+        read(tmp_path / "c.safetensors")
+    assert len(str(found.value)) < 1000
+
+
+def fuzzed(tmp_path, seed: int, rounds: int) -> dict[str, int]:
+    pytest.importorskip("resource")  # limits on memory and alarms exist on Unix only
+    trained(tmp_path / "run", "training.images=32")
+    (tmp_path / "hostile").mkdir()
+    script, file = Path(__file__).with_name("checkpoint_fuzz.py"), RunFolder(tmp_path / "run").checkpoint
+    command = [sys.executable, str(script), str(seed), str(rounds), str(tmp_path / "hostile"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_changed_checkpoint_with_a_matching_checksum_is_opened_or_refused(tmp_path):
+    counts = fuzzed(tmp_path, 0, 200)
+    assert counts["opened"] > 5
+    assert counts["refused"] > 100
+
+
+@pytest.mark.slow
+def test_many_changed_checkpoints_with_a_matching_checksum_are_opened_or_refused(tmp_path):
+    assert fuzzed(tmp_path, 1, 5000)["refused"] > 2000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 2**31}, "width must be between 1 and 65,536"),
+        ({"width": 2**16}, "of shape .*, and the weights have"),
+        ({"width": 66}, "of shape .*, and the weights have"),
+        ({"layers": -1}, "layers must be between 1 and 1,024, not -1"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_weights_is_refused_before_it_is_built(tmp_path, change, message):
+    trained(tmp_path, "training.images=32")
+    path = RunFolder(tmp_path).checkpoint
+    found = read(path)
+    found.config["config"]["network"] |= change
+    save(path, found.tensors, config=found.config, images=found.images)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=message):
+        open_run(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start < 200_000  # kB

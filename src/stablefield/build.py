@@ -201,28 +201,57 @@ def resident(pool: Pool, device: torch.device, share: float = 0.1) -> Pool:
     return pool.to(device)
 
 
-def build_denoiser(config: Config, shape: tuple[int, ...], num_classes: int) -> Preconditioned:
+def build_denoiser(
+    config: Config, shape: tuple[int, ...], num_classes: int, weights: Mapping[str, torch.Tensor] | None = None
+) -> Preconditioned:
     """A denoiser with initial weights, which follow from the seed of the run.
+
+    A network of this package is first built without memory for its weights, so that one that asks for more than the
+    machine has, or does not fit the weights of a file, is refused before any memory is used.
 
     Args:
         config: the resolved configuration.
         shape: shape of one data point.
         num_classes: number of classes that the network is conditioned on; 0 for none.
+        weights: weights that the denoiser must fit; they are not loaded.
 
     Raises:
-        ConfigError: the network cannot be made with these arguments.
+        ConfigError: the network cannot be made with these arguments, or does not fit the weights.
     """
-    classes = {"num_classes": num_classes} if num_classes else {}
-    with torch.random.fork_rng([]):
-        torch.manual_seed(derive(config.training.seed, "weights"))
-        try:
-            network = config.make("network", shape=shape, **classes)
-        except ConfigError:
-            raise
-        except Exception as error:  # a user's network may fail in any way
-            kind = config["network"]["kind"]
-            raise ConfigError(f"the network {kind!r} cannot be made for data {shape}: {_describe(error)}") from error
-    return Preconditioned(network, config.make("process"), config.make("preconditioning"), num_classes)
+
+    def make(device: str) -> Preconditioned:
+        classes = {"num_classes": num_classes} if num_classes else {}
+        with torch.random.fork_rng([]), torch.device(device):
+            torch.manual_seed(derive(config.training.seed, "weights"))
+            try:
+                network = config.make("network", shape=shape, **classes)
+            except ConfigError:
+                raise
+            except Exception as error:  # a user's network may fail in any way
+                reason = _describe(error)
+                raise ConfigError(f"the network {kind!r} cannot be made for data {shape}: {reason}") from error
+        return Preconditioned(network, config.make("process"), config.make("preconditioning"), num_classes)
+
+    kind = config["network"]["kind"]
+    if ":" not in kind:  # a user's network may need real tensors
+        _check_size(make("meta"), kind, weights)
+    return make("cpu")
+
+
+def _check_size(denoiser: Preconditioned, kind: str, weights: Mapping[str, torch.Tensor] | None) -> None:
+    """Refuse a network that does not fit weights, or the memory of this machine."""
+    state = denoiser.state_dict()
+    needed = sum(tensor.nbytes for tensor in state.values())
+    if weights is not None:
+        for name in sorted(state.keys() | weights.keys()):
+            here, there = (tuple(part[name].shape) if name in part else None for part in (state, weights))
+            if here != there:
+                raise ConfigError(f"the network {kind!r} has {name} of shape {here}, and the weights have {there}")
+    if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise ConfigError(
+            f"the network {kind!r} needs {needed / 1e9:,.0f} GB for its weights, and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory; choose fewer channels"
+        )
 
 
 @torch.no_grad()
@@ -244,7 +273,8 @@ def _check_network(denoiser: Preconditioned, pool: Pool, augment_dim: int) -> No
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    first = str(error).partition("\n")[0]  # torch appends a trace of its own to some errors
+    return f"{type(error).__name__}: {first}"
 
 
 def build_sampler(config: Config) -> Sampler:

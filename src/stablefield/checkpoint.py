@@ -176,9 +176,12 @@ def _read(path: Path, device: str | torch.device) -> Checkpoint:
     if stored != checksum(tensors, metadata):
         raise CheckpointError(f"{path} is damaged: its content does not match the checksum in it")
     try:
-        return Checkpoint(tensors, json.loads(metadata["config"]), int(metadata["images"]), stored)
-    except (KeyError, ValueError) as error:
+        config, images = json.loads(metadata["config"]), int(metadata["images"])
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has no valid description of its tensors: {error!r}") from None
+    if not isinstance(config, dict) or not 0 <= images <= 2**53:
+        raise CheckpointError(f"{path} has no valid description of its tensors, or of the images seen")
+    return Checkpoint(tensors, config, images, stored)
 
 
 def _check_format(path: Path, found: str) -> None:

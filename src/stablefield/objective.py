@@ -9,6 +9,7 @@ and the training loop do not depend on it.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -60,6 +61,10 @@ class EDMWeight(LossWeight):
     """
 
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_data < inf:
+            raise ValueError(f"sigma_data must be positive and finite, not {self.sigma_data}")
 
     @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ predict x0, epsilon, score, velocity or v themselves.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from math import inf
 
 import torch
@@ -113,6 +114,11 @@ class VPPreconditioning(Preconditioning):
     steps: int = 1000
     t_min: float = 1e-5
 
+    def __post_init__(self) -> None:
+        VP(self.beta_min, self.beta_d)  # it checks them
+        if not (2 <= self.steps <= 2**24 and 0 < self.t_min < 1):
+            raise ValueError(f"need 2 <= steps <= 2^24 and 0 < t_min < 1, not {self.steps} and {self.t_min}")
+
     @override
     def __call__(self, process: Process, t: Tensor) -> Scalings:
         alpha, sigma = process.scales(t)
@@ -145,6 +151,10 @@ class VEPreconditioning(Preconditioning):
     sigma_min: float = 0.02
     sigma_max: float = 100.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < inf:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, not {self.sigma_min} and {self.sigma_max}")
+
     @override
     def __call__(self, process: Process, t: Tensor) -> Scalings:
         alpha, sigma = process.scales(t)
@@ -170,6 +180,11 @@ class IDDPMPreconditioning(Preconditioning):
     """
 
     table: tuple[float, ...] = field(default_factory=lambda: iddpm_noise_levels(), repr=False)
+
+    def __post_init__(self) -> None:
+        table = (inf, *self.table)
+        if not 3 <= len(table) - 1 <= 100_001 or table[-1] != 0 or any(not a > b for a, b in pairwise(table)):
+            raise ValueError("the table must hold 3 to 100,001 noise levels that decrease to 0")
 
     @override
     def __call__(self, process: Process, t: Tensor) -> Scalings:

@@ -10,6 +10,7 @@ runs/digits/config.toml               the resolved configuration
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ __all__ = [
     "run_folder",
     "training_data",
 ]
+
+_MOST_VALUES = 2**28  # of one data point: an image of 9,459 x 9,459 pixels in color
 
 
 @dataclass(frozen=True)
@@ -301,24 +304,32 @@ def open_run(
     found = read(RunFolder(path).best if weights == "best" else checkpoint_of(path))
     try:
         config = resolve(found.config["config"], allow=allow)
-        shape, num_classes = tuple(found.config["shape"]), int(found.config["num_classes"])
-        num_levels, declared = int(found.config["num_levels"]), found.config["values"]
-    except (KeyError, TypeError) as error:
+        shape, num_classes = found.config["shape"], found.config["num_classes"]
+        num_levels, declared = found.config["num_levels"], found.config["values"]
+        data = found.config.get("data", "")
+    except KeyError as error:
         raise CheckpointError(f"the description in {path} is incomplete: {error} is missing") from None
+    numbers = [*shape, num_classes, num_levels] if isinstance(shape, list) else [None]
+    if not all(type(number) is int and 0 <= number <= _MOST_VALUES for number in numbers) or not (
+        1 <= len(shape) <= 8 and 1 <= math.prod(shape) <= _MOST_VALUES and num_levels >= 2 and isinstance(data, str)
+    ):
+        raise CheckpointError(f"the description in {path} has no valid shape, num_classes, num_levels or data")
+    shape = tuple(shape)
     try:
         values = values_of(declared, True, shape)
     except ValueError as error:
         raise CheckpointError(f"the description in {path} does not fit its data: {error}") from None
-    denoiser = build_denoiser(config, shape, num_classes)
     name = "average" if weights == "best" else weights
     state = _select_weights(found, name)
     try:
+        denoiser = build_denoiser(config, shape, num_classes, state)
         denoiser.load_state_dict(state)
+    except ConfigError as error:
+        raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
     except RuntimeError as error:
         raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
     denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
-    data = found.config.get("data", "")
     return TrainedRun(denoiser, config, shape, num_levels, values, found.images, checksum, path, data)
 
 

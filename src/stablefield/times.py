@@ -146,6 +146,11 @@ class VPLevels(TimeDistribution):
     beta_min: float = 0.1
     low: float = 1e-5
 
+    def __post_init__(self) -> None:
+        VP(self.beta_min, self.beta_d)  # it checks them
+        if not 0 < self.low < 1:
+            raise ValueError(f"low must be between 0 and 1, not {self.low}")
+
     @override
     def quantile(self, u: Tensor) -> Tensor:
         alpha, sigma = VP(self.beta_min, self.beta_d).scales(self.low + (1 - self.low) * u)
@@ -245,5 +250,7 @@ _BASES: dict[str, Callable[..., TimeDistribution]] = {
 
 
 def _check_normal(times: LogNormal | LogitNormal) -> None:
-    if not (math.isfinite(times.mean) and 0 < times.std < math.inf):
-        raise ValueError(f"{type(times).__name__} needs a finite mean and std > 0, not {times.mean} and {times.std}")
+    if not (times.std > 0 and abs(times.mean) + 6 * times.std <= 80):  # exp(80) is finite in float32
+        raise ValueError(
+            f"{type(times).__name__} needs std > 0 and |mean| + 6 std of at most 80, not {times.mean} and {times.std}"
+        )

@@ -1,12 +1,15 @@
 """The command line: parsing and printing only, one module per command.
 
-`app` is the Typer application with all commands; `main` runs it and prints the user's mistakes as one line.
+`app` is the Typer application with all commands; `main` runs it and prints the user's mistakes as one line. Commands
+import what they work with when they run: their help needs nothing that is slow to import, such as torch.
 """
 
 import faulthandler
 import os
 import sys
 from contextlib import suppress
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -23,7 +26,6 @@ from stablefield.cli import (
     sample_command,
     train_command,
 )
-from stablefield.data import printable
 
 __all__ = ["app", "main"]
 
@@ -58,6 +60,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"stablefield {version('stablefield')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options that stand before the name of a command."""
+
+
 app.command()(demo_command.demo)
 app.command()(train_command.train)
 app.command()(recipes_command.recipes)
@@ -79,6 +99,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError) as error:
+        from stablefield.data import printable
+
         rank = int(os.environ.get("RANK", "0"))
         shown = "\n".join(printable(line, 10_000) for line in str(error).split("\n"))
         print(f"stablefield: {f'rank {rank}: ' if rank else ''}{shown}", file=sys.stderr)

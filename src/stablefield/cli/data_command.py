@@ -7,32 +7,14 @@ from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from stablefield.cli.progress import progress_bar
-from stablefield.cli.training import section_of
-from stablefield.config import ConfigError, override, resolve
-from stablefield.data import Inspection, Source, printable
-from stablefield.data import convert as convert_data
-from stablefield.data import inspect as inspect_data
-from stablefield.data.store import refuse_existing
-from stablefield.generate.images import save_sheet
-from stablefield.kinds import KINDS
-from stablefield.objective import EDMWeight
-from stablefield.pool import Pool
-from stablefield.studies.field import VarianceReport, propose_noise
-from stablefield.studies.field.plots import plot_proposal
+from stablefield.kinds import KINDS, ConfigError
 
-__all__ = [
-    "contact_sheet",
-    "convert",
-    "data",
-    "describe",
-    "inspect",
-    "open_source",
-    "propose",
-]
+__all__ = ["convert", "data", "inspect"]
+
+_KINDS = [kind for kind in KINDS["data"] if kind != "unknown"]
 
 data = typer.Typer(
     help="""Convert data sets to stores that are mapped into memory, and inspect them.
@@ -46,8 +28,6 @@ data = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-_KINDS = [kind for kind in KINDS["data"] if kind != "unknown"]
 
 
 def _opens_source(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +58,8 @@ def _open(
         ),
     ],
     kind: Annotated[
-        str | None, typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed.")
+        str | None,
+        typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed."),
     ] = None,
     resolution: Annotated[
         str | None, typer.Option(metavar="WxH", help="Resize images to this width and height.")
@@ -104,8 +85,10 @@ def _open(
         list[str] | None,
         typer.Option("--set", metavar="data.KEY=VALUE", help="Set another key of the data. May be repeated."),
     ] = None,
-) -> Source:
-    """The source that the arguments and options of a command describe."""
+) -> Any:
+    """The `Source` that the arguments and options of a command describe."""
+    from stablefield.cli.inspecting import open_source
+
     values = {
         "resolution": resolution,
         "transform": transform,
@@ -123,7 +106,7 @@ def _open(
 @data.command()
 @_opens_source
 def convert(
-    source: Source,
+    source: Any,  # a Source
     dest: Annotated[
         Path,
         typer.Argument(
@@ -135,6 +118,9 @@ def convert(
 
     Images are decoded once, and training then maps the store into memory.
     """
+    from stablefield.data import convert as convert_data
+    from stablefield.data import printable
+
     with progress_bar("decoding") as progress:
         made = convert_data(source, dest, progress=progress)
     classes = f" of {made.num_classes} classes" if made.num_classes else ""
@@ -145,7 +131,7 @@ def convert(
 @data.command()
 @_opens_source
 def inspect(
-    source: Source,
+    source: Any,  # a Source
     sheet: Annotated[
         Path | None, typer.Option(help="New image file for a sheet of data points, if they are images.")
     ] = None,
@@ -156,6 +142,12 @@ def inspect(
 
     Prints size, type, range, classes and hash of the data, and verifies a store. --sheet and --plot write images.
     """
+    from stablefield.cli.inspecting import contact_sheet, describe, propose
+    from stablefield.data import inspect as inspect_data
+    from stablefield.data import printable
+    from stablefield.data.store import refuse_existing
+    from stablefield.generate.images import save_sheet
+
     for path in (sheet, plot):
         if path is not None:
             refuse_existing(path)
@@ -169,102 +161,3 @@ def inspect(
         print(f"sheet     {printable(sheet)}")
     if noise and found.summary.std > 0:
         print("\n".join(propose(found.pool, found.summary.std, plot)))
-
-
-def open_source(source: str, kind: str | None, options: dict[str, Any], settings: list[str]) -> Source:
-    """The source of data at a path.
-
-    Args:
-        source: a path, or hf:NAME.
-        kind: kind of the source; None to guess it, and print the guess.
-        options: keys of the section `data`.
-        settings: further keys, as data.KEY=VALUE.
-
-    Raises:
-        ConfigError: an option that this kind does not have, an invalid value, or a key of another section.
-        ValueError: the path does not exist, or its kind cannot be guessed.
-    """
-    section = section_of(source) if kind is None else {"kind": kind, "path": source}
-    if kind is None:
-        print(f"kind      {section['kind']} (guessed; --kind overrides it)")
-    section |= options
-    if other := [setting for setting in settings if not setting.startswith("data.")]:
-        raise ConfigError(f"{other[0]}: only keys of the section data can be set here, such as data.split=test")
-    opened: Source = resolve(override({"data": section}, settings)).make("data")
-    if opened.holdout:
-        raise ConfigError(f"data.holdout={opened.holdout}: data are held out in training only; remove this setting")
-    return opened
-
-
-def describe(found: Inspection) -> list[str]:
-    """Lines of text with size, type, range, classes and hash of data.
-
-    Args:
-        found: the data.
-    """
-    pool, summary = found.pool, found.summary
-    dtype = str(pool.data.dtype).removeprefix("torch.")
-    levels = f", {pool.num_levels} levels" if pool.num_levels != 256 else ""
-    moments = f"mean {summary.mean:.4f}, standard deviation {summary.std:.4f}"
-    return [
-        f"data      {len(pool):,} of shape {pool.shape}, {dtype}{levels}, values={pool.values}",
-        f"range     {summary.minimum:.4g} to {summary.maximum:.4g}, {moments}",
-        *([f"note      {found.question}"] if found.question else []),
-        *_class_lines(summary.class_counts, found.classes),
-        f"hash      {found.hash}{' (verified)' if found.verified else ''}",
-    ]
-
-
-def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16) -> list[str]:
-    """Lines of text with proposed noise levels, as settings, and the reasons for them.
-
-    Args:
-        pool: the data.
-        spread: their standard deviation.
-        plot: image file for a plot; None for no plot.
-        examples: noisy examples per noise level.
-    """
-    try:
-        with progress_bar("measuring") as progress:
-            proposal, study = propose_noise(pool, spread, examples=examples, progress=progress)
-    except ValueError as error:
-        return [f"noise     no proposal: {error}"]
-    report = VarianceReport.from_study(study, proposal.times(), EDMWeight(proposal.sigma_data))
-    if plot:
-        title = "What a network can learn, and how much targets vary, at each noise level"
-        plot_proposal(plot, study, proposal, title)
-    settings, examined = proposal.settings(), study.num_data_points
-    part = f"all {examined:,} data points"
-    if examined < len(pool):
-        part = f"{examined:,} evenly spaced data points of {len(pool):,}"
-    pairs = zip(settings[::2], settings[1::2], strict=True)
-    return [
-        f"noise     for process.kind=ve (EDM); {examples} examples at each of {len(study.t)} levels; data: {part}",
-        *(f"          --set {first} --set {second}" for first, second in pairs),
-        *(f"          {line}" for line in (*proposal.reasons(), *report.summary())),
-        *([f"plot      {printable(plot)}"] if plot else []),
-    ]
-
-
-def contact_sheet(pool: Pool, images: int = 100) -> torch.Tensor:
-    """Evenly spaced images of a data set, which is often ordered by class.
-
-    Args:
-        pool: the images.
-        images: largest number of images.
-
-    Returns:
-        Floats in [-1, 1] of shape (n, C, H, W).
-    """
-    n = min(images, len(pool))
-    return pool.take(torch.arange(n) * len(pool) // n)
-
-
-def _class_lines(counts: tuple[int, ...], classes: tuple[str, ...], most: int = 20) -> list[str]:
-    """Number of data points of each class, for the first classes."""
-    if not counts:
-        return ["classes   none"]
-    names = [classes[label] if label < len(classes) else str(label) for label in range(len(counts))]
-    lines = [f"          {count:>9,}  {name}" for name, count in zip(names[:most], counts[:most], strict=True)]
-    more = [f"          and {len(counts) - most:,} more"] if len(counts) > most else []
-    return [f"classes   {len(counts)}", *lines, *more]

@@ -193,7 +193,11 @@ def _mistake(section: str, kind: str, found: Any, component: Callable[..., Any])
         return f"{place}: has no default and must be set{option}"
     if found["type"] == "value_error":
         return f"{place}: {found['ctx']['error']}"
-    return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {found['input']!r}"
+    return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {_shorten(repr(found['input']))}"
+
+
+def _shorten(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -1,7 +1,6 @@
 """The section `training`: length, batch size, optimisation, averages, precision, and how often a run writes."""
 
 from dataclasses import dataclass
-from math import inf
 from typing import Literal
 
 from stablefield.schedule import EMA, Decay, LearningRate, average_names
@@ -9,6 +8,7 @@ from stablefield.schedule import EMA, Decay, LearningRate, average_names
 __all__ = ["MOST_PREFETCHED", "Training"]
 
 MOST_PREFETCHED = 2**16  # examples; memory is allocated for all of them
+_MOST = 2**53  # of images; beyond, floats do not hold every integer
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Training:
             "log_every",
             "probes",
         ):
-            if (value := getattr(self, name)) is not None and not 0 < value < inf:
-                raise ValueError(f"{name} must be positive, not {value}")
+            if (value := getattr(self, name)) is not None and not 0 < value <= _MOST:
+                raise ValueError(f"{name} must be positive, not {value}, and at most 2^53")
         for name in (
             "learning_rate_warmup",
             "ema_rampup_ratio",
@@ -100,10 +100,10 @@ class Training:
             "sample_every",
             "probe_every",
         ):
-            if not 0 <= getattr(self, name) < inf:
+            if not 0 <= getattr(self, name) <= _MOST:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         for half_life in self.half_lives:
-            if not 0 <= half_life < inf:
+            if not 0 <= half_life <= _MOST:
                 raise ValueError(f"ema_half_life must not be negative, but is {half_life}")
         if not 1 <= self.target_prefetch <= MOST_PREFETCHED:
             raise ValueError(f"target_prefetch must be between 1 and {MOST_PREFETCHED:,}, not {self.target_prefetch}")

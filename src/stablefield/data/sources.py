@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,11 +88,21 @@ class Digits(Source):
 
     @override
     def load(self, progress: Progress = silent) -> Pool:
-        from sklearn.datasets import load_digits
+        table = _digits_table()
+        images = torch.from_numpy(table[:, :-1].astype(np.uint8)).reshape(-1, 1, 8, 8)
+        return Pool(images, torch.from_numpy(table[:, -1].astype(np.int64)), num_levels=17, values=self.values)
 
-        digits = load_digits()
-        images = torch.from_numpy(digits.images.astype(np.uint8)).unsqueeze(1)
-        return Pool(images, torch.from_numpy(digits.target.astype(np.int64)), num_levels=17, values=self.values)
+
+def _digits_table() -> np.ndarray:
+    """Pixels and class of each digit, read from scikit-learn's file: importing sklearn would take a second."""
+    places = spec.submodule_search_locations if (spec := find_spec("sklearn")) else None
+    file = Path(places[0], "datasets", "data", "digits.csv.gz") if places else None
+    if file and file.is_file():
+        return np.loadtxt(file, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return np.column_stack([digits.data, digits.target])
 
 
 @dataclass(frozen=True)

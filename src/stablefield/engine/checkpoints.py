@@ -3,20 +3,27 @@
 A save is a sequence of atomic operations. A process that is killed between any two of them leaves a run that can be
 resumed:
 
-    1. the newest checkpoint gets a second name in `checkpoints/`;
-    2. the new checkpoint is written to a temporary file, synced to the disk, and renamed over the newest;
-    3. if it is the best, it gets a second name as `best.safetensors` (it holds that fact itself, so that this step can
+    1. the metrics are synced to the disk, so that they are at least as new as the checkpoint;
+    2. the newest checkpoint gets a second name in `checkpoints/`;
+    3. the new checkpoint is written to a temporary file, synced to the disk, and renamed over the newest;
+    4. if it is the best, it gets a second name as `best.safetensors` (it holds that fact itself, so that this step can
        be repeated);
-    4. the oldest checkpoints are removed.
+    5. the oldest checkpoints are removed.
+
+During training this happens in a thread. The training loop waits for a copy of the state only, and for the checkpoint
+before, if that is still being written.
 """
 
 import os
 import shutil
+import threading
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from stablefield.build import Components
 from stablefield.checkpoint import save
@@ -33,7 +40,7 @@ from stablefield.config import (
 )
 from stablefield.distributed import Ranks
 from stablefield.engine.state import TrainState
-from stablefield.files import atomic_path, exclusive_lock
+from stablefield.files import atomic_path, exclusive_lock, sync
 from stablefield.run import RunFolder, describe, fingerprint, refuse_other_data
 
 __all__ = [
@@ -250,6 +257,8 @@ class CheckpointManager:
         self.metadata = describe(config, components.pool)
         self.best: dict[str, Any] = {}
         self.newest_images = -1
+        self._writer: threading.Thread | None = None
+        self._failure: Exception | None = None
 
     def restore(self, state: TrainState, ranks: Ranks) -> None:
         """Restore the state from the newest checkpoint, if there is one.
@@ -270,7 +279,7 @@ class CheckpointManager:
         if saved is not None:
             self._check(saved.config, saved.images)
             state.restore(saved.tensors, saved.images)
-            self.newest_images, self.best = saved.images, saved.config.get("best", {})
+            self.newest_images, self.best = saved.images, _best_of(saved.config)
         if len(ranks.all_gather_int(self.newest_images).unique()) > 1:
             raise ConfigError(
                 f"the ranks see different files in {self.folder.path}; use a folder that all of them share"
@@ -278,26 +287,69 @@ class CheckpointManager:
         if len(ranks.all_gather_int(int(self.data_hash[:15], 16)).unique()) > 1:
             raise ConfigError("the ranks see different data; give all of them the same files")
 
-    def save(self, state: TrainState, score: float | None = None) -> None:
+    def save(self, state: TrainState, score: float | None = None, *, background: bool = False) -> None:
         """Save the state as the newest checkpoint, and as the best if its score is lower than all before.
 
         Args:
             state: the state.
             score: score of the first average; None if it was not scored.
+            background: True to write a copy of the state in a thread while training continues; `raise_failure` and
+                `wait` report an error.
 
         Raises:
-            OSError: the checkpoint could not be written; earlier ones are unchanged.
+            OSError: this checkpoint could not be written, or the one before in the background; earlier ones are
+                unchanged.
         """
+        self.wait()
         if score is not None and score < self.best.get("score", float("inf")):
             self.best = {"score": score, "images": state.images}
-        if self.keep > 1 and 0 <= self.newest_images != state.images:
+        tensors, images = state.tensors(), state.images
+        if not background:
+            self._write(tensors, images)
+            return
+        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._writer = threading.Thread(target=self._try_to_write, args=(copied, images), name="checkpoint")
+        self._writer.start()
+
+    def raise_failure(self) -> None:
+        """Report an error of a thread that wrote a checkpoint, once.
+
+        Raises:
+            OSError: a checkpoint could not be written; earlier ones are unchanged.
+        """
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written.
+
+        Raises:
+            OSError: a checkpoint could not be written; earlier ones are unchanged.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self.raise_failure()
+
+    def _try_to_write(self, tensors: Mapping[str, Tensor], images: int) -> None:
+        try:
+            self._write(tensors, images)
+        except Exception as error:  # it is raised again in the training loop
+            self._failure = error
+
+    def _write(self, tensors: Mapping[str, Tensor], images: int) -> None:
+        """Write a checkpoint, and give it and the one before their other names."""
+        if self.folder.metrics.exists():
+            sync(self.folder.metrics)
+        if self.keep > 1 and 0 <= self.newest_images != images:
             _add_name(self.folder.checkpoint, self.folder.older_checkpoint(self.newest_images))
         metadata = self.metadata | {"data": self.data_hash} | ({"best": self.best} if self.best else {})
-        save(self.folder.checkpoint, state.tensors(), config=metadata, images=state.images)
-        self.newest_images = state.images
-        if self.best.get("images") == state.images:
+        save(self.folder.checkpoint, tensors, config=metadata, images=images)
+        self.newest_images = images
+        if self.best.get("images") == images:
             _add_name(self.folder.checkpoint, self.folder.best)
-        older = [path for images, path in self.folder.older_checkpoints().items() if images < state.images]
+        older = [path for seen, path in self.folder.older_checkpoints().items() if seen < images]
         for path in older[: max(0, len(older) - (self.keep - 1))]:
             path.unlink(missing_ok=True)
 
@@ -311,6 +363,14 @@ class CheckpointManager:
             raise ConfigError(
                 f"training.images = {training.images}, but this run has seen {images} already; set a larger number"
             )
+
+
+def _best_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Score and images of the best checkpoint, as a checkpoint holds them; empty if it holds none."""
+    match metadata.get("best"):
+        case {"score": int() | float() as score, "images": int() as images}:
+            return {"score": score, "images": images}
+    return {}
 
 
 def _add_name(file: Path, name: Path) -> None:

@@ -194,10 +194,14 @@ class _Fit:
             with self.ranks.reraise_lost_rank():
                 return self._train(on_step, stop)
         except Exception:
+            with suppress(Exception):  # the first of two errors is the one to report
+                self.checkpoints.wait()
             if self.ranks.is_main and self.state.complete:
-                with suppress(OSError):  # the first of two errors is the one to report
+                with suppress(OSError):
                     self.checkpoints.save(self.state)
             raise
+        finally:
+            self.checkpoints.wait()
 
     def _train(self, on_step: OnStep | None, stop: "StopRequest") -> int:
         for step in self._steps():
@@ -205,6 +209,7 @@ class _Fit:
             self._record(step, stopping=number > 0)
             if on_step is not None:
                 on_step(step.images, self.metrics | self.probes.latest)
+            self.checkpoints.raise_failure()
             if number:
                 return number
         return 0
@@ -230,8 +235,11 @@ class _Fit:
             return step.images // every > (step.images - batch_size) // every
 
         self.logger.add(step, batch_size)
-        save = stopping or step.images >= training.images or due(training.save_every)
+        last = stopping or step.images >= training.images
+        save = last or due(training.save_every)
         probe = self.probes.due(step.images, batch_size)
+        if save:
+            self.ranks.on_main(self.checkpoints.wait)  # the metrics on the disk are of one interval at most
         if save or probe or due(training.log_every):
             self.metrics = self.logger.flush(self.state)
             if probe:
@@ -241,7 +249,7 @@ class _Fit:
             score = self._rate_average() if save and not stopping else None
             self.ranks.on_main(lambda: self._write_metrics(draw=save))
             if save:
-                self.ranks.on_main(lambda: self.checkpoints.save(self.state, score))
+                self.ranks.on_main(lambda: self.checkpoints.save(self.state, score, background=not last))
         if training.sample_every and due(training.sample_every) and not stopping:
             x = samples(self.state.average, build_sampler(self.config), self.components.pool.shape, self.ranks)
             self.ranks.on_main(lambda: self.tensorboard.add_sheet(x, step.images) if self.tensorboard else None)

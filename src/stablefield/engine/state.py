@@ -134,8 +134,17 @@ class TrainState:
         slots: dict[int, dict[str, Tensor]] = {}
         for name, value in saved.items():
             number, _, slot = name.partition(".")
+            if not (number.isdecimal() and len(number) < 10 and int(number) < len(parameters) and slot):
+                raise ValueError(f"the saved state of the optimizer has an unknown entry {name!r}")
+            if value.ndim and value.shape != parameters[int(number)].shape:
+                raise ValueError(f"the saved state of the optimizer has {name!r} of shape {tuple(value.shape)}")
             slots.setdefault(int(number), {})[slot] = _in_memory_order_of(parameters[int(number)], value)
-        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        if len({frozenset(named) for named in slots.values()}) > 1:
+            raise ValueError("the saved state of the optimizer is incomplete: not all parameters have the same entries")
+        try:
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": slots})
+        except KeyError as error:
+            raise ValueError(f"the saved state of the optimizer is incomplete: {error} is missing") from None
 
 
 def _in_memory_order_of(parameter: Tensor, value: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from stablefield.files import atomic_path
@@ -25,7 +23,7 @@ def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title:
         loss: loss at each point.
         title: title of the plot.
     """
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    figure = _new_figure((7, 4.2))
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     label(axes, "images seen", "loss (weighted squared error per dimension)")
@@ -36,7 +34,13 @@ def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title:
     save_figure(figure, path)
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def _new_figure(size: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure  # not at the top: training imports this module, and rarely plots
+
+    return Figure(figsize=size, dpi=120, layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
     """Write a figure.
 
     Args:
@@ -55,7 +59,7 @@ def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> N
         lines: metrics of the run; at least one has the excess.
         title: title of the plot.
     """
-    figure = Figure(figsize=(7, 7.2), dpi=120, layout="constrained")
+    figure = _new_figure((7, 7.2))
     above, below = figure.subplots(2, 1)
     above.set_title(title, loc="left", fontsize=11)
     label(above, "images seen", "loss (weighted squared error)")
@@ -101,7 +105,7 @@ def plot_floor(path: Path, floors: Mapping[str, ByNoise], title: str, excess: By
         title: title of the plot.
         excess: excess of a network over the floor, by noise level.
     """
-    figure = Figure(figsize=(7, 4.6), dpi=120, layout="constrained")
+    figure = _new_figure((7, 4.6))
     axes = figure.add_subplot()
     axes.set_title(title, loc="left", fontsize=11)
     label(axes, "noise level sigma / alpha (units of the data)", "part of the loss")
@@ -132,7 +136,7 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < float("inf")
 
 
-def label(axes: Axes, x: str, y: str) -> None:
+def label(axes: Any, x: str, y: str) -> None:
     """Label the axes, and remove the lines at the top and on the right.
 
     Args:

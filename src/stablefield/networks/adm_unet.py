@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from typing_extensions import override
 
-from stablefield.networks.layers import PositionalEmbedding, condition_or_zeros
+from stablefield.networks.layers import PositionalEmbedding, check_counts, condition_or_zeros
 from stablefield.networks.residual_unet import ResidualBlock, ResidualUNet, group_norm
 
 __all__ = ["ADM", "ADMBlock", "adm"]
@@ -78,6 +78,8 @@ class ADM(ResidualUNet):
         checkpointing: bool = False,
     ) -> None:
         super().__init__(shape, channel_mult, num_blocks, attn_resolutions)
+        check_counts(2**16, model_channels=model_channels, channels_per_head=channels_per_head)
+        check_counts(2**10, channel_mult_emb=channel_mult_emb)
         self.num_classes, self.augment_dim, self.channels_per_head = num_classes, augment_dim, channels_per_head
         width, widths = channel_mult_emb * model_channels, [m * model_channels for m in channel_mult]
         self.map_noise = PositionalEmbedding(model_channels, False)

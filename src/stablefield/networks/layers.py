@@ -26,6 +26,7 @@ __all__ = [
     "Resample",
     "Resampling",
     "UpConv",
+    "check_counts",
     "condition_or_zeros",
     "downsample",
     "resampling_conv",
@@ -38,6 +39,22 @@ Resampling = Literal["up", "down"]
 
 
 # ---- embeddings of the noise level and of the condition
+
+
+def check_counts(most: int, **counts: int | Sequence[int]) -> None:
+    """Refuse counts that are not between 1 and a limit, before anything is built.
+
+    Args:
+        most: the limit.
+        **counts: numbers of channels, blocks or layers, by the name of the argument.
+
+    Raises:
+        ValueError: a count is beyond the limits.
+    """
+    for name, given in counts.items():
+        numbers = given if isinstance(given, Sequence) else (given,)
+        if not numbers or not all(1 <= number <= most for number in numbers):
+            raise ValueError(f"{name} must be between 1 and {most:,}, not {given}")
 
 
 class PositionalEmbedding(nn.Module):
@@ -103,7 +120,9 @@ class Embedding(nn.Module):
     def __init__(self, width: int, num_classes: int = 0, augment_dim: int = 0) -> None:
         super().__init__()
         self.frequencies: Tensor
-        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-5, 3, width // 2, base=2), persistent=False)
+        # on the CPU also where the network is built without memory: for that device torch would import its compiler
+        frequencies = 2 * math.pi * torch.logspace(-5, 3, width // 2, base=2, device="cpu")
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.noise = nn.Linear(2 * (width // 2), width)
         self.label = nn.Linear(num_classes, width, bias=False) if num_classes else None
         self.augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None

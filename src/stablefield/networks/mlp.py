@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 from typing_extensions import override
 
-from stablefield.networks.layers import Embedding
+from stablefield.networks.layers import Embedding, check_counts
 
 __all__ = ["MLP", "Layer"]
 
@@ -36,6 +36,8 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_counts(2**16, width=width)
+        check_counts(1024, layers=layers)
         self.embedding = Embedding(width, num_classes, augment_dim)
         self.enter = nn.Linear(math.prod(shape), width)
         self.layers = nn.ModuleList(Layer(width, dropout) for _ in range(layers))

@@ -24,7 +24,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from stablefield.networks.layers import Resampling, resampling_conv
+from stablefield.networks.layers import Resampling, check_counts, resampling_conv
 
 __all__ = ["ResidualBlock", "ResidualUNet", "group_norm"]
 
@@ -176,6 +176,8 @@ class ResidualUNet(nn.Module, ABC):
         attn_resolutions: Sequence[int],
     ) -> None:
         super().__init__()
+        check_counts(128, num_blocks=num_blocks)
+        check_counts(2**10, channel_mult=channel_mult)
         self.factor = 2 ** (len(channel_mult) - 1)
         if len(shape) != 3:
             raise ValueError(f"the network needs images (C, H, W), not {tuple(shape)}; use MLP for other data")

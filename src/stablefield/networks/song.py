@@ -25,6 +25,7 @@ from stablefield.networks.layers import (
     FourierEmbedding,
     PositionalEmbedding,
     Resample,
+    check_counts,
     condition_or_zeros,
 )
 from stablefield.networks.residual_unet import ResidualBlock, ResidualUNet, group_norm
@@ -108,6 +109,8 @@ class SongUNet(ResidualUNet):
         _check_option("embedding", embedding, ("positional", "fourier"))
         _check_option("encoder", encoder, ("standard", "skip", "residual"))
         _check_option("decoder", decoder, ("standard", "skip"))
+        check_counts(2**16, model_channels=model_channels)
+        check_counts(2**10, channel_mult_emb=channel_mult_emb, channel_mult_noise=channel_mult_noise)
         self.num_classes, self.augment_dim = num_classes, augment_dim
         self.encoder, self.decoder = encoder, decoder
         self.taps, self.out_channels = resample_filter, out_channels or shape[0]

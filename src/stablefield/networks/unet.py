@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 from typing_extensions import override
 
-from stablefield.networks.layers import Embedding
+from stablefield.networks.layers import Embedding, check_counts
 
 __all__ = ["Attention", "Block", "Downsample", "UNet", "Upsample"]
 
@@ -46,6 +46,9 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_counts(2**16, channels=channels)
+        check_counts(2**10, multipliers=multipliers)
+        check_counts(128, blocks=blocks)
         factor = 2 ** (len(multipliers) - 1)
         if len(shape) != 3 or shape[1] % factor or shape[2] % factor:
             raise ValueError(

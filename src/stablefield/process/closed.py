@@ -42,6 +42,14 @@ class VP(Process):
     beta_min: float = 0.1
     beta_d: float = 19.9
 
+    def __post_init__(self) -> None:
+        # beyond 1,000 the signal at t = 1 is 0 in float64
+        if not (self.beta_min >= 0 and self.beta_d >= 0 and 0 < self.beta_min + self.beta_d / 2 <= 1000):
+            raise ValueError(
+                "a VP process needs beta_min >= 0, beta_d >= 0 and beta_min + beta_d / 2 between 0 and 1,000, not "
+                f"{self.beta_min} and {self.beta_d}"
+            )
+
     @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         log_alpha = self._log_alpha(t)

@@ -19,7 +19,9 @@ from stablefield.pool import NULL_LABEL
 from stablefield.process import Process
 from stablefield.sample.grids import EDMGrid, TimeGrid, check_finite_fields
 
-__all__ = ["BoundDenoiser", "Callback", "DrawNoise", "Sampler", "Samples"]
+__all__ = ["MOST_STEPS", "BoundDenoiser", "Callback", "DrawNoise", "Sampler", "Samples"]
+
+MOST_STEPS = 1_000_000  # memory is allocated for all of their times
 
 DrawNoise = Callable[[], Tensor]  # standard normal noise shaped like the state, each sample's from its own generator
 Callback = Callable[[int, Tensor, Tensor], None]  # called with (step, t, x_t) after every step
@@ -106,8 +108,8 @@ class Sampler(ABC):
 
     def __post_init__(self) -> None:
         check_finite_fields(self, infinite=("churn_max",))
-        if self.steps < 1:
-            raise ValueError(f"a sampler needs at least 1 step, not {self.steps}")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise ValueError(f"a sampler needs at least 1 step, not {self.steps}, and at most {MOST_STEPS:,}")
 
     @abstractmethod
     def step(self, denoiser: BoundDenoiser, x: Tensor, t: Tensor, s: Tensor, draw_noise: DrawNoise) -> Tensor:

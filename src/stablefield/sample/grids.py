@@ -89,8 +89,8 @@ class EDMGrid(_BoundedGrid):
     def __post_init__(self) -> None:
         _check_range(self.sigma_min, self.sigma_max)
         super().__post_init__()
-        if not self.rho > 0:
-            raise ValueError(f"rho must be positive, not {self.rho}")
+        if not 0 < self.rho <= 1000:
+            raise ValueError(f"rho must be positive, not {self.rho}, and at most 1,000")
 
     @override
     def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
@@ -144,8 +144,7 @@ class VPGrid(_BoundedGrid):
         super().__post_init__()
         if not 0 < self.end < 1:
             raise ValueError(f"a VP grid needs an end between 0 and 1, not {self.end}")
-        if not (self.beta_d > 0 and self.beta_min >= 0):
-            raise ValueError(f"a VP grid needs beta_d > 0 and beta_min >= 0, not {self.beta_d} and {self.beta_min}")
+        VP(self.beta_min, self.beta_d)  # it checks them
 
     @override
     def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:
@@ -177,8 +176,10 @@ class IDDPMGrid(_BoundedGrid):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.skip < self.table_steps:
-            raise ValueError(f"need 0 <= skip < table_steps, not {self.skip} and {self.table_steps}")
+        if not 0 <= self.skip < self.table_steps <= 100_000:
+            raise ValueError(
+                f"need 0 <= skip < table_steps, not {self.skip} and {self.table_steps}, and at most 100,000 table_steps"
+            )
         if not (self.c_1 > 0 and self.c_2 >= 0):
             raise ValueError(f"need c_1 > 0 and c_2 >= 0, not {self.c_1} and {self.c_2}")
 

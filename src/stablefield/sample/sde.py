@@ -124,8 +124,8 @@ class PredictorCorrector(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (self.snr > 0 and self.corrections >= 0):
-            raise ValueError(f"need snr > 0 and corrections >= 0, not {self.snr} and {self.corrections}")
+        if not (self.snr > 0 and 0 <= self.corrections <= 1000):
+            raise ValueError(f"need snr > 0 and corrections from 0 to 1,000, not {self.snr} and {self.corrections}")
 
     @override
     def step(self, denoiser: BoundDenoiser, x: Tensor, t: Tensor, s: Tensor, draw_noise: DrawNoise) -> Tensor:

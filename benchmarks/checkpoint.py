@@ -1,0 +1,68 @@
+"""Time that training waits for a checkpoint, beside `torch.save` of the same state to a file.
+
+    python benchmarks/checkpoint.py [MEGABYTES] [ROUNDS]
+
+861 MB by default: NCSN++ with one average and Adam. A ratio above 1 means that this package is faster.
+"""
+
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import headline, peak_of
+
+from stablefield.build import build
+from stablefield.config import override, resolve
+from stablefield.distributed import Ranks
+from stablefield.engine.checkpoints import CheckpointManager
+from stablefield.engine.state import TrainState
+from stablefield.run import RunFolder
+
+
+def manager_and_state(folder: Path, megabytes: int) -> tuple[CheckpointManager, TrainState]:
+    """A run whose state has about this size: weights, one average and Adam's two moments."""
+    width = round((megabytes * 1e6 / (4 * 4) / 16) ** 0.5)
+    config = resolve(override({}, ["network.kind=mlp", "network.layers=4", f"network.width={width}"]))
+    components = build(config)
+    state = TrainState(components.denoiser)
+    for parameter in state.denoiser.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    manager = CheckpointManager(RunFolder(folder), config, components)
+    manager.restore(state, Ranks(torch.device("cpu")))
+    return manager, state
+
+
+def main(megabytes: int = 861, rounds: int = 5) -> None:
+    """Print times, their ratio, and the memory beyond the state."""
+    print(headline(__file__))
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        manager, state = manager_and_state(Path(folder), megabytes)
+        size = sum(tensor.nbytes for tensor in state.tensors().values()) / 1e6
+        waits, whole, peers = [], [], []
+
+        def save() -> None:
+            start = time.perf_counter()
+            state.images += 1
+            manager.save(state, background=True)
+            waits.append(time.perf_counter() - start)
+            manager.wait()
+            whole.append(time.perf_counter() - start)
+
+        for _ in range(rounds):
+            start = time.perf_counter()
+            torch.save(state.tensors(), Path(folder) / "peer.pt")
+            peers.append(time.perf_counter() - start)
+            save()
+        wait, peer = (sorted(times)[rounds // 2] for times in (waits, peers))
+        print(f"state                    {size:8.0f} MB")
+        print(f"torch.save               {peer:8.2f} s")
+        print(f"training waits           {wait:8.2f} s   ratio {peer / wait:.2f}")
+        print(f"until it is on the disk  {sorted(whole)[rounds // 2]:8.2f} s")
+        print(f"memory beyond the state  {peak_of(save):8.0f} MB")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,116 @@
+"""The work of `stablefield data`: opening a source, describing data, and proposing noise levels."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stablefield.cli.progress import progress_bar
+from stablefield.cli.training import section_of
+from stablefield.config import ConfigError, override, resolve
+from stablefield.data import Inspection, Source, printable
+from stablefield.objective import EDMWeight
+from stablefield.pool import Pool
+from stablefield.studies.field import VarianceReport, propose_noise
+from stablefield.studies.field.plots import plot_proposal
+
+__all__ = ["contact_sheet", "describe", "open_source", "propose"]
+
+
+def open_source(source: str, kind: str | None, options: dict[str, Any], settings: list[str]) -> Source:
+    """The source of data at a path.
+
+    Args:
+        source: a path, or hf:NAME.
+        kind: kind of the source; None to guess it, and print the guess.
+        options: keys of the section `data`.
+        settings: further keys, as data.KEY=VALUE.
+
+    Raises:
+        ConfigError: an option that this kind does not have, an invalid value, or a key of another section.
+        ValueError: the path does not exist, or its kind cannot be guessed.
+    """
+    section = section_of(source) if kind is None else {"kind": kind, "path": source}
+    if kind is None:
+        print(f"kind      {section['kind']} (guessed; --kind overrides it)")
+    section |= options
+    if other := [setting for setting in settings if not setting.startswith("data.")]:
+        raise ConfigError(f"{other[0]}: only keys of the section data can be set here, such as data.split=test")
+    opened: Source = resolve(override({"data": section}, settings)).make("data")
+    if opened.holdout:
+        raise ConfigError(f"data.holdout={opened.holdout}: data are held out in training only; remove this setting")
+    return opened
+
+
+def describe(found: Inspection) -> list[str]:
+    """Lines of text with size, type, range, classes and hash of data.
+
+    Args:
+        found: the data.
+    """
+    pool, summary = found.pool, found.summary
+    dtype = str(pool.data.dtype).removeprefix("torch.")
+    levels = f", {pool.num_levels} levels" if pool.num_levels != 256 else ""
+    moments = f"mean {summary.mean:.4f}, standard deviation {summary.std:.4f}"
+    return [
+        f"data      {len(pool):,} of shape {pool.shape}, {dtype}{levels}, values={pool.values}",
+        f"range     {summary.minimum:.4g} to {summary.maximum:.4g}, {moments}",
+        *([f"note      {found.question}"] if found.question else []),
+        *_class_lines(summary.class_counts, found.classes),
+        f"hash      {found.hash}{' (verified)' if found.verified else ''}",
+    ]
+
+
+def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16) -> list[str]:
+    """Lines of text with proposed noise levels, as settings, and the reasons for them.
+
+    Args:
+        pool: the data.
+        spread: their standard deviation.
+        plot: image file for a plot; None for no plot.
+        examples: noisy examples per noise level.
+    """
+    try:
+        with progress_bar("measuring") as progress:
+            proposal, study = propose_noise(pool, spread, examples=examples, progress=progress)
+    except ValueError as error:
+        return [f"noise     no proposal: {error}"]
+    report = VarianceReport.from_study(study, proposal.times(), EDMWeight(proposal.sigma_data))
+    if plot:
+        title = "What a network can learn, and how much targets vary, at each noise level"
+        plot_proposal(plot, study, proposal, title)
+    settings, examined = proposal.settings(), study.num_data_points
+    part = f"all {examined:,} data points"
+    if examined < len(pool):
+        part = f"{examined:,} evenly spaced data points of {len(pool):,}"
+    pairs = zip(settings[::2], settings[1::2], strict=True)
+    return [
+        f"noise     for process.kind=ve (EDM); {examples} examples at each of {len(study.t)} levels; data: {part}",
+        *(f"          --set {first} --set {second}" for first, second in pairs),
+        *(f"          {line}" for line in (*proposal.reasons(), *report.summary())),
+        *([f"plot      {printable(plot)}"] if plot else []),
+    ]
+
+
+def contact_sheet(pool: Pool, images: int = 100) -> torch.Tensor:
+    """Evenly spaced images of a data set, which is often ordered by class.
+
+    Args:
+        pool: the images.
+        images: largest number of images.
+
+    Returns:
+        Floats in [-1, 1] of shape (n, C, H, W).
+    """
+    n = min(images, len(pool))
+    return pool.take(torch.arange(n) * len(pool) // n)
+
+
+def _class_lines(counts: tuple[int, ...], classes: tuple[str, ...], most: int = 20) -> list[str]:
+    """Number of data points of each class, for the first classes."""
+    if not counts:
+        return ["classes   none"]
+    names = [classes[label] if label < len(classes) else str(label) for label in range(len(counts))]
+    lines = [f"          {count:>9,}  {name}" for name, count in zip(names[:most], counts[:most], strict=True)]
+    more = [f"          and {len(counts) - most:,} more"] if len(counts) > most else []
+    return [f"classes   {len(counts)}", *lines, *more]
