@@ -350,6 +350,8 @@ def plot(path: Path, population: TwoGaussians, found: Study, errors: Iterable[tu
     variance.errorbar(sigma, found.dsm.by_bin * scale, **bars, label="DSM, estimated")
     for style, (n, values) in zip(STYLES[1:], found.stf.items(), strict=False):
         variance.plot(sigma, values.by_bin * scale, linestyle=style, color="black", label=f"STF, n = {n:,}")
+        low, high = ((values.by_bin + sign * 2 * values.errors_by_bin) * scale for sign in (-1, 1))
+        variance.fill_between(sigma, low, high, color="0.85", linewidth=0)
     variance.set_yscale("log")
     variance.set_xscale("log")
     variance.set_ylim(bottom=float(min((each.by_bin * scale).min() for each in found.stf.values())) / 200)
