@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stablefield.data import Progress, silent
 from stablefield.kernel.gaussian import posterior
+from stablefield.process import draw_noise
 from stablefield.seeding import generator
 from stablefield.studies.field.estimate import Estimate, squared_bias, squared_error
 from stablefield.studies.field.gaussians import TwoGaussians
@@ -168,4 +169,4 @@ def divergence_integrand(log_ratio: Float[Tensor, "S"]) -> Float[Tensor, "S"]:
 
 
 def _noisy(x: Float[Tensor, "B D"], sigma: float, g: torch.Generator) -> Float[Tensor, "B D"]:
-    return x + sigma * torch.randn(x.shape, generator=g, dtype=torch.float64)
+    return x + sigma * draw_noise(x, g)

@@ -21,7 +21,7 @@ times units of x squared; score units are alpha^2 / sigma^4 times units of x squ
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,7 @@ from stablefield.data import Progress, silent
 from stablefield.floor.weights import EnergyRecorder, Sources, draw_sources, stable_means
 from stablefield.kernel.accumulator import chunk_size
 from stablefield.pool import NULL_LABEL, Pool, draw_without_replacement
-from stablefield.process import Process, per_example
+from stablefield.process import Process, draw_noise, per_example
 from stablefield.seeding import generator
 from stablefield.studies.field.estimate import Estimate, squared_bias, squared_error
 from stablefield.studies.field.record import Field, STFErrors
@@ -178,14 +178,18 @@ class _Measurement:
     ) -> _ExampleResults:
         x = self.pool.take(source).to(self.device, torch.float64)
         alpha, sigma = alpha.to(self.device), sigma.to(self.device)
-        noise = self._random(torch.randn, examples, "noise", *x.shape[1:])
+        noise = draw_noise(x, self._generators(examples, "noise"))
         x_t = per_example(alpha, x) * x + per_example(sigma, x) * noise
         recorder = EnergyRecorder(x_t, sigma, alpha, len(self.pool.indices(label)))
         for block in self.pool.blocks(label, chunk_size(x_t)):
             recorder.add(block)
             counter.add(len(block))
         posterior, log_w = recorder.finish(), recorder.log_weights()
-        uniform = self._random(torch.rand, examples, "posterior", len(self.sizes) * self.draws)
+        draws = [
+            torch.rand(len(self.sizes) * self.draws, generator=g, dtype=torch.float64)
+            for g in self._generators(examples, "posterior")
+        ]
+        uniform = torch.stack(draws).to(self.device)
         statistics, sources = _posterior_statistics(log_w, uniform)
         statistics |= {
             "dsm": posterior.variance,
@@ -199,10 +203,9 @@ class _Measurement:
             products[n] = self._products(n, label, mean, log_w, replace(sources, others=others), counter)
         return _ExampleResults({name: value.cpu() for name, value in statistics.items()}, products)
 
-    def _random(self, draw: Callable[..., Tensor], examples: Tensor, purpose: str, *shape: int) -> Tensor:
-        """Random numbers (B, *shape) that depend on the example's number, not on the part it is measured in."""
-        generators = (generator(self.seed, "field", purpose, number) for number in examples.tolist())
-        return torch.stack([draw(shape, generator=g, dtype=torch.float64) for g in generators]).to(self.device)
+    def _generators(self, examples: Tensor, purpose: str) -> Iterator[torch.Generator]:
+        """Generators that depend on the example's number, not on the part it is measured in."""
+        return (generator(self.seed, "field", purpose, number) for number in examples.tolist())
 
     def _rounding(self, mean: Float[Tensor, "B *D"]) -> Float[Tensor, "B"]:
         """Squared error of the mean when rounded to the data type of the data."""
