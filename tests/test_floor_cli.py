@@ -15,6 +15,8 @@ from stablefield.objective import EDMWeight
 from stablefield.studies import floor as studies_floor
 from stablefield.times import LogNormal
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FEW = ["--bins", "2", "--examples", "4"]
 
 
