@@ -196,6 +196,7 @@ class Objective:
         label: Int[Tensor, "B"] | None = None,
         augment_label: Float[Tensor, "B A"] | None = None,
         image_number: Int[Tensor, "B"] | None = None,
+        augment_map: Float[Tensor, "B 2 3"] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossReport:
         """The loss of a batch of clean data.
@@ -208,6 +209,7 @@ class Objective:
             augment_label: augmentation that the denoiser is conditioned on; references are seen through the same map.
             image_number: number of each example among the images of the run; targets whose references are recent
                 batches need it.
+            augment_map: affine map of each example's augmentation, as in `NoisyBatch`.
             generator: CPU generator of t, noise and references, in this order, so that the first two do not depend on
                 the target and none on the device. By default torch's global one.
         """
@@ -219,6 +221,7 @@ class Objective:
             index=index,
             augment_label=augment_label,
             image_number=image_number,
+            augment_map=augment_map,
         )
         return self.loss(denoiser, denoiser.process, noisy, self.target(noisy, generator=generator))
 
@@ -238,7 +241,7 @@ class Objective:
             x: clean data.
             t: time of each example; drawn before the noise by default.
             generators: one generator per example, with `t`, or one for the batch; by default torch's global one.
-            **record: label, index, augment_label and image_number of the examples, as for `Process.perturb`.
+            **record: label, index and whatever else the examples have, as for `Process.perturb`.
 
         Raises:
             ValueError: there is a generator per example, but no `t`.
