@@ -27,6 +27,7 @@ from stablefield.engine.probing import LossFigure, RunProbes
 from stablefield.engine.state import TrainState
 from stablefield.engine.tensorboard import TensorBoardWriter, samples
 from stablefield.files import write_text
+from stablefield.precision import arithmetic, dtype_of
 from stablefield.run import RunFolder
 
 __all__ = [
@@ -84,6 +85,7 @@ def fit(
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(locked(folder)))
         stack.enter_context(deterministic_algorithms(config.training.deterministic))
+        stack.enter_context(arithmetic(config.training.precision, deterministic=config.training.deterministic))
         stop = stack.enter_context(stop_signals())
         return _Fit(config, components, folder, ranks, score).run(on_step, stop)
 
@@ -99,7 +101,7 @@ def initial_state(config: Config, components: Components) -> TrainState:
     return TrainState(
         components.denoiser,
         emas=training.emas,
-        precision=getattr(torch, training.precision),
+        precision=dtype_of(training.precision),
         adaptation=_adaptation(config, components),
     )
 

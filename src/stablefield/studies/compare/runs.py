@@ -16,6 +16,7 @@ from stablefield.engine.checkpoints import CheckpointManager
 from stablefield.engine.fit import compile_network, deterministic_algorithms, initial_state, make_optimization
 from stablefield.files import write_text
 from stablefield.generate.images import save_sheet
+from stablefield.precision import arithmetic
 from stablefield.studies.compare.endpoints import endpoints_hash
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
@@ -58,7 +59,11 @@ def run_arm(
     if is_finished(experiment, out, arm, seed):
         return True
     config, folder = experiment.configure(arm, seed), experiment.run_folder(out, arm, seed)
-    with deterministic_algorithms(config.training.deterministic):
+    training = config.training
+    with (
+        deterministic_algorithms(training.deterministic),
+        arithmetic(training.precision, deterministic=training.deterministic),
+    ):
         parts = build(config)
         state = initial_state(config, parts)
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -75,7 +80,7 @@ def run_arm(
             parts.batches,
             images=experiment.images,
             seed=seed,
-            optimization=make_optimization(config.training),
+            optimization=make_optimization(training),
         )
         record = experiment.record_file(out, arm, seed)
         saved_at = reported_at = perf_counter()
