@@ -4,7 +4,7 @@
         x0 = denoiser(x_t, t)
 
 GPUs can multiply float32 numbers in TF32, with 10 bits of mantissa instead of 23, and PyTorch does so in convolutions
-unless it is told otherwise. `float32` turns this off everywhere, as EDM does. In the half-precision types only matrix
+unless this is turned off. `float32` turns this off everywhere, as EDM does. In the half-precision types only matrix
 products and convolutions are computed, by autocast; weights, averages and sums stay float32. Targets depend on none of
 these: their weights are computed in float64 or exactly (see `stablefield.kernel`).
 """
@@ -80,7 +80,7 @@ def arithmetic(precision: str = "float32", *, deterministic: bool = False) -> It
 
 
 def _operations() -> list[Any]:
-    """What has an `fp32_precision`: products and convolutions on GPUs, and products on CPUs; none before torch 2.9."""
+    """Operations with an `fp32_precision`: products and convolutions on GPUs, and products on CPUs; none before torch 2.9."""
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         return []
