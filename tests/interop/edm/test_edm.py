@@ -633,7 +633,7 @@ def test_an_archive_that_is_referred_to_many_times_is_read_once(read, monkeypatc
 
 def fuzz(tmp_path, seed, rounds, *files):
     pytest.importorskip("resource")  # limits on memory and alarms exist on Unix only
-    script = Path(__file__).with_name("edm_fuzz.py")
+    script = Path(__file__).parents[2] / "edm_fuzz.py"
     command = [sys.executable, str(script), str(seed), str(rounds), str(tmp_path), *map(str, files)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout + result.stderr
