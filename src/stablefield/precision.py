@@ -80,7 +80,7 @@ def arithmetic(precision: str = "float32", *, deterministic: bool = False) -> It
 
 
 def _operations() -> list[Any]:
-    """Operations with an `fp32_precision`: products and convolutions on GPUs, and products on CPUs; none before torch 2.9."""
+    """Operations with an `fp32_precision`: those of GPUs, and products on CPUs; none before torch 2.9."""
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):
         return []
