@@ -100,6 +100,7 @@ def initial_state(config: Config, components: Components) -> TrainState:
     training = config.training
     return TrainState(
         components.denoiser,
+        torch.optim.Adam(components.denoiser.parameters(), eps=training.adam_eps, fused=True),
         emas=training.emas,
         precision=dtype_of(training.precision),
         adaptation=_adaptation(config, components),
