@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stablefield.build import build_denoiser, choose_device
+from stablefield.build import build_denoiser, choose_device, place
 from stablefield.checkpoint import Checkpoint, CheckpointError, finite, read
 from stablefield.config import Allowed, Config, ConfigError, resolve
 from stablefield.data import Progress, content_hash, silent
@@ -327,7 +327,7 @@ def open_run(
         raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
     except RuntimeError as error:
         raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
-    denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
+    denoiser = place(denoiser, choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
     return TrainedRun(denoiser, config, shape, num_levels, values, found.images, checksum, path, data)
 

@@ -24,6 +24,7 @@ from stablefield.engine.session import Session, deterministic_algorithms
 from stablefield.engine.stopping import Interruptible, StopRequest, stop_signals
 from stablefield.engine.tensorboard import TensorBoardWriter, samples
 from stablefield.files import write_text
+from stablefield.precision import arithmetic
 from stablefield.run import RunFolder
 
 __all__ = [
@@ -75,6 +76,7 @@ def fit(
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(locked(folder)))
         stack.enter_context(deterministic_algorithms(config.training.deterministic))
+        stack.enter_context(arithmetic(config.training.precision, deterministic=config.training.deterministic))
         stop = stack.enter_context(stop_signals())
         return _Fit(config, components, folder, ranks, score, stop).run(on_step)
 

@@ -12,6 +12,7 @@ from stablefield.engine.adaptation import Adaptation
 from stablefield.engine.checkpoints import CheckpointManager
 from stablefield.engine.loop import Optimization, Prepare, StepReport, train
 from stablefield.engine.state import TrainState
+from stablefield.precision import dtype_of
 from stablefield.run import RunFolder
 
 __all__ = ["Session", "deterministic_algorithms", "initial_state", "make_optimization", "training_steps"]
@@ -102,7 +103,7 @@ def initial_state(config: Config, components: Components) -> TrainState:
         components.denoiser,
         torch.optim.Adam(components.denoiser.parameters(), eps=training.adam_eps, fused=True),
         emas=training.emas,
-        precision=getattr(torch, training.precision),
+        precision=dtype_of(training.precision),
         adaptation=_adaptation(config, components),
     )
 
