@@ -46,7 +46,7 @@ def draw(folder: Path, font_file: str) -> None:
 
 
 def _draw_one(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
-    """An emoji on white, scaled so that it fills the image but for a margin of 3 % on each side."""
+    """An emoji on white, scaled so that it fills the image except for a margin of 3 % on each side."""
     canvas = Image.new("RGBA", (240, 240), "white")
     ImageDraw.Draw(canvas).text((120, 120), character, font=font, embedded_color=True, anchor="mm")
     ink = canvas.convert("L").point(lambda value: 255 * (value < 250)).getbbox()
