@@ -20,7 +20,7 @@ from stablefield.build import build
 from stablefield.checkpoint import read
 from stablefield.config import Config, override, resolve
 from stablefield.data import ShuffledBatches
-from stablefield.distributed import Ranks, _forget, process_group, refuse_accelerate_settings
+from stablefield.distributed import Ranks, _forget, _warn_of_shared_store, process_group, refuse_accelerate_settings
 from stablefield.engine import Optimization, train
 from stablefield.engine.fit import fit
 from stablefield.engine.loop import refuse_unused_parameters
@@ -427,3 +427,11 @@ def test_settings_of_accelerate_that_would_be_ignored_are_refused(settings, mess
         refuse_accelerate_settings(
             environment | {f"ACCELERATE_{name}": value for name, value in settings.items()}, "float32"
         )
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, {"RANK": "1"}, {"TORCHELASTIC_MAX_RESTARTS": "0"}]
+)
+def test_restarts_with_a_shared_store_are_warned_of_on_one_rank(changed, caplog):
+    _warn_of_shared_store({"TORCHELASTIC_MAX_RESTARTS": "2", "RANK": "0"} | changed)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == (not changed)

@@ -4,6 +4,7 @@
 Without them there is a single rank, no process group is created, and every operation here is the identity.
 """
 
+import logging
 import os
 import traceback
 import warnings
@@ -27,6 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from stablefield.extras import how_to_install
 
 __all__ = ["Ranks", "no_sync", "process_group", "refuse_accelerate_settings"]
+
+LOGGER = logging.getLogger("stablefield")
 
 T = TypeVar("T")
 
@@ -215,6 +218,21 @@ def refuse_accelerate_settings(environment: Mapping[str, str], precision: str) -
             )
 
 
+def _warn_of_shared_store(environment: Mapping[str, str]) -> None:
+    """Warn on rank 0 if torchrun could not restart the ranks.
+
+    By default torchrun shares its key-value store with the ranks (torch 2.13). After a restart this store still holds
+    the addresses of the ranks that ended, and the new ones fail to connect to them.
+    """
+    restarts = int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and environment.get("RANK") == "0" and environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+        LOGGER.warning(
+            "torchrun --max-restarts=%d: restarted ranks may fail to connect; set the environment variable "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun",
+            restarts,
+        )
+
+
 @contextmanager
 def process_group(device: torch.device, precision: str = "float32") -> Iterator[Ranks]:
     """Context with the process group of all ranks, which is destroyed at the end.
@@ -235,6 +253,7 @@ def process_group(device: torch.device, precision: str = "float32") -> Iterator[
         from accelerate import PartialState  # imported here, because a single rank does not need it
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(how_to_install("training with several ranks"), name=error.name) from error
+    _warn_of_shared_store(os.environ)
     state = PartialState(cpu=device.type == "cpu")
     _Group.current = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WORK)
     try:

@@ -151,3 +151,21 @@ def test_only_the_main_rank_reports_an_error(tmp_path):
     assert process.returncode != 0
     assert error.count("stablefield: ") == 1, error
     assert "holds a run already" in error
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    settings = ("training.images=3200", "training.save_every=320", "training.probe_every=0")
+    whole = launched(tmp_path / "whole", *settings)
+    out, error = whole.communicate(timeout=240)
+    assert whole.returncode == 0, out + error
+    process = launched(tmp_path / "run", *settings, launcher=["--max-restarts=1"], options=["--resume-if-exists"])
+    wait_for(tmp_path / "run", 320)
+    os.kill(children(process)[1], signal.SIGKILL)
+    out, error = process.communicate(timeout=240)
+    assert process.returncode == 0, out + error
+    assert out.count("Done: ") == 1
+    assert images(tmp_path / "run") == 3200
+    assert seen(tmp_path / "run") == seen(tmp_path / "whole")
+    assert same(tmp_path / "run", tmp_path / "whole")
