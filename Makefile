@@ -4,8 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 INTEROP := .venv-interop
+# one process per core, each with its own cache; those that have finished take over tests from the others
+PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+MATHEMATICS := kernel targets stable process sample test_objective.py test_seeding.py test_views.py
 
-.PHONY: demo test test-all test-interop lint format bench clean help
+.PHONY: demo check test test-all test-interop lint format bench clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,11 +26,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)   ## train on handwritten digits, sample, score and plot (about 2 minutes)
 	$(BIN)/stablefield demo
 
+check: $(READY) lint   ## check style and types, and run the quick tests of the mathematics (about a minute)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow' $(addprefix tests/,$(MATHEMATICS))
+
 test: $(READY) lint   ## check style and types, and run the quick tests
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 
 test-all: $(READY) lint   ## run the slow tests, too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 $(INTEROP)/.ready: pyproject.toml constraints.txt constraints-interop.txt
 	$(PYTHON) -m venv $(INTEROP)
@@ -37,7 +43,7 @@ $(INTEROP)/.ready: pyproject.toml constraints.txt constraints-interop.txt
 	@touch $@
 
 test-interop: $(INTEROP)/.ready   ## run the loops of docs/loops with diffusers, Lightning, torchcfm and sbi
-	$(INTEROP)/bin/python -m pytest tests/interop
+	$(INTEROP)/bin/python -m pytest tests/interop/test_*.py
 
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """Test setup: annotated shapes and types are checked in every call, torch uses one thread, caches are temporary."""
 
+import os
 import sys
 from collections.abc import Iterator
 
@@ -9,6 +10,7 @@ import torch
 
 jaxtyping.install_import_hook("stablefield", "typechecker.checked")
 torch.set_num_threads(1)  # more threads only wait for each other on tensors this small
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that tests start
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_fit import trained
+from short_runs import trained
 
 import stablefield.checkpoint
 from stablefield.checkpoint import CheckpointError, checksum, read, save

@@ -2,13 +2,18 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import traceback
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from processes import forked
 
 from stablefield import VE, Objective, Pool, Preconditioned, STFTarget, TrainState
 from stablefield.build import build
@@ -65,15 +70,49 @@ def adapted_run(ranks: Ranks) -> torch.Tensor:
     return state.adaptation.shares
 
 
-def on_ranks(world_size: int, out: Path, function: str = "losses", **options: object) -> torch.Tensor:
-    """The result of a function of this module when it is called on several ranks."""
-    done = launched(world_size, out, function, **options)
-    assert done.returncode == 0, done.stderr
+def on_ranks(
+    world_size: int, out: Path, function: Callable[..., torch.Tensor] = losses, **options: object
+) -> torch.Tensor:
+    """The result of a function on the main rank when it is called on several ranks."""
+    codes, printed = on_forks(world_size, out, function, **options)
+    assert codes == [0] * world_size, printed
     return torch.load(out / "result.pt")
 
 
+def on_forks(world_size: int, out: Path, function: Callable, **options: object) -> tuple[list[int], str]:
+    """Call a function on several ranks, which are forks of this process: their exit codes, and what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world_size)}
+    forks = [forked(partial(_one_rank, address, rank, out, function, options)) for rank in range(world_size)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) for fork in forks]
+    return codes, "".join((out / f"{rank}.txt").read_text() for rank in range(world_size))
+
+
+def _one_rank(address: dict[str, str], rank: int, out: Path, function: Callable, options: dict[str, object]) -> None:
+    """Call the function in a process group, write what is printed to a file, and end this process."""
+    signal.alarm(120)
+    code = 0
+    with (out / f"{rank}.txt").open("w") as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            os.environ.update(address, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=address["WORLD_SIZE"])
+            with process_group(torch.device("cpu")) as ranks:
+                group = weakref.ref(torch.distributed.group.WORLD)
+                result = function(ranks, **options)
+                if ranks.is_main:
+                    torch.save(result, out / "result.pt")
+        except BaseException:
+            printed.write(traceback.format_exc())
+            code = 1
+        if group() is not None:
+            printed.write("the process group still exists")
+            code = 2
+    os._exit(code)
+
+
 def launched(world_size: int, out: Path, function: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """Call a function of this module on several ranks, and save the result of the main rank."""
+    """Call a function of this module on several ranks of torchrun, and save the result of the main rank."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in options.items())
     script = (
         "import sys, torch, weakref; sys.path.insert(0, sys.argv[1]); import test_distributed as t\n"
@@ -118,6 +157,13 @@ def fail_at_the_end(ranks: Ranks) -> None:
 
 
 def test_the_process_group_is_destroyed_even_if_ranks_fail(tmp_path):
+    codes, printed = on_forks(2, tmp_path, fail_at_the_end)
+    assert codes == [1, 1], printed
+    assert printed.count("ValueError: cannot write") == 1, printed
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_that_fail_print_one_error(tmp_path):
     done = launched(2, tmp_path, "fail_at_the_end")
     assert done.returncode != 0
     assert done.stderr.count("ValueError: cannot write") == 1, done.stderr
@@ -142,7 +188,6 @@ def test_frames_of_errors_that_are_each_others_cause_are_cleared_once():
     assert references[0]() is None
 
 
-@pytest.mark.slow
 def test_four_ranks_have_the_losses_of_one(tmp_path):
     single = losses(Ranks(torch.device("cpu")))
     torch.testing.assert_close(on_ranks(4, tmp_path), single, rtol=1e-5, atol=1e-6)
@@ -184,11 +229,10 @@ def exact_means(ranks: Ranks, sigma: float) -> torch.Tensor:
     return ranks.all_gather(Sharded(exact, shard)(noisy.select(own)).mean)
 
 
-@pytest.mark.slow
 def test_sharded_exact_targets_on_two_ranks_equal_those_on_one(tmp_path):
     for sigma in (0.5, 2.0, 8.0):
         single = exact_means(Ranks(torch.device("cpu")), sigma)
-        torch.testing.assert_close(on_ranks(2, tmp_path, "exact_means", sigma=sigma), single, rtol=0, atol=1e-6)
+        torch.testing.assert_close(on_ranks(2, tmp_path, exact_means, sigma=sigma), single, rtol=0, atol=1e-6)
 
 
 # ---- targets of sharded data
@@ -237,7 +281,7 @@ def sharded_losses(ranks: Ranks, kind: str) -> torch.Tensor:
 def test_two_ranks_with_sharded_data_have_the_losses_of_one_rank(tmp_path, kind):
     single = sharded_losses(Ranks(torch.device("cpu")), kind)
     assert (single[:, :, 1] > 1.01).any()  # some targets differ from the source
-    result = on_ranks(2, tmp_path, "sharded_losses", kind=kind)
+    result = on_ranks(2, tmp_path, sharded_losses, kind=kind)
     torch.testing.assert_close(result[:, :, 0], single[:, :, 0], rtol=1e-5, atol=1e-6)
     # examples computed together use the same number of digits, and log weights are accurate to about 1e-6
     torch.testing.assert_close(result[:, :, 1], single[:, :, 1], rtol=3e-5, atol=0)

@@ -250,7 +250,7 @@ LAUNCHES = {
     "torchrun -m": [*TORCHRUN, "-m", "stablefield"],
     "torchrun --no-python": [*TORCHRUN, "--no-python", SCRIPT],
 }
-QUICK = ("console script", "python -m", "torchrun -m")
+QUICK = ("console script", "python -m")
 
 
 @pytest.mark.parametrize(

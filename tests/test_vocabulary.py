@@ -70,11 +70,14 @@ ALLOWED = {
     "docs/results/digits-": (NEVER.keys(), "reports, as an earlier version of the program wrote them"),
     "docs/results/fashion-mnist-": (NEVER.keys(), "reports, as an earlier version of the program wrote them"),
     "src/stablefield/interop/": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
-    "tests/test_convert.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
-    "tests/test_interop_edm.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
-    "tests/test_networks_edm.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
+    "tests/interop/edm/test_convert.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
+    "tests/interop/edm/test_edm.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
+    "tests/networks/test_networks_edm.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
     "tests/test_preconditioning.py": ({r"\blabel_dim\b"}, "a key of EDM's pickles"),
-    "tests/test_config.py": ({r"\[scaling\]|\bscaling\.(kind|sigma_data|head)\b"}, "a section of format 1, refused"),
+    "tests/config/test_config.py": (
+        {r"\[scaling\]|\bscaling\.(kind|sigma_data|head)\b"},
+        "a section of format 1, refused",
+    ),
     "benchmarks/compare_checkouts.py": (NEVER.keys(), "translates the names of an earlier version"),
     "docs/exact.md": ({r"(?i)\bmembers?\b", r"(?i)\btold\b"}, "explains the old names in the output it quotes"),
 }

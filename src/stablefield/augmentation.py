@@ -16,8 +16,6 @@ Why they matter to targets: a network that is given the label learns E[x | x_t, 
 through the same map. A map that only permutes pixels (columns 0 and 1) can be undone at no cost.
 """
 
-import math
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -25,7 +23,7 @@ from torch.nn.functional import grid_sample
 
 from stablefield.process import move, per_example
 
-__all__ = ["DIM", "affine", "flip", "permutes", "warp"]
+__all__ = ["DIM", "affine", "flip", "permutes", "warp", "warp_all"]
 
 DIM = 9  # columns of a label
 _FLIPS = ((0, -1), (1, -2))  # columns of the label, and the dimensions that they flip
@@ -101,30 +99,46 @@ def affine(
 
 
 def warp(x: Float[Tensor, "B C H W"], inverse: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B C H W"]:
-    """Images under an affine map, resampled on a grid of twice the resolution.
+    """Images under an affine map, resampled on a grid of twice the resolution (Karras et al. 2020, appendix B).
 
-    Beyond its edges an image continues by reflection at the centres of its outermost pixels. Values halfway between
-    pixels come from the maximally flat half-band filter of 12 taps (Deslauriers & Dubuc 1989; the autocorrelation of
-    the sym6 wavelet's filter), the fine grid is interpolated bilinearly, and the result is filtered again before every
-    other pixel is dropped. The result of an image does not depend on the others of the batch, in any bit.
+    Beyond its edges an image continues by reflection at the centres of its outermost pixels. The fine grid comes from
+    the sym6 wavelet's filter and is interpolated bilinearly; the same filter, reversed, precedes the dropping of every
+    other pixel. The two together leave an image that is not moved as it is. The result of an image does not depend on
+    the others of the batch, in any bit.
 
     Args:
         x: the images.
         inverse: for each image, the map from points of the result to points of the image, as `affine` returns it.
     """
-    height, width = x.shape[2:]
-    fine = _upsampled(_upsampled(x, 2), 3)
-    # points of the result on the fine grid, with the margin that the filter reads beyond the edges
-    numbers = (torch.arange(-_MARGIN, 2 * side - 1 + _MARGIN, device=x.device) for side in (height, width))
-    lines = [
-        number.to(inverse.dtype) / 2 - (side - 1) / 2 for number, side in zip(numbers, (height, width), strict=True)
-    ]
-    y_points, x_points = torch.meshgrid(*lines, indexing="ij")
-    points = torch.stack([x_points, y_points, torch.ones_like(y_points)], 2)
+    return _resampled(_fine_grid(x), inverse, (x.shape[2], x.shape[3]))
+
+
+def warp_all(x: Float[Tensor, "n C H W"], inverse: Float[Tensor, "B 2 3"]) -> Float[Tensor, "B n C H W"]:
+    """Every image under every map, as `warp`.
+
+    Args:
+        x: the images.
+        inverse: the maps, as for `warp`.
+    """
+    fine = _fine_grid(x).flatten(0, 1).expand(len(inverse), -1, -1, -1)
+    return _resampled(fine, inverse, (x.shape[2], x.shape[3])).unflatten(1, x.shape[:2])
+
+
+def _resampled(
+    fine: Float[Tensor, "B C P Q"], inverse: Float[Tensor, "B 2 3"], size: tuple[int, int]
+) -> Float[Tensor, "B C H W"]:
+    """Images under a map, from one period of their fine grids."""
+    # points of the result, on a fine grid with the margin that the filter reads beyond the edges
+    numbers = (torch.arange(_TAPS + 2 * side - 2, device=fine.device) - _BEFORE for side in size)
+    lines = [number.to(inverse.dtype) / 2 - (side - 1) / 2 for number, side in zip(numbers, size, strict=True)]
+    y, x = torch.meshgrid(*lines, indexing="ij")
+    points = torch.stack([x, y, torch.ones_like(y)], 2)
     sources = (points[None, :, :, None] * inverse[:, None, None]).sum(4)
-    # in grid_sample's coordinates -1 and 1 are the centres of the outermost pixels; a side of one pixel needs no scale
-    half = move(torch.tensor([max(width - 1, 1), max(height - 1, 1)], dtype=inverse.dtype), x.device) / 2
-    sampled = grid_sample(fine, (sources / half).to(fine), "bilinear", "reflection", align_corners=True)
+    sides = move(torch.tensor([size[1], size[0]], dtype=inverse.dtype), fine.device)
+    last = move(torch.tensor([fine.shape[3] - 1, fine.shape[2] - 1], dtype=inverse.dtype), fine.device).clamp(min=1)
+    place = (2 * sources + sides - 1).remainder(last)  # within the period
+    # in grid_sample's coordinates -1 and 1 are the first and the last point of the fine grid
+    sampled = grid_sample(fine, (2 * place / last - 1).to(fine), "bilinear", "border", align_corners=True)
     return _downsampled(_downsampled(sampled, 2), 3)
 
 
@@ -137,41 +151,39 @@ def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Float[Tensor, "B 2 2"
     return torch.stack([torch.stack([a, b], 1), torch.stack([c, d], 1)], 1)
 
 
-def _halfway_weights(reach: int) -> list[float]:
-    """Lagrange weights of the points at 1/2, 3/2, ... on either side, for the value halfway between the nearest."""
-    points = [k + 0.5 for k in range(reach)]
-    return [math.prod(q**2 / (q**2 - p**2) for q in points if q != p) / 2 for p in points]
+_SYM6 = (
+    *(0.015404109327027373, 0.0034907120842174702, -0.11799011114819057, -0.048311742585633, 0.4910559419267466),
+    *(0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578),
+    *(0.0017677118642428036, -0.007800708325034148),
+)  # low-pass filter of the symlet with six vanishing moments (Daubechies 1992, table 6.3)
+_FILTER = tuple(weight / sum(_SYM6) for weight in _SYM6)
+_TAPS = len(_FILTER)
+_BEFORE = _TAPS // 2 - 1  # taps before a pixel
 
 
-_REACH = 6  # taps on either side of the filter
-_HALFWAY = _halfway_weights(_REACH)
-_MARGIN = 2 * _REACH - 1  # points of the fine grid that the filter reads on either side
+def _fine_grid(x: Float[Tensor, "n C H W"]) -> Float[Tensor, "n C P Q"]:
+    """One period of the reflected images on a grid of twice the resolution; its first point is repeated at the end."""
+    return _upsampled(_upsampled(x, 2), 3)
 
 
 def _upsampled(x: Tensor, dimension: int) -> Tensor:
-    """From n points to 2 n - 1: the n points, and the values halfway between them."""
-    n = x.shape[dimension]
-    if n == 1:
-        return x
-    place = torch.arange(-_REACH + 1, n - 1 + _REACH, device=x.device) % (2 * n - 2)
-    extended = x.index_select(dimension, torch.minimum(place, 2 * n - 2 - place))
-    first = _REACH - 1  # position of the first point of x
-    pairs = [
-        weight * (extended.narrow(dimension, first - k, n - 1) + extended.narrow(dimension, first + k + 1, n - 1))
-        for k, weight in enumerate(_HALFWAY)
+    """Two points for each one of the period 2 n - 2 of a reflected line, filtered, and the first once more."""
+    period = max(1, 2 * x.shape[dimension] - 2)
+
+    def reflected(offset: int) -> Tensor:
+        place = (torch.arange(period, device=x.device) + offset) % period
+        return x.index_select(dimension, torch.minimum(place, period - place))
+
+    phases = [
+        sum(2 * weight * reflected(ahead - k) for k, weight in enumerate(_FILTER[first::2]))
+        for first, ahead in ((1, _BEFORE // 2), (0, _BEFORE // 2 + 1))
     ]
-    both = torch.stack([x.narrow(dimension, 0, n - 1), sum(pairs[1:], pairs[0])], dimension + 1).flatten(
-        dimension, dimension + 1
-    )
-    return torch.cat([both, x.narrow(dimension, n - 1, 1)], dimension)
+    fine = torch.stack([torch.as_tensor(phase) for phase in phases], dimension + 1).flatten(dimension, dimension + 1)
+    return torch.cat([fine, fine.narrow(dimension, 0, 1)], dimension)
 
 
 def _downsampled(x: Tensor, dimension: int) -> Tensor:
-    """Every other point inside the margins, filtered: half the point itself, half the filter of its neighbours."""
-    n = x.shape[dimension] - 2 * _MARGIN
-
-    def every_other(offset: int) -> Tensor:
-        return x.narrow(dimension, _MARGIN + offset, n).unfold(dimension, 1, 2).squeeze(-1)
-
-    pairs = ((2 * k + 1, weight) for k, weight in enumerate(_HALFWAY))
-    return every_other(0) / 2 + sum(weight / 2 * (every_other(-k) + every_other(k)) for k, weight in pairs)
+    """Every other point inside the margins, filtered."""
+    n = x.shape[dimension] - _TAPS + 1
+    terms = (weight * x.narrow(dimension, k, n).unfold(dimension, 1, 2).squeeze(-1) for k, weight in enumerate(_FILTER))
+    return torch.as_tensor(sum(terms))

@@ -141,7 +141,7 @@ def _build_target(config: Config, order: ShuffledBatches, ranks: Ranks, progress
     section, pool = config["target"], order.pool
     if section["kind"] == "exact":
         return _build_exact(config, section, pool, ranks, progress)
-    if section["kind"] == "stf" and section["size"] >= len(pool):
+    if section["kind"] == "stf" and section["size"] >= len(pool) and section["augmented_size"] == 1:
         if ranks.is_main:
             LOGGER.warning(
                 "target.size = %d is not below the %d data points: using the exact target over all of them",

@@ -8,7 +8,16 @@ imported, so that this module costs nothing; `stablefield.config` imports those 
 kind, every section accepts `module:Class`, a class of the user's own that is derived from the section's base class.
 """
 
-__all__ = ["BASES", "KINDS", "KIND_DEFAULTS", "PROCESS_DEFAULTS", "SIGMA_DATA", "ConfigError", "list_kinds"]
+__all__ = [
+    "BASES",
+    "KINDS",
+    "KIND_DEFAULTS",
+    "OBJECTIVES",
+    "PROCESS_DEFAULTS",
+    "SIGMA_DATA",
+    "ConfigError",
+    "list_kinds",
+]
 
 
 class ConfigError(ValueError):
@@ -128,6 +137,29 @@ SIGMA_DATA: dict[str, float] = {"digits": 0.75}
 
 # defaults of a kind that differ from its class's own
 KIND_DEFAULTS: dict[str, str] = {"ncsnpp": "stablefield.networks.song:NCSNPP"}
+
+# settings of the objectives that `compare` knows by name
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    # flow matching as in Lipman et al. 2023: uniform t, and a network that predicts the velocity
+    "flow": (
+        "process.kind=flow",
+        "times.kind=uniform",
+        "weight.kind=velocity",
+        "preconditioning.kind=none",
+        "preconditioning.prediction_type=velocity",
+    ),
+    # Karras et al. 2022
+    "edm": ("process.kind=ve", "times.kind=lognormal", "weight.kind=edm", "preconditioning.kind=edm", "grid.kind=edm"),
+    # Song et al. 2021: log-uniform noise and weight 1 / sigma^2
+    "ve": (
+        "process.kind=ve",
+        "times.kind=loguniform",
+        "weight.kind=snr",
+        "preconditioning.kind=ve",
+        "grid.kind=geometric",
+    ),
+    "vp": ("process.kind=vp", "times.kind=uniform", "weight.kind=snr", "preconditioning.kind=vp", "grid.kind=uniform"),
+}
 
 
 def list_kinds(section: str) -> str:

@@ -195,6 +195,7 @@ class Objective:
         label: Int[Tensor, "B"] | None = None,
         augment_label: Float[Tensor, "B A"] | None = None,
         image_number: Int[Tensor, "B"] | None = None,
+        augment_map: Float[Tensor, "B 2 3"] | None = None,
         generator: torch.Generator | None = None,
     ) -> LossReport:
         """The loss of a batch of clean data.
@@ -207,13 +208,21 @@ class Objective:
             augment_label: augmentation that the denoiser is conditioned on; references are seen through the same map.
             image_number: number of each example among the images of the run; targets whose references are recent
                 batches need it.
+            augment_map: affine map of each example's augmentation, as in `NoisyBatch`.
             generator: CPU generator of t, noise and references, in this order, so that the first two do not depend on
                 the target and none on the device. By default torch's global one.
         """
         t = move(self.times.draw(len(x), generator).to(x.dtype), x.device)
         noise = draw_noise(x, generator)
         noisy = denoiser.process.perturb(
-            x, t, noise, label=label, index=index, augment_label=augment_label, image_number=image_number
+            x,
+            t,
+            noise,
+            label=label,
+            index=index,
+            augment_label=augment_label,
+            image_number=image_number,
+            augment_map=augment_map,
         )
         return self.loss(denoiser, denoiser.process, noisy, self.target(noisy, generator=generator))
 

@@ -47,7 +47,7 @@ class LearningRate:
         """The learning rate of a training step.
 
         Args:
-            images: images seen at the end of the step.
+            images: images seen before the step, so that the first step of a warmup has rate 0, as in EDM and score_sde.
         """
         rise = min(1.0, images / self.warmup) if self.warmup else 1.0
         return self.peak * rise * self._decayed(images)

@@ -37,6 +37,7 @@ class Case:
     label: int
     augment_label: tuple[float, ...]
     share: float
+    augment_map: Tensor | None = None
 
 
 # ---- kinds of conditional training
@@ -77,8 +78,8 @@ def conditioned_on_maps(pool: Pool) -> list[Case]:
     cases = []
     for number in range(4, 8):
         for case in labels_dropped(pool):
-            x, label = EDMAugmentation(p=0.3)(case.x[None], [generator(1, number)])
-            cases.append(Case(x[0], case.index, case.label, tuple(label[0].tolist()), case.share))
+            x, label, maps = EDMAugmentation(p=0.3)(case.x[None], [generator(1, number)])
+            cases.append(Case(x[0], case.index, case.label, tuple(label[0].tolist()), case.share, maps[0]))
     return cases
 
 
@@ -97,11 +98,11 @@ every_training = pytest.mark.parametrize("training", TRAININGS)
 # ---- estimators, with all their draws
 
 
-def stf_targets(n: int) -> Callable[[Pool, int], Iterator]:
+def stf_targets(n: int, augmented_size: int = 0) -> Callable[[Pool, int], Iterator]:
     def every_draw(pool: Pool, label: int) -> Iterator:
         candidates = pool.indices(label).tolist()
         for draw in permutations(candidates, min(n, len(candidates))):
-            yield STFTarget(with_draw(pool, draw), n)
+            yield STFTarget(with_draw(pool, draw), n, augmented_size=augmented_size or n)
 
     return every_draw
 
@@ -113,6 +114,8 @@ ESTIMATORS: dict[str, Callable[[Pool, int], Iterator]] = {
     "knn": lambda pool, label: iter([KNNTarget(pool, 2)]),
     "stf:2": stf_targets(2),
     "stf:3": stf_targets(3),
+    "stf:3, others dsm": stf_targets(3, 1),
+    "stf:4": stf_targets(4),
 }
 
 
@@ -133,6 +136,7 @@ def averages(cases: list[Case], target_of: Callable[[NoisyBatch], Tensor]) -> It
             index,
             None if label == NULL_LABEL else torch.full_like(index, label),
             torch.tensor([augment_label] * len(index), dtype=torch.float64) if augment_label else None,
+            None if group[0].augment_map is None else group[0].augment_map.expand(len(index), -1, -1),
         )
         target, exact = target_of(noisy).unflatten(0, (queries, n)), (w * x).sum(1)
         spread, dsm = ((w * (found - exact[:, None]).square()).flatten(1).sum(1) for found in (target, x))
@@ -140,11 +144,17 @@ def averages(cases: list[Case], target_of: Callable[[NoisyBatch], Tensor]) -> It
 
 
 def batch_at(
-    x: Tensor, x_t: Tensor, index: Tensor, label: Tensor | None = None, augment_label: Tensor | None = None
+    x: Tensor,
+    x_t: Tensor,
+    index: Tensor,
+    label: Tensor | None = None,
+    augment_label: Tensor | None = None,
+    augment_map: Tensor | None = None,
 ) -> NoisyBatch:
     """Examples whose x_t is given."""
     level = torch.full((len(x),), SIGMA, dtype=torch.float64)
-    return NoisyBatch(x, (x_t - x) / SIGMA, level, torch.ones_like(level), level, x_t, label, index, augment_label)
+    conditions = {"augment_label": augment_label, "augment_map": augment_map}
+    return NoisyBatch(x, (x_t - x) / SIGMA, level, torch.ones_like(level), level, x_t, label, index, **conditions)
 
 
 @every_training
@@ -253,6 +263,6 @@ def test_augmentation_labels_of_another_kind_are_refused_except_by_dsm() -> None
     assert torch.equal(DSMTarget()(noisy).mean, x)
     with pytest.raises(ValueError, match=r"must have 9 columns .*not 4"):
         ExactTarget(PLAIN)(noisy)
-    flat = batch_at(x.flatten(1), x.flatten(1), index, None, torch.ones(2, DIM))
+    flat = batch_at(x.flatten(1), x.flatten(1), index, None, torch.zeros(2, DIM))
     with pytest.raises(ValueError, match="only images"):
         ExactTarget(Pool(FOUR.flatten(1)))(flat)

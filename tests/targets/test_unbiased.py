@@ -37,6 +37,7 @@ def averaged(x_t: Tensor, sigma: float, target: Callable[[Tensor], Tensor]) -> t
     return (w[:, :, None] * found).sum(1), exact, spread / dsm
 
 
+@pytest.mark.usefixtures("unchecked")  # the checks take longer than what they check
 @pytest.mark.parametrize("sigma", [0.2, 0.7, 3.0])
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6])
 def test_stf_target_is_unbiased_for_every_n_with_no_more_variance_than_dsm(n: int, sigma: float) -> None:

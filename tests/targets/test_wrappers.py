@@ -80,7 +80,7 @@ def test_steps_with_and_without_labels_are_not_prefetched_together(exact: Callab
     labelled = noisy_batch(pool, torch.ones(4), labelled=True)
     unlabelled = replace(labelled, label=None)
     for steps in ([labelled, unlabelled], [unlabelled, labelled]):
-        with pytest.raises(TypeError):
+        with pytest.raises(ValueError, match="with and without label: 1 of 2 have none"):
             Prefetched(exact(pool), 8).several(steps)
 
 

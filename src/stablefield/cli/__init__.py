@@ -62,10 +62,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"stablefield {version('stablefield')}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

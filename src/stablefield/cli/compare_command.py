@@ -9,27 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stablefield.cli.options import Allow
 from stablefield.cli.progress import progress_bar
-from stablefield.cli.training import allow_option, merge_layers
-from stablefield.config import allowed_names, override, resolve, split_targets
-from stablefield.engine.fit import stop_signals
-from stablefield.seeding import parse_seeds
-from stablefield.studies.compare import (
-    OBJECTIVES,
-    Arm,
-    Comparison,
-    Experiment,
-    define,
-    describe_machine,
-    measure_steps,
-    summarize,
-    write_page,
-)
-from stablefield.studies.compare import compare as run_comparison
-from stablefield.studies.compare.experiment import MIN_EVALUATIONS
+from stablefield.kinds import OBJECTIVES
 
 __all__ = ["compare", "parse_duration"]
 
@@ -71,9 +54,7 @@ def compare(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key for all runs; may be repeated."),
     ] = None,
     allow: Allow = None,
-    evaluations: Annotated[
-        int | None, typer.Option(min=MIN_EVALUATIONS, help="Evaluations of each run, by default 12.")
-    ] = None,
+    evaluations: Annotated[int | None, typer.Option(help="Evaluations of each run, by default 12.")] = None,
     samples: Annotated[int | None, typer.Option(min=2, help="Samples per evaluation, by default 500.")] = None,
     examples: Annotated[int | None, typer.Option(min=1, help="Examples for the excess, by default 2,048.")] = None,
     jobs: Annotated[
@@ -98,6 +79,12 @@ def compare(
     (data.holdout; by default a sixth, at most 5,000). The command can be stopped at any time; the same command resumes
     it, and may add targets, objectives and seeds.
     """
+    from stablefield.cli.comparing import describe_plan, objective_names, print_step_times, run_with_progress
+    from stablefield.cli.training import allow_option, merge_layers
+    from stablefield.config import allowed_names, override, resolve, split_targets
+    from stablefield.seeding import parse_seeds
+    from stablefield.studies.compare import Comparison, Experiment, define, summarize, write_page
+
     settings = [*(set_ or []), *([f"training.images={images}"] if images else [])]
     allowed = allowed_names(settings, allow)
     seconds = parse_duration(stop_after) if stop_after else math.inf
@@ -112,17 +99,17 @@ def compare(
             before = Experiment.read(out, allow=allowed)
             sections = before.config.sections
             kept = ("evaluations", "samples", "examples", "targets", "seeds")
-            given = {name: getattr(before, name) for name in kept} | {"objectives": _names(before)} | given
+            given = {name: getattr(before, name) for name in kept} | {"objectives": objective_names(before)} | given
         shared = resolve(override(merge_layers(sections, recipe, config, data), settings), allow=allowed)
         command = (date.today().isoformat(), shlex.join(["stablefield", *sys.argv[1:]]))
         defaults = {"targets": split_targets(TARGETS), "seeds": range(3)}
         with progress_bar("decoding") as progress:
             experiment = define(shared, **(defaults | given), command=command, progress=progress)
         if measure:
-            _measure_steps(experiment, out)
+            print_step_times(experiment, out)
             return
-        print(_plan(experiment, out))
-        _run(experiment, out, jobs, seconds)
+        print(describe_plan(experiment, out))
+        run_with_progress(experiment, out, jobs, seconds)
     comparison = Comparison.read(out, allow=allowed)
     path = page or out / "README.md"
     write_page(comparison, path)
@@ -146,64 +133,3 @@ def parse_duration(text: str) -> float:
     if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())):
         raise ValueError(f"--stop-after is a time such as 90s, 60m or 2h, not {text!r}")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
-
-
-def _names(experiment: Experiment) -> tuple[str, ...]:
-    """Names of the objectives of an experiment; none if all runs share that of the configuration."""
-    return tuple(name for name in experiment.objectives if name)
-
-
-def _plan(experiment: Experiment, out: Path) -> str:
-    """Targets, runs and endpoints in a few lines."""
-    runs = len(experiment.arms) * len(experiment.seeds)
-    return "\n".join(
-        (
-            f"arms      {'; '.join(map(str, experiment.arms))}",
-            f"runs      {runs}: seeds {', '.join(map(str, experiment.seeds))}; {experiment.images:,} images each, "
-            f"{experiment.evaluations} evaluations",
-            f"spaces    {', '.join(experiment.spaces)}",
-            f"endpoints {len(experiment.endpoints)} for each of {len(experiment.contrasts)} comparisons",
-            f"folder    {out}",
-        )
-    )
-
-
-def _run(experiment: Experiment, out: Path, jobs: int, stop_after: float) -> None:
-    """Train and evaluate all runs, with a progress bar."""
-    seen: dict[tuple[Arm, int], int] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    times = (TimeElapsedColumn(), TimeRemainingColumn(compact=True), TextColumn("left; {task.fields[status]}"))
-    with stop_signals() as stop, Progress(*columns, *times) as progress:
-        total = experiment.images * len(experiment.arms) * len(experiment.seeds)
-        bar = progress.add_task("comparing", total=total, status="")
-
-        def report(arm: Arm, seed: int, status: int | str) -> None:
-            if isinstance(status, int):
-                seen[arm, seed] = status
-                status = f"{status:,} images"
-            progress.update(bar, completed=sum(seen.values()), status=f"{arm}, seed {seed}: {status}")
-
-        run_comparison(
-            experiment,
-            out,
-            jobs=jobs,
-            stop_after=stop_after,
-            should_stop=lambda: stop.number > 0,
-            report=report,
-            stage_progress=progress_bar,
-        )
-
-
-def _measure_steps(experiment: Experiment, out: Path) -> None:
-    """Measure training times, and print them."""
-    if not (out / "comparison.json").exists():
-        experiment.write(out)
-    with progress_bar("measuring steps") as progress:
-        line = measure_steps(experiment, out, describe_machine(experiment.config), report=progress)
-    if line["load"] > 0.5:
-        print(f"warning: the load average was {line['load']:.1f} before; measure on an idle machine")
-    for arm, times in line["sec_per_kimg"].items():
-        ordered = sorted(times)
-        middle, least, most = ordered[len(times) // 2], ordered[0], ordered[-1]
-        print(f"{arm:<24} {middle:.3g} s per 1,000 images ({least:.3g} to {most:.3g} over {len(times)} turns)")
-    print(f"records   {out / 'records' / 'steps.jsonl'}")

@@ -5,7 +5,7 @@ over both, so both are in the pool that references come from.
 
 *With a label* (`EDMAugmentation`): each image of the run is transformed by a random map, and nine numbers, the
 augmentation label, condition the network on it (`stablefield.augmentation`). The network learns E[x | x_t, map], and
-samples are drawn with the label of no map. The pool is not transformed: targets use the label.
+samples are drawn with the label of no map. The pool is not transformed: targets use the label and the map.
 """
 
 from abc import ABC, abstractmethod
@@ -127,8 +127,8 @@ class EDMAugmentation(Augmentation):
 
     def __call__(
         self, x: Float[Tensor, "B C H W"], generators: Iterable[torch.Generator]
-    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B 9"]]:
-        """Images under random maps, and their augmentation labels (on the CPU).
+    ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B 9"], Float[Tensor, "B 2 3"]]:
+        """Images under random maps, their augmentation labels, and their maps without flips (both on the CPU).
 
         Flips only permute pixels; images with the identity map stay as they are, bit for bit.
 
@@ -137,13 +137,12 @@ class EDMAugmentation(Augmentation):
             generators: one random generator per image.
         """
         parameters = self.draw(generators)
-        label = parameters.augment_label().to(x.dtype)
+        label, maps = parameters.augment_label().to(x.dtype), parameters.inverse_maps((x.shape[2], x.shape[3]))
         augmented = flip(x, label)
         if len(index := (~permutes(label)).nonzero().flatten()):
-            back = move(parameters.select(index).inverse_maps((x.shape[2], x.shape[3])), x.device)
-            index = move(index, x.device)
-            augmented[index] = warp(augmented[index], back)
-        return augmented, label
+            maps_of_these, index = move(maps[index], x.device), move(index, x.device)
+            augmented[index] = warp(augmented[index], maps_of_these)
+        return augmented, label, maps
 
     def draw(self, generators: Iterable[torch.Generator]) -> "AugmentationParameters":
         """Random parameters of the transformations.
@@ -199,14 +198,6 @@ class AugmentationParameters:
         )
         return torch.cat([self.flips, torch.stack(numbers, 1), self.shift], 1)
 
-    def select(self, index: Tensor) -> "AugmentationParameters":
-        """Parameters of some of the images.
-
-        Args:
-            index: positions of the images.
-        """
-        return AugmentationParameters(**{name: value[index] for name, value in vars(self).items()})
-
     def inverse_maps(self, size: tuple[int, int]) -> Float64[Tensor, "B 2 3"]:
         """Affine maps from points of the result to points of the (flipped) image, without the flips.
 
@@ -242,8 +233,8 @@ class AugmentedBatches(BatchSource):
     def __call__(self, images: int) -> Batch:
         batch = self.batches(images)
         x = move(batch.x, self.device or batch.x.device)
-        x, label = self.augmentation(x, batch.generators(self.seed, "augmentation"))
-        return replace(batch, x=x, augment_label=label)
+        x, label, maps = self.augmentation(x, batch.generators(self.seed, "augmentation"))
+        return replace(batch, x=x, augment_label=label, augment_map=maps)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Batch(BatchRecord):
             example depends on this number.
         label: class of each example, `NULL_LABEL` for the null label; None if the pool has no labels.
         augment_label: augmentation label of each example; None if the network is not conditioned on augmentations.
+        augment_map: affine map of each example's augmentation, as in `NoisyBatch`.
 
     All but x stay on the CPU, where they decide about references without a wait for a GPU.
     """
@@ -41,6 +42,7 @@ class Batch(BatchRecord):
     image_number: Int[Tensor, "B"]
     label: Int[Tensor, "B"] | None = None
     augment_label: Float[Tensor, "B A"] | None = None
+    augment_map: Float[Tensor, "B 2 3"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)

@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from stablefield.augmentation import permutes
 from stablefield.data import BatchSource
 from stablefield.distributed import Ranks, no_sync
 from stablefield.engine.state import TrainState
@@ -42,8 +41,8 @@ class StepReport:
         learning_rate: the learning rate of the step.
         gradient_norm: norm of the whole gradient before clipping; not finite if the step was skipped.
         step_taken: True if the gradient was finite and the weights were updated.
-        fraction_dsm: share of this rank's examples that keep their own x as target because references cannot be seen
-            through their augmentation; None if the network is not conditioned on augmentations.
+        fraction_dsm: share of this rank's examples that keep their own x as target, such as those whose references are
+            not seen through their augmentation; None if the network is not conditioned on augmentations.
         importance: importance weight of each of this rank's examples, which is not in their losses; None without.
     """
 
@@ -115,7 +114,7 @@ def train(
         report = _compute_gradient(
             state, model, objective, noisy, target, importance, optimization.micro_batch_size, dropout_seed
         )
-        learning_rate = optimization.learning_rate(state.images + batches.size)
+        learning_rate = optimization.learning_rate(state.images)
         gradient_norm, step_taken = _update_weights(state, learning_rate, optimization.gradient_clip)
         if adaptation:
             process = state.denoiser.process
@@ -123,7 +122,7 @@ def train(
         state.end_step(batches.size, step_taken)
         if not step_taken:
             objective.target.check(noisy)
-        fraction_dsm = None if noisy.augment_label is None else (~permutes(noisy.augment_label)).float().mean()
+        fraction_dsm = None if noisy.augment_label is None else objective.target.keeps_source(noisy).float().mean()
         yield StepReport(state.images, report, learning_rate, gradient_norm, step_taken, fraction_dsm, importance)
         if state.skipped_in_a_row > optimization.patience:
             raise FloatingPointError(
@@ -186,6 +185,7 @@ def perturb(state: TrainState, times: TimeDistribution, batches: BatchSource, im
         index=batch.index,
         augment_label=batch.augment_label,
         image_number=batch.image_number,
+        augment_map=batch.augment_map,
     )
 
 

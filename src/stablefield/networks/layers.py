@@ -120,7 +120,9 @@ class Embedding(nn.Module):
     def __init__(self, width: int, num_classes: int = 0, augment_dim: int = 0) -> None:
         super().__init__()
         self.frequencies: Tensor
-        self.register_buffer("frequencies", 2 * math.pi * torch.logspace(-5, 3, width // 2, base=2), persistent=False)
+        # on the CPU also where the network is built without memory: for that device torch would import its compiler
+        frequencies = 2 * math.pi * torch.logspace(-5, 3, width // 2, base=2, device="cpu")
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.noise = nn.Linear(2 * (width // 2), width)
         self.label = nn.Linear(num_classes, width, bias=False) if num_classes else None
         self.augment = nn.Linear(augment_dim, width, bias=False) if augment_dim else None

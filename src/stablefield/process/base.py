@@ -97,8 +97,10 @@ class NoisyBatch(BatchRecord):
         augment_label: the augmentation of each example, as the network is conditioned on it; None without one.
         image_number: number of each example among the images of the run, from 0. Targets whose references are recent
             batches need it.
+        augment_map: affine map of each example's augmentation, without its flips (`augmentation.affine`): references
+            are seen through it. None without one.
 
-    The last four decide which references an example has. On the CPU they do so without a wait for a GPU.
+    The last five decide which references an example has. On the CPU they do so without a wait for a GPU.
     """
 
     x: Float[Tensor, "B *D"]
@@ -111,6 +113,7 @@ class NoisyBatch(BatchRecord):
     index: Int[Tensor, "B"] | None = None
     augment_label: Float[Tensor, "B A"] | None = None
     image_number: Int[Tensor, "B"] | None = None
+    augment_map: Float[Tensor, "B 2 3"] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -187,6 +190,7 @@ class Process(ABC):
         index: Int[Tensor, "B"] | None = None,
         augment_label: Float[Tensor, "B A"] | None = None,
         image_number: Int[Tensor, "B"] | None = None,
+        augment_map: Float[Tensor, "B 2 3"] | None = None,
     ) -> NoisyBatch:
         """The noisy batch x_t = alpha_t x + sigma_t noise.
 
@@ -198,7 +202,8 @@ class Process(ABC):
             index: position of each example in the pool, as in `NoisyBatch`.
             augment_label: augmentation of each example, as in `NoisyBatch`.
             image_number: number of each example among the images of the run, as in `NoisyBatch`.
+            augment_map: affine map of each example's augmentation, as in `NoisyBatch`.
         """
         alpha, sigma = self.scales(t)
         x_t = per_example(alpha, x) * x + per_example(sigma, x) * noise
-        return NoisyBatch(x, noise, t, alpha, sigma, x_t, label, index, augment_label, image_number)
+        return NoisyBatch(x, noise, t, alpha, sigma, x_t, label, index, augment_label, image_number, augment_map)

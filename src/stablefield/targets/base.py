@@ -10,8 +10,9 @@ candidates. The draw of a label does not depend on the other labels of a batch.
 
 So do augmentations that the network is given as a condition: the references must be seen through the same map as the
 example. A flip is undone on x_t, the unaugmented references are averaged, and the mean is flipped (distances do
-not change when both are flipped). An example under any other map keeps its own x as target, which is unbiased under any
-map. The choice between the two depends on the augmentation vector alone, which is drawn without looking at the source.
+not change when both are flipped). Under any other map the references must be transformed for this example alone:
+`STFTarget` does so for a smaller reference batch; otherwise an example keeps its own x as target, which is unbiased
+under any map. The choice depends on the augmentation label alone, which is drawn without looking at the source.
 """
 
 import math
@@ -28,7 +29,15 @@ from stablefield.kernel.accumulator import Posterior
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch
 
-__all__ = ["PerLabelTarget", "PoolTarget", "TargetEstimator", "indices_of", "keep_source", "refuse_non_finite"]
+__all__ = [
+    "PerLabelTarget",
+    "PoolTarget",
+    "TargetEstimator",
+    "indices_of",
+    "keep_source",
+    "labels_of",
+    "refuse_non_finite",
+]
 
 
 class TargetEstimator(ABC):
@@ -58,9 +67,17 @@ class TargetEstimator(ABC):
             ValueError: examples differ from the data points of their index, or have values that are not finite.
         """
 
+    def keeps_source(self, noisy: NoisyBatch) -> Bool[Tensor, "B"]:
+        """Mask of the examples whose target is their own x (DSM), whatever the references are.
+
+        Args:
+            noisy: the batch.
+        """
+        return torch.zeros(len(noisy), dtype=torch.bool)
+
 
 class PoolTarget(TargetEstimator):
-    """Base class of estimators that average over a pool: undoes flips around `average`, keeps sources under other maps.
+    """Base class of estimators that average over a pool: undoes flips around `average`, and handles other maps apart.
 
     Attributes:
         pool: the data.
@@ -76,15 +93,13 @@ class PoolTarget(TargetEstimator):
     @override
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
         seed = int(torch.randint(2**62, (), generator=generator))
-        plain, averaged = _undo_flips(noisy), _can_be_averaged(noisy)
-        if averaged.all():
-            found = self._average(plain, seed)
-        else:
-            index, rest = averaged.nonzero().flatten(), (~averaged).nonzero().flatten()
-            parts = [self._average(plain.select(index), seed)] if len(index) else []
-            parts.append(keep_source(plain.select(rest)))
-            found = Posterior.concatenate(parts).select(torch.cat([index, rest]).argsort())
-        return found if noisy.augment_label is None else replace(found, mean=flip(found.mean, noisy.augment_label))
+        plain = _permuted(noisy)
+        if plain.all():
+            return self._through_flips(noisy, seed)
+        index, rest = plain.nonzero().flatten(), (~plain).nonzero().flatten()
+        parts = [self._through_flips(noisy.select(index), seed)] if len(index) else []
+        parts.append(self.average_through_maps(noisy.select(rest), seed))
+        return Posterior.concatenate(parts).select(torch.cat([index, rest]).argsort())
 
     @abstractmethod
     def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
@@ -98,17 +113,34 @@ class PoolTarget(TargetEstimator):
                 depend on the rest of the batch.
         """
 
+    def average_through_maps(self, noisy: NoisyBatch, seed: int) -> Posterior:
+        """Posterior mean of examples under maps that do not permute pixels; by default their own x.
+
+        Args:
+            noisy: the examples.
+            seed: seed of random references.
+        """
+        return keep_source(noisy)
+
+    @override
+    def keeps_source(self, noisy: NoisyBatch) -> Bool[Tensor, "B"]:
+        return ~_permuted(noisy)
+
     @override
     def check(self, noisy: NoisyBatch) -> None:
         if noisy.augment_label is not None:
-            noisy = _undo_flips(noisy).select(_can_be_averaged(noisy).nonzero().flatten())
+            noisy = _undo_flips(noisy).select(_permuted(noisy).nonzero().flatten())
         if len(noisy):
             refuse_non_finite(noisy)
         if len(noisy) and noisy.index is not None:
             _refuse_changed(noisy, self.pool, indices_of(noisy, self.pool))
 
+    def _through_flips(self, noisy: NoisyBatch, seed: int) -> Posterior:
+        found = self._average(_undo_flips(noisy), seed)
+        return found if noisy.augment_label is None else replace(found, mean=flip(found.mean, noisy.augment_label))
+
     def _average(self, noisy: NoisyBatch, seed: int) -> Posterior:
-        label = torch.full((len(noisy),), NULL_LABEL) if noisy.label is None else noisy.label.cpu()
+        label = labels_of(noisy)
         if noisy.index is None and not self.needs_index:
             return self.average(noisy, torch.full_like(label, -1), label, seed)
         index = indices_of(noisy, self.pool)
@@ -195,8 +227,17 @@ def refuse_non_finite(noisy: NoisyBatch) -> None:
     raise ValueError(f"sigma must not be negative; the smallest is {float(noisy.sigma.min())}")
 
 
-def _can_be_averaged(noisy: NoisyBatch) -> Bool[Tensor, "B"]:
-    """Which examples can use plain references once their flips are undone."""
+def labels_of(noisy: NoisyBatch) -> Int[Tensor, "B"]:
+    """The label of each example, (B,) on the CPU; `NULL_LABEL` where the network is not given one.
+
+    Args:
+        noisy: the batch.
+    """
+    return torch.full((len(noisy),), NULL_LABEL) if noisy.label is None else noisy.label.cpu()
+
+
+def _permuted(noisy: NoisyBatch) -> Bool[Tensor, "B"]:
+    """Mask of the examples that can use plain references once their flips are undone."""
     if noisy.augment_label is None:
         return torch.ones(len(noisy), dtype=torch.bool)
     return permutes(noisy.augment_label).cpu()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 from typing_extensions import override
 
 from stablefield.kernel.accumulator import Posterior
@@ -22,3 +24,7 @@ class DSMTarget(TargetEstimator):
     @override
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
         return keep_source(noisy)
+
+    @override
+    def keeps_source(self, noisy: NoisyBatch) -> Bool[Tensor, "B"]:
+        return torch.ones(len(noisy), dtype=torch.bool)

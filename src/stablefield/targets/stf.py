@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -32,10 +32,13 @@ from stablefield.kernel.accumulator import Posterior
 from stablefield.pool import NULL_LABEL, Pool, unique_in_order
 from stablefield.process import NoisyBatch, move
 from stablefield.seeding import generator
-from stablefield.targets.base import PoolTarget
-from stablefield.targets.grouped import mean_over
+from stablefield.targets.base import PoolTarget, indices_of, keep_source, labels_of
+from stablefield.targets.grouped import Take, mean_over
+from stablefield.targets.mapped import mean_through_maps
 
 __all__ = ["ImageOrder", "STFTarget"]
+
+_Mean = Callable[[NoisyBatch, Tensor, Tensor, Tensor, Take], Posterior]  # such as `mean_over`
 
 
 @runtime_checkable
@@ -65,6 +68,9 @@ class STFTarget(PoolTarget):
         references: "dataset" draws references anew for every step; "recent" uses the data points that the run has seen
             last, so that a step reads only its own images. The latter needs `order`, and `image_number` in the batch.
         order: the order in which the run sees its data; only for recent references.
+        augmented_size: the same number for examples under augmentation maps that do not permute pixels, which need
+            references of their own, transformed as they are; of recent ones there are at most `size`. 1 (the source
+            alone) costs nothing.
 
     Raises:
         ValueError: a size below 1, unknown references, or recent references without an order.
@@ -74,11 +80,13 @@ class STFTarget(PoolTarget):
     size: int = 1024
     references: Literal["dataset", "recent"] = "dataset"
     order: ImageOrder | None = field(default=None, repr=False)
+    augmented_size: int = 1
     _bank: "_Bank" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1 (the source alone), not {self.size}")
+        for name, size in (("size", self.size), ("augmented_size", self.augmented_size)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1 (the source alone), not {size}")
         if self.references not in ("dataset", "recent"):
             raise ValueError(f'references must be "dataset" or "recent", not {self.references!r}')
         if self.references == "recent" and self.order is None:
@@ -87,25 +95,39 @@ class STFTarget(PoolTarget):
 
     @override
     def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
-        parts = [part for null in (True, False) if len(part := ((label == NULL_LABEL) == null).nonzero().flatten())]
-        if len(parts) == 1:
-            return self._mean(noisy, index, label, seed)
-        found = [self._mean(noisy.select(part), index[part], label[part], seed) for part in parts]
-        return Posterior.concatenate(found).select(torch.cat(parts).argsort())
+        return self._mean(noisy, index, label, seed, self.size, mean_over)
 
-    def _mean(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
-        """Posterior mean of examples that all have labels, or none of which has one."""
+    @override
+    def average_through_maps(self, noisy: NoisyBatch, seed: int) -> Posterior:
+        if self.keeps_source(noisy).all():
+            return keep_source(noisy)
+        index, label = indices_of(noisy, self.pool), labels_of(noisy)
+        return self._mean(noisy, index, label, seed, self.augmented_size, mean_through_maps)
+
+    @override
+    def keeps_source(self, noisy: NoisyBatch) -> Bool[Tensor, "B"]:
+        sees_through = self.augmented_size > 1 and noisy.augment_map is not None
+        return torch.zeros(len(noisy), dtype=torch.bool) if sees_through else super().keeps_source(noisy)
+
+    def _mean(
+        self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int, size: int, mean: "_Mean"
+    ) -> Posterior:
+        """Posterior mean over draws of a size; examples with and without labels have different draws."""
+        parts = [part for null in (True, False) if len(part := ((label == NULL_LABEL) == null).nonzero().flatten())]
+        if len(parts) > 1:
+            found = [self._mean(noisy.select(part), index[part], label[part], seed, size, mean) for part in parts]
+            return Posterior.concatenate(found).select(torch.cat(parts).argsort())
         labels, group = label.unique(return_inverse=True)
         unlabelled = int(labels[0]) == NULL_LABEL
         if self.references == "recent":
             recent = self._bank.hold(self._first_image(noisy), self.recent, noisy.x.device)
             drawn = recent[None] if unlabelled else _of_labels(recent, labels, self.pool)
-            return mean_over(noisy, index, group, drawn, self._bank.take)
+            return mean(noisy, index, group, drawn[:, :size], self._bank.take)
         if unlabelled:
-            drawn = self.pool.draw(self.size, NULL_LABEL, generator(seed, NULL_LABEL))[None]
+            drawn = self.pool.draw(size, NULL_LABEL, generator(seed, NULL_LABEL))[None]
         else:
-            drawn = self.pool.draw_by_class(self.size, labels, seed)
-        return mean_over(noisy, index, group, drawn, self.pool.take)
+            drawn = self.pool.draw_by_class(size, labels, seed)
+        return mean(noisy, index, group, drawn, self.pool.take)
 
     def recent(self, images: int) -> Int[Tensor, "n"]:
         """The last `size` distinct data points seen before image number `images`, the latest first.

@@ -10,6 +10,8 @@ from functools import cached_property
 from itertools import accumulate
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 from typing_extensions import override
 
 from stablefield.kernel.accumulator import Posterior
@@ -49,6 +51,10 @@ class Prefetched(TargetEstimator):
     @override
     def check(self, noisy: NoisyBatch) -> None:
         self.target.check(noisy)
+
+    @override
+    def keeps_source(self, noisy: NoisyBatch) -> Bool[Tensor, "B"]:
+        return self.target.keeps_source(noisy)
 
     def steps(self, batch_size: int) -> int:
         """Number of training steps whose targets should be computed in one call.
@@ -95,6 +101,10 @@ class Sharded(TargetEstimator):
     @override
     def check(self, noisy: NoisyBatch) -> None:
         self.target.check(noisy)
+
+    @override
+    def keeps_source(self, noisy: NoisyBatch) -> Bool[Tensor, "B"]:
+        return self.target.keeps_source(noisy)
 
     @cached_property
     def _own_part(self) -> ExactTarget:

@@ -19,6 +19,7 @@ from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
 from stablefield.data import Progress, StageProgress, silent, silent_stage
 from stablefield.engine.checkpoints import locked
 from stablefield.files import write_text
+from stablefield.kinds import OBJECTIVES
 from stablefield.run import RunFolder, fingerprint
 from stablefield.studies.compare.endpoints import (
     WEIGHTS,
@@ -29,7 +30,7 @@ from stablefield.studies.compare.endpoints import (
     measure_endpoint,
 )
 from stablefield.studies.compare.evaluator import find_spaces
-from stablefield.studies.compare.experiment import OBJECTIVES, Arm, Experiment
+from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.jobs import ReportRun, Worker, run_all
 from stablefield.studies.compare.runs import is_finished, read_lines
 from stablefield.studies.compare.statistics import holm

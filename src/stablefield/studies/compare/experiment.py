@@ -26,34 +26,11 @@ from stablefield.pool import Pool
 from stablefield.run import RunFolder, refuse_other_data
 from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
 
-__all__ = ["MIN_EVALUATIONS", "OBJECTIVES", "Arm", "Experiment"]
+__all__ = ["MIN_EVALUATIONS", "Arm", "Experiment"]
 
 FORMAT = "stablefield comparison 2"
 MIN_EVALUATIONS = 10
 CHANGEABLE_KEYS = RESUMABLE_KEYS - {"training.images"}  # the number of images decides the evaluation points
-
-OBJECTIVES: dict[str, tuple[str, ...]] = {
-    # flow matching as in Lipman et al. 2023: uniform t, and a network that predicts the velocity
-    "flow": (
-        "process.kind=flow",
-        "times.kind=uniform",
-        "weight.kind=velocity",
-        "preconditioning.kind=none",
-        "preconditioning.prediction_type=velocity",
-    ),
-    # Karras et al. 2022
-    "edm": ("process.kind=ve", "times.kind=lognormal", "weight.kind=edm", "preconditioning.kind=edm", "grid.kind=edm"),
-    # Song et al. 2021: log-uniform noise and weight 1 / sigma^2
-    "ve": (
-        "process.kind=ve",
-        "times.kind=loguniform",
-        "weight.kind=snr",
-        "preconditioning.kind=ve",
-        "grid.kind=geometric",
-    ),
-    "vp": ("process.kind=vp", "times.kind=uniform", "weight.kind=snr", "preconditioning.kind=vp", "grid.kind=uniform"),
-}
-"""Settings of the objectives that can be compared by name; any other comes from the shared configuration."""
 
 
 @dataclass(frozen=True)

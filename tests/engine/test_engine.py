@@ -1,5 +1,7 @@
 """Training is a function of the seed and the images seen: it can stop anywhere and resumes bit for bit."""
 
+import copy
+
 import pytest
 import torch
 
@@ -171,6 +173,16 @@ def test_the_learning_rate_rises_linearly_and_stays_at_its_peak():
     rate = LearningRate(2.0, 100)
     assert [rate(images) for images in (0, 25, 50, 100, 500)] == [0, 0.5, 1, 2, 2]
     assert LearningRate(2.0)(1) == 2
+
+
+def test_a_step_has_the_learning_rate_of_the_images_seen_before_it():
+    state, objective = start(DSMTarget())
+    optimization = Optimization(LearningRate(1.0, warmup=32))
+    before = copy.deepcopy(state.denoiser.state_dict())
+    steps = train(state, objective, ShuffledBatches(POOL, 16), images=48, optimization=optimization)
+    assert next(steps).learning_rate == 0
+    assert all(torch.equal(before[name], value) for name, value in state.denoiser.state_dict().items())
+    assert [step.learning_rate for step in steps] == [0.5, 1]
 
 
 class SometimesNaN(MLP):

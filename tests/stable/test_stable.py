@@ -431,7 +431,7 @@ def test_an_exact_estimator_and_all_data_agree() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
 
 
-PAGE = (Path(__file__).parent.parent / "docs" / "loop.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "loop.md").read_text()
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -266,7 +266,7 @@ def test_the_commands_and_code_of_the_page_on_data_run(tmp_path):
     make("celeba", tmp_path)
     make("folder", tmp_path)
     np.save("latents.npy", np.zeros((12, 4, 8, 8), np.float32))
-    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     lines = [line for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
     assert len(lines) >= 10
     for line in lines:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from short_runs import Interrupted, configured, interrupt_at, same, tensors, trained, untimed
 from test_distributed import adapted_run, on_ranks
-from test_fit import Interrupted, configured, interrupt_at, same, tensors, trained, untimed
 
 from stablefield.build import build
 from stablefield.config import ConfigError, override, resolve
@@ -155,6 +155,6 @@ def test_wrong_settings_are_refused(settings):
 
 def test_two_ranks_have_the_distribution_of_one(tmp_path):
     one = adapted_run(Ranks(torch.device("cpu")))
-    two = on_ranks(2, tmp_path, "adapted_run")
+    two = on_ranks(2, tmp_path, adapted_run)
     assert (one - 1 / RANGES).abs().max() > 0.002
     torch.testing.assert_close(one, two, rtol=0, atol=1e-4)

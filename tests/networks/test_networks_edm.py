@@ -28,7 +28,7 @@ from stablefield.networks.layers import (
 )
 from stablefield.networks.song import SongBlock
 
-EDM_FILES = Path(__file__).parent / "data" / "edm"
+EDM_FILES = Path(__file__).parents[1] / "data" / "edm"
 RENAMED = {
     "label_dim": "num_classes",
     "embedding_type": "embedding",

@@ -528,7 +528,7 @@ def test_the_field_is_measured_on_the_data_that_training_uses(tmp_path, monkeypa
 @pytest.mark.usefixtures("unchecked")
 def test_settings_that_inspect_proposes_are_valid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = command("data", "inspect", "digits").split()
+    words = command("data", "inspect", "digits", "--plot", "noise.png").split()
     settings = [after for word, after in pairwise(words) if word == "--set"]
     config = resolve(override({}, settings))
     assert {setting.partition("=")[0] for setting in settings} >= {"times.mean", "times.std", "grid.sigma_max"}

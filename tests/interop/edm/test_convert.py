@@ -20,7 +20,7 @@ from stablefield.run import load
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-DATA = Path(__file__).parent / "data" / "edm"
+DATA = Path(__file__).parents[2] / "data" / "edm"
 CONFIGURATIONS = sorted(path.name for path in DATA.iterdir())
 
 

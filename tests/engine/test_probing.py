@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from short_runs import Interrupted, configured, interrupt_at, same, trained, untimed
 from test_distributed import on_ranks, probed_run
-from test_fit import Interrupted, configured, interrupt_at, same, trained, untimed
 
 from stablefield.build import build
 from stablefield.cli.training import progress_text
@@ -132,5 +132,5 @@ def test_targets_have_the_names_of_the_command_line():
 
 def test_two_ranks_measure_what_one_measures(tmp_path):
     one = probed_run(Ranks(torch.device("cpu")))
-    two = on_ranks(2, tmp_path, "probed_run")
+    two = on_ranks(2, tmp_path, probed_run)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-9)

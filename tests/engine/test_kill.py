@@ -6,27 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_fit import SHORT, SMALL, same, seen, trained
+from processes import forked
+from short_runs import SHORT, SMALL, same, seen, trained
 
 from stablefield.checkpoint import read
 from stablefield.run import RunFolder
 
 QUICK = [part for setting in (*SMALL, *SHORT, "network.dropout=0") for part in ("--set", setting)]
-
-
-def forked(work: Callable[[], object]) -> int:
-    """Call a function in a fork of this process; the number of the fork."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    return child
 
 
 def images(folder: Path) -> int:

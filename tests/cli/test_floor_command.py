@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_fit import trained
+from short_runs import trained
 from typer.testing import CliRunner
 
 from stablefield import Pool

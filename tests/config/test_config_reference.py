@@ -10,7 +10,7 @@ from stablefield.config import ConfigError, resolve
 from stablefield.config.reference import describe_config, markdown_reference
 from stablefield.kinds import BASES, KINDS
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
 def test_the_page_of_all_keys_is_what_the_command_prints():
