@@ -49,7 +49,8 @@ from stablefield.process import per_example
 from stablefield.recipes import read_recipe
 from stablefield.seeding import generator
 from stablefield.targets import Prefetched
-from stablefield.targets.query import uses_int8
+from stablefield.targets.lockstep import run_together
+from stablefield.targets.query import Examples, uses_int8
 from stablefield.times import LogNormal, LogUniform, TimeDistribution
 
 NOISES: dict[str, TimeDistribution] = {
@@ -146,10 +147,12 @@ def screening(pool: Pool, exact: ExactTarget) -> None:
     noisy, known = NoisyBatch.concatenate(some), exact._class(NULL_LABEL, DEVICE)
     uncertain = (known.level_of(noisy.index).to(DEVICE) <= noisy.sigma).nonzero().flatten()
     screened, data = noisy.select(uncertain), known.screen.coordinates
+    level = (screened.sigma.double() / screened.alpha.double()).cpu()
+    examples = Examples(screened.x_t, screened.sigma, screened.alpha, level)
     query = torch.nn.functional.pad(known.projection(screened.x_t), (0, 1))
     narrow = query.bfloat16(), data.bfloat16()
     parts = {
-        "screening": lambda: known.survivors(screened, exact.shard, exact.missing_mass / 3),
+        "screening": lambda: run_together([known.survivors(examples, exact.shard, exact.missing_mass / 3)]),
         "its product": lambda: query @ data.T,
         "the same in bfloat16": lambda: narrow[0] @ narrow[1].T,
     }

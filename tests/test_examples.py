@@ -67,3 +67,16 @@ def test_fashion_mnist_is_trained_by_class_and_sampled_with_and_without_guidance
     output = run(tmp_path, sys.executable, EXAMPLES / "fashion_mnist.py", "--data", tmp_path, *settings)
     assert all((tmp_path / "runs" / "fashion-mnist" / name).exists() for name in ("classes.png", "guided.png"))
     assert "guided.png" in output
+
+
+def test_latents_are_encoded_trained_sampled_and_decoded(tmp_path):
+    settings = [f"--set={s}" for s in ("training.images=128", "network.width=16", "sampler.steps=3", "target.size=16")]
+    command = (sys.executable, EXAMPLES / "latents.py", "--run", tmp_path / "run", *settings)
+    assert "samples.png" in run(tmp_path, *command)
+    with np.load(tmp_path / "run-data" / "latents.npz") as file:
+        assert file["data"].dtype == np.float32
+        assert file["data"].shape == (1797, 16)
+        assert abs(file["data"].mean()) < 1e-5
+        assert file["data"].std() == pytest.approx(0.5, rel=1e-3)
+    assert (tmp_path / "run" / "samples.png").exists()
+    assert "samples.png" in run(tmp_path, *command)  # resumes

@@ -16,7 +16,7 @@ from stablefield.config import ConfigError, resolve
 from stablefield.data import DataSummary, Digits, ShuffledBatches, content_hash, split, write_npz, write_store
 from stablefield.data.contents import Contents
 from stablefield.pool import NULL_LABEL
-from stablefield.studies.field import measure_field
+from stablefield.studies.field import measure
 
 
 def images(n: int = 12, dtype: torch.dtype = torch.uint8) -> Pool:
@@ -106,7 +106,9 @@ def test_targets_and_denoisers_use_the_data_of_the_view(view):
         torch.testing.assert_close(
             IdealDenoiser(pool, VE())(noisy.x_t, t, label), IdealDenoiser(copy, VE())(noisy.x_t, t, label)
         )
-    of_view, of_copy = (measure_field(p, VE(), t[:2], sizes=(4,), examples=4, draws=3).dsm.value for p in (pool, copy))
+    of_view, of_copy = (
+        measure(p, VE(), noise_levels=t[:2], sizes=(4,), examples=4, draws=3).dsm.by_bin for p in (pool, copy)
+    )
     torch.testing.assert_close(of_view, of_copy)
 
 

@@ -19,7 +19,7 @@ NEVER = {
     r"\b(Perturbed|PerturbedBatch)\b": "NoisyBatch",
     r"\b(SingleSample|ReferenceBatch|FoundNeighbours|RecentSTFTarget|FaissTarget)\b": "DSMTarget, STFTarget, KNNTarget",
     r"\b(FullDataset|FullTarget|PrunedDataset|Banded|ByLabel|SharedOut|StreamingTarget)\b": "ExactTarget, "
-    "PerLabelTarget, Sharded, Prefetched",
+    "PoolTarget, Sharded, Prefetched",
     r"\bRolling\b(?=[(`,])": 'STFTarget with references="recent"',
     r"\b(Album|Judge|Yardstick|Ledger|Laboratory)\b": "SampleStore, Scorer, Evaluator, Reader",
     r"\b(Descent|Saver|Meter|Board)\b(?=[(:`,])": "Optimization, CheckpointManager, MetricsLogger, TensorBoardWriter",

@@ -101,7 +101,7 @@ def build(
         pool = resident(pool, ranks.device)
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
     order = ShuffledBatches(pool, training.batch_size, training.seed, ranks.rank, ranks.world_size)
-    target = _build_target(config, order, ranks, progress)
+    target = _build_target(config, order, augmentation, ranks, progress)
     denoiser = build_denoiser(config, pool.shape, pool.num_classes, weights).to(ranks.device)
     _check_network(denoiser, pool, augmentation.augment_dim)
     batches = augmentation.augment_batches(order, training.seed, ranks.device)
@@ -142,7 +142,9 @@ def _check_classes(pool: Pool) -> None:
         )
 
 
-def _build_target(config: Config, order: ShuffledBatches, ranks: Ranks, progress: Progress) -> TargetEstimator:
+def _build_target(
+    config: Config, order: ShuffledBatches, augmentation: Augmentation, ranks: Ranks, progress: Progress
+) -> TargetEstimator:
     """The target estimator; STF with references for the whole data set is computed as the exact target."""
     section, pool = config["target"], order.pool
     if section["kind"] == "exact":
@@ -161,7 +163,7 @@ def _build_target(config: Config, order: ShuffledBatches, ranks: Ranks, progress
             "set target.kind=exact or leave it out"
         )
     try:
-        target: TargetEstimator = config.make("target", pool, order)
+        target: TargetEstimator = config.make("target", pool, order, augmentation)
     except ConfigError:
         raise
     except ValueError as error:

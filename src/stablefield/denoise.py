@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from stablefield.augmentation import flip, permutes
-from stablefield.kernel.accumulator import chunk_size
-from stablefield.kernel.gaussian import stream
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.preconditioning import NoiseRange, Preconditioning
 from stablefield.process import Process, move, per_example
+from stablefield.targets.exact import ExactTarget
 
 __all__ = ["Denoiser", "Guided", "IdealDenoiser", "Preconditioned", "one_hot"]
 
@@ -115,38 +114,33 @@ class IdealDenoiser(Denoiser):
     Args:
         pool: the data set; with labels the mean is that of the class.
         process: the process that made x_t.
+        missing_mass: posterior mass that may be dropped, on average over x_t of the process
+            (`ExactTarget.posterior`). 0 compares every x_t with all data.
     """
 
     place: Tensor  # empty; on the device that the module was moved to
 
-    def __init__(self, pool: Pool, process: Process) -> None:
+    def __init__(self, pool: Pool, process: Process, missing_mass: float = 1e-8) -> None:
         super().__init__()
-        self.pool, self.process, self.num_classes = pool, process, pool.num_classes
+        self.process, self.num_classes = process, pool.num_classes
+        self.target = ExactTarget(pool, missing_mass=missing_mass)
         self.register_buffer("place", pool.data.new_empty(0), persistent=False)
 
     @override
+    @torch.no_grad()
     def forward(
         self, x_t: Tensor, t: Tensor, label: Tensor | None = None, augment_label: Tensor | None = None
     ) -> Tensor:
-        alpha, sigma = self.process.scales(t)
-        if self.place.device != self.pool.data.device:
-            self.pool = self.pool.to(self.place.device)
+        if self.place.device != self.target.pool.data.device:
+            pool = self.target.pool.to(self.place.device)
+            self.target = ExactTarget(pool, missing_mass=self.target.missing_mass)
         if augment_label is not None:
             if not permutes(augment_label).all():
                 raise ValueError("IdealDenoiser supports flips only: columns 2 to 8 of augment_label must be 0")
             return flip(self(flip(x_t, augment_label), t, label), augment_label)
-        if label is None:
-            return self._mean(x_t, alpha, sigma, NULL_LABEL)
-        mean = torch.empty_like(x_t)
-        for value in label.unique().tolist():
-            chosen = move((label == value).nonzero().flatten(), x_t.device)
-            mean[chosen] = self._mean(x_t[chosen], alpha[chosen], sigma[chosen], value)
-        return mean
-
-    def _mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor, label: int) -> Tensor:
-        """The mean of examples that share a label."""
-        blocks = ((block, None) for block in self.pool.blocks(label, chunk_size(x_t), x_t.device))
-        return stream(x_t, blocks, sigma=sigma, alpha=alpha).mean
+        alpha, sigma = self.process.scales(t)
+        label = torch.full((len(x_t),), NULL_LABEL) if label is None else label.cpu()
+        return self.target.posterior(x_t, sigma, alpha, label).mean
 
 
 class Guided(Denoiser):

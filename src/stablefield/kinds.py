@@ -63,6 +63,7 @@ KINDS: dict[str, dict[str, str]] = {
         "dsm": "stablefield.targets:DSMTarget",
         "knn": "stablefield.targets:KNNTarget",
         "exact": "stablefield.targets:ExactTarget",
+        "stf-published": "stablefield.targets:PublishedSTFTarget",
     },
     "weight": {
         "edm": "stablefield.objective:EDMWeight",

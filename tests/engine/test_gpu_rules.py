@@ -21,7 +21,7 @@ from stablefield.networks import MLP
 from stablefield.pool import NULL_LABEL
 from stablefield.preconditioning import EDMPreconditioning
 from stablefield.sample import Ancestral, Euler, Heun, Sampler
-from stablefield.targets import TargetEstimator
+from stablefield.targets import Prefetched, TargetEstimator
 
 SMALL = ["network.channels=8", "training.batch_size=16", "training.images=1000000"]
 TARGETS = {
@@ -142,6 +142,28 @@ def test_references_of_other_classes_cost_no_arithmetic() -> None:
     _, gpu = operations(STFTarget(pool, 64), noisy)
     pairs = 256 * 63 * 16
     assert sum(gpu.float64.values()) <= 2 * 2 * pairs + 4 * 256 * 16  # both products, with at most half empty places
+
+
+# ---- exact targets
+
+
+@pytest.mark.parametrize("values", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_exact_targets_of_many_steps_and_classes_wait_a_few_times(values: torch.dtype, labelled: bool) -> None:
+    data = images(3000, classes=10)
+    pool = Pool(data.data if values == torch.uint8 else data.take(torch.arange(3000)), data.labels)
+    batches = [noisy_batch(pool, torch.logspace(-2, 1.5, 64), seed=seed, labelled=labelled) for seed in range(5)]
+    here = ExactTarget(pool)(batches[1])
+    with PretendGPU() as gpu:
+        target = Prefetched(ExactTarget(pool.to(CUDA)), 256)
+        several = [moved(noisy) for noisy in batches]
+        target(several[0])  # measures what is known before anything is drawn
+        gpu.clear()
+        there = target.several(several[1:])[0]
+    assert not gpu.mistakes
+    assert sum(gpu.waits.values()) <= 10, gpu.waits
+    # bytes are multiplied as bytes there, and larger groups are summed in another order
+    torch.testing.assert_close(on_cpu(there.mean), here.mean, rtol=0, atol=1e-6)
 
 
 # ---- bad batches

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from stablefield import VE, DSMTarget, ExactTarget, Flow, IdealDenoiser, Pool, STFTarget
 from stablefield.denoise import Denoiser
 from stablefield.floor import ByNoise, Levels, LossFloor, Probes, SquaredError, edm_loss
-from stablefield.floor.points import draw_points, exact_posteriors
+from stablefield.floor.exact import exact_posteriors
+from stablefield.floor.points import draw_points
 from stablefield.objective import EDMWeight, LikelihoodWeight, MinSNRWeight, Objective, SNRWeight, VelocityWeight
 from stablefield.prediction import PREDICTION_TYPES, convert
 from stablefield.process import NoisyBatch, Process, per_example

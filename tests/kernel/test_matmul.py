@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from noisy_data import CPU, images, mean_by_differences, noisy_batch, seeded
 from torch import Tensor
 
-import stablefield.targets.exact
+import stablefield.targets.cells
 import stablefield.targets.query
 from stablefield import ExactTarget, Pool
 from stablefield.kernel.accumulator import PosteriorAccumulator
@@ -106,7 +106,10 @@ def test_enough_digits_are_used_to_keep_the_log_weights(sigma: float) -> None:
     candidates, centre = pool.data.flatten(1), pool.take(torch.arange(200)).flatten(1).mean(0)
     query = Query.of(noisy, signed_affine(pool), centre)
     square = (pool.take(torch.arange(200)).flatten(1).double() - centre).square().sum(1)
-    error = Int8Matmul(query.x_t, query.digits(square)).inner(candidates) - query.x_t @ (candidates.double() - 128).T
+    error = (
+        Int8Matmul(query.x_t, int(query.digits(square).max())).inner(candidates)
+        - query.x_t @ (candidates.double() - 128).T
+    )
     log_weight_error = (error - error.mean(1, keepdim=True)) * (query.alpha / query.sigma**2)[:, None]
     assert float(log_weight_error.abs().max()) < 1e-5
 
@@ -116,7 +119,7 @@ def test_less_noise_needs_more_digits() -> None:
     square = torch.full((50,), 10.0, dtype=torch.float64)
     levels = (1e-8, 0.002, 0.1, 1.0, 50.0)
     batches = [noisy_batch(pool, torch.full((3,), sigma)) for sigma in levels]
-    digits = [Query.of(noisy, signed_affine(pool), torch.zeros(64)).digits(square) for noisy in batches]
+    digits = [Query.of(noisy, signed_affine(pool), torch.zeros(64)).digits(square).max().item() for noisy in batches]
     assert digits == sorted(digits, reverse=True)
     assert digits[0] == 7
     assert digits[-1] < 4
@@ -130,7 +133,7 @@ def test_sums_that_start_relative_to_the_source_are_the_same(sigma: float) -> No
     query = Query.of(noisy, signed_affine(pool), centre)
     scale, shift = pool.affine
     square = (pool.data.flatten(1).double() * scale + shift).square().sum(1)
-    found = query.int8_accumulator(square)
+    found = query.int8_accumulator(int(query.digits(square).max()))
     plain = PosteriorAccumulator(query.x_t, query.sigma, query.alpha)
     for part in torch.arange(100).split(33):
         found.add(pool.data[part].flatten(1), None, square[part] / query.scale**2)
@@ -147,7 +150,7 @@ def test_int8_and_floating_point_give_the_exact_target_of_near_duplicates(
     sigma: float, int8: bool, small_data: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stablefield.targets.query, "has_int8_matmul", lambda device: int8)
-    monkeypatch.setattr(stablefield.targets.exact, "SMALL_DATA", small_data)
+    monkeypatch.setattr(stablefield.targets.cells, "SMALL_DATA", small_data)
     pool = images(150, side=16)
     pool.data[75:] = pool.data[:75]  # neighbours one step of one pixel apart: 0.008
     pool.data[75:, 0, 3, 3] += 1

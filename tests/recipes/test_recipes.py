@@ -1,5 +1,6 @@
 """Recipes contain the published hyper-parameters, build networks of the published size, and train."""
 
+import math
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from typer.testing import CliRunner
 
 from stablefield.build import build_denoiser, build_sampler
 from stablefield.cli import app
-from stablefield.config import ConfigError, overlay, read_toml, resolve
+from stablefield.config import ConfigError, overlay, override, read_toml, resolve
 from stablefield.recipes import list_recipes, read_recipe, recipe_text
 from stablefield.run import RunFolder, open_run
 
@@ -24,7 +25,12 @@ EDM = {
     "preconditioning": {"kind": "edm", "sigma_data": 0.5},
     "grid": {"kind": "edm", "sigma_min": 0.002, "sigma_max": 80, "rho": 7},
 }
-VE = {"process": {"kind": "ve"}, "weight": {"kind": "snr"}, "sampler": {"kind": "predictor-corrector", "snr": 0.16}}
+VE = {
+    "process": {"kind": "ve"},
+    "weight": {"kind": "snr"},
+    "preconditioning": {"kind": "ve"},
+    "sampler": {"kind": "predictor-corrector", "corrections": 1},
+}
 VP = {
     "process": {"kind": "vp", "beta_min": 0.1, "beta_d": 19.9},
     "times": {"kind": "uniform", "low": 1e-5, "high": 1},
@@ -36,7 +42,6 @@ SONG = {
     "batch_size": 128,
     "learning_rate": 2e-4,
     "learning_rate_warmup": 5000 * 128,
-    "gradient_clip": 1,
     "images": 1_300_000 * 128,
 }
 # name: sections, batch, learning rate, warmup, duration, half-life, dropout, multipliers, augmentation, evaluations
@@ -113,6 +118,31 @@ def test_hyper_parameters_in_steps_are_converted_to_images(name):
     step = 2000
     early = 2 ** (-1 / (training.ema_rampup_ratio * step))
     assert early == pytest.approx((1 + step) / (10 + step), abs=2e-5)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_the_scales_of_the_papers_losses_are_carried_over_to_a_mean_over_dimensions(name):
+    # scale of our loss relative to the published one: EDM's is a sum, score_sde's half a sum for VE and a mean for VP
+    training, dims = resolved(name).training, math.prod(SIZES[name][0])
+    scale = {"edm": 1 / dims, "ve": 2 / dims, "vp": 1}[resolved(name)["preconditioning"]["kind"]]
+    loss_scale = 100 if name.startswith("imagenet") else 1
+    assert training.adam_eps == pytest.approx(1e-8 * scale / loss_scale, rel=2e-3)
+    clip = None if TABLE[name][0] is EDM else pytest.approx(scale, rel=2e-3)
+    assert training.gradient_clip == clip
+
+
+def test_a_recipe_samples_with_the_snr_of_its_paper():
+    assert resolved("cifar10-ncsnpp-ve")["sampler"]["snr"] == 0.16
+    assert resolved("celeba64-ncsnpp-ve")["sampler"]["snr"] == 0.17
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name][8] not in ("none", "mirror")])
+def test_recipes_with_augmentation_see_references_through_it_and_offer_the_published_estimator(name):
+    assert resolved(name)["target"]["augmented_size"] > 1
+    published = resolve(
+        override(overlay(read_recipe(name), {"data": {"path": "x.npz"}}), ["target.kind=stf-published"])
+    )
+    assert published["target"] == {"kind": "stf-published", "size": 1024}
 
 
 @pytest.mark.parametrize("name", SIZES)

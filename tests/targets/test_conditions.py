@@ -6,9 +6,9 @@ over the draws of its references, is their mean.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from stablefield.augmentation import DIM, flip, permutes
 from stablefield.data import EDMAugmentation
 from stablefield.pool import NULL_LABEL
 from stablefield.seeding import generator
+from stablefield.targets import PublishedSTFTarget
 
 SIGMA = 0.6
 FOUR = torch.randn(4, 1, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64) / 2
@@ -73,11 +74,13 @@ def conditioned_on_flips_and_labels(pool: Pool) -> list[Case]:
     return conditioned_on_flips(pool, labels_dropped)
 
 
-def conditioned_on_maps(pool: Pool) -> list[Case]:
+def conditioned_on_maps(
+    pool: Pool, numbers: Iterable[int] = range(4, 8), cases_of: Callable[[Pool], list[Case]] = labels_dropped
+) -> list[Case]:
     """Every image under a few of the maps that are drawn, most of which do not permute pixels."""
     cases = []
-    for number in range(4, 8):
-        for case in labels_dropped(pool):
+    for number in numbers:
+        for case in cases_of(pool):
             x, label, maps = EDMAugmentation(p=0.3)(case.x[None], [generator(1, number)])
             cases.append(Case(x[0], case.index, case.label, tuple(label[0].tolist()), case.share, maps[0]))
     return cases
@@ -196,6 +199,43 @@ def test_flips_share_references_and_other_maps_keep_their_source() -> None:
 
 
 # ---- mistakes that are biased
+
+
+class MapsOfThese:
+    """An augmentation by the maps with these numbers, in `conditioned_on_maps`."""
+
+    augment_dim = DIM
+
+    def __init__(self, numbers: tuple[int, ...]) -> None:
+        self.numbers = numbers
+
+    def __call__(self, x: Tensor, generators: Iterable[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+        assert len(list(generators)) == len(x)
+        each = [EDMAugmentation(p=0.3)(x[[k]], [generator(1, n)]) for k, n in enumerate(self.numbers[: len(x)])]
+        images, labels, maps = (torch.cat(parts) for parts in zip(*each, strict=True))
+        return images, labels, maps
+
+
+def test_the_published_estimator_is_biased_by_references_under_other_maps() -> None:
+    pool, numbers = Pool(FOUR), (4, 5, 6)
+    cases = conditioned_on_maps(PLAIN, numbers, unconditional)
+
+    def published(size: int) -> Callable[[NoisyBatch], Tensor]:
+        draws = list(product(permutations(range(4), size - 1), product(numbers, repeat=size - 1)))
+        targets = [PublishedSTFTarget(with_draw(pool, draw), size, MapsOfThese(maps)) for draw, maps in draws]
+        return lambda noisy: torch.stack([target(noisy).mean for target in targets]).mean(0)
+
+    biases = {size: max((a - b).abs().max() for a, b, *_ in averages(cases, published(size))) for size in (1, 2, 3)}
+    assert biases[1] < 1e-12  # the source alone
+    assert 0.05 < biases[2] < biases[3]
+
+
+def test_the_published_estimator_needs_an_augmentation_and_has_no_labels() -> None:
+    with pytest.raises(ValueError, match=r"needs augmentation\.kind=edm"):
+        PublishedSTFTarget(PLAIN, 2)
+    noisy = batch_at(FOUR[:2], FOUR[:2], torch.arange(2), CLASSES[:2])
+    with pytest.raises(ValueError, match="without labels"):
+        PublishedSTFTarget(PLAIN, 2, EDMAugmentation())(noisy)
 
 
 def mean_over(noisy: NoisyBatch, support: Tensor) -> Tensor:

@@ -24,21 +24,29 @@ from noisy_data import (
 )
 from torch import Tensor
 
+import stablefield.targets.cells
 import stablefield.targets.exact
 import stablefield.targets.query
-from stablefield import VE, VP, ExactTarget, Flow, Pool
+from stablefield import VE, VP, ExactTarget, Flow, NoisyBatch, Pool
 from stablefield.kernel.accumulator import PosteriorAccumulator
 from stablefield.pool import NULL_LABEL
 from stablefield.process import Process
 from stablefield.targets import Shard, Sharded
-from stablefield.targets.exact import _heaviest
+from stablefield.targets.cells import Class, _heaviest
 from stablefield.targets.isolation import nearest_distances
-from stablefield.targets.query import Query
+from stablefield.targets.lockstep import run_together
+from stablefield.targets.query import Examples, Query
 
 
 def exact_target(pool: Pool, **options: float) -> ExactTarget:
     """The exact target with the distances between the data points."""
     return ExactTarget(pool, lambda label: nearest_distances(pool, label, block=64), **options)
+
+
+def survivors(known: Class, noisy: NoisyBatch, missing_mass: float) -> Tensor:
+    """Which data points pass the screen."""
+    examples = Examples(noisy.x_t, noisy.sigma, noisy.alpha, (noisy.sigma.double() / noisy.alpha.double()))
+    return run_together([known.survivors(examples, Shard(), missing_mass)])[0][1]
 
 
 # ---- unbiased, by enumeration
@@ -63,7 +71,7 @@ def test_much_is_dropped_in_those_cases() -> None:
     # otherwise the test above would only enumerate the target over all data
     known = exact_target(Pool(SIX), missing_mass=0.5, projection_dims=1)._class(NULL_LABEL, CPU)
     assert [int((known.level <= sigma).sum()) for sigma in (0.1, 0.2, 0.4)] == [0, 2, 6]
-    inside = known.survivors(batch_at(QUERIES, SIX, torch.arange(4), 0.4), Shard(), 0.5 / 3)[1]
+    inside = survivors(known, batch_at(QUERIES, SIX, torch.arange(4), 0.4), 0.5 / 3)
     assert inside.sum(1).tolist() == [5, 4, 4, 1]
 
 
@@ -79,7 +87,7 @@ def test_the_mass_dropped_by_the_screen_is_on_average_that_of_the_projected_post
     screen = known.screen
     source = torch.randint(200, (4000,), generator=g)
     x_t = data[source] + sigma * torch.randn(4000, 8, generator=g, dtype=torch.float64)
-    inside = screen.in_pool_order(known.survivors(batch_at(x_t, data, source, sigma), Shard(), missing_mass)[1])
+    inside = screen.in_pool_order(survivors(known, batch_at(x_t, data, source, sigma), missing_mass))
     w = torch.softmax(-torch.cdist(x_t, data).square() / (2 * sigma**2), 1)
     q = torch.softmax(-torch.cdist(screen.projection(x_t), screen.projection(data)).square() / (2 * sigma**2), 1)
     dropped, projected = ((weight * ~inside).sum(1).double() for weight in (w, q))
@@ -154,8 +162,8 @@ def test_the_exact_target_of_an_example_does_not_depend_on_the_rest_of_its_batch
 def test_the_chosen_precision_does_not_change_the_target(
     sigma: float, heaviest: int, small_data: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stablefield.targets.exact, "SMALL_DATA", small_data)
-    monkeypatch.setattr(stablefield.targets.exact, "HEAVIEST", heaviest)
+    monkeypatch.setattr(stablefield.targets.cells, "SMALL_DATA", small_data)
+    monkeypatch.setattr(stablefield.targets.cells, "HEAVIEST", heaviest)
     pool = images(400, side=16)
     noisy = noisy_batch(pool, torch.full((16,), sigma))
     exact = mean_by_differences(noisy, pool.take(torch.arange(400)))
@@ -199,13 +207,13 @@ def test_the_sizes_of_screened_and_summed_parts_do_not_change_the_target(
     total: int, int8: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool, summed = images(), list[int]()
-    sums_of = stablefield.targets.exact._sums
+    sums_of = stablefield.targets.cells._sums
 
-    def counted(query: Query, inside: Tensor, *known: Any) -> PosteriorAccumulator:
+    def counted(query: Query, inside: Tensor, *known: Any, **options: bool) -> PosteriorAccumulator:
         summed.append(len(inside))
-        return sums_of(query, inside, *known)
+        return sums_of(query, inside, *known, **options)
 
-    monkeypatch.setattr(stablefield.targets.exact, "_sums", counted)
+    monkeypatch.setattr(stablefield.targets.cells, "_sums", counted)
     monkeypatch.setattr(stablefield.targets.query, "has_int8_matmul", lambda device: int8)
 
     def targets() -> Tensor:
@@ -224,7 +232,7 @@ def test_the_sizes_of_screened_and_summed_parts_do_not_change_the_target(
         (2, 4, -(-uncertain // 4)),
     ):
         summed.clear()
-        monkeypatch.setattr(stablefield.targets.exact, "SCREENED_AT_ONCE", screened * 300)
+        monkeypatch.setattr(stablefield.targets.cells, "SCREENED_AT_ONCE", screened * 300)
         monkeypatch.setattr(stablefield.targets.exact, "SUMMED_AT_ONCE", summed_at_once * 300)
         torch.testing.assert_close(targets(), whole, rtol=0, atol=1e-5)
         assert len(summed) == total * parts * ways

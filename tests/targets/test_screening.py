@@ -6,6 +6,7 @@ from noisy_data import on_ranks, seeded
 from torch import Tensor
 
 from stablefield.targets import Shard
+from stablefield.targets.lockstep import run_together
 from stablefield.targets.screening import likely
 
 
@@ -16,7 +17,8 @@ def test_about_the_fewest_data_points_are_kept_that_leave_at_most_the_missing_ma
 
     def keep(shard: Shard) -> Tensor:
         part = energy[:, shard.rank :: shard.total].float()
-        return likely(part, torch.full((50,), sigma), torch.full((50,), 1e-6), missing_mass, 999, shard)
+        task = likely(part, torch.full((50,), sigma), torch.full((50,), 1e-6), missing_mass, 999, shard)
+        return run_together([task])[0]
 
     inside = torch.zeros(50, 999, dtype=torch.bool)
     for rank, found in enumerate(on_ranks(total, keep)):
@@ -37,13 +39,14 @@ def test_no_more_mass_is_missing_for_millions_of_data_points() -> None:
     weight = torch.exp(-energy.double())
     share = float(weight[:, 1000:].sum() / weight.sum())
     for missing_mass, kept in ((0.999 * share, len(energy[0]) - 2 * 10**6), (1.001 * share, 1000)):
-        inside = likely(energy, sigma, torch.zeros(1), missing_mass, energy.shape[1], Shard())
+        (inside,) = run_together([likely(energy, sigma, torch.zeros(1), missing_mass, energy.shape[1], Shard())])
         assert int(inside.sum()) == kept
 
 
 def test_a_larger_rounding_bound_keeps_more_data_points() -> None:
     energy = torch.rand(8, 640, generator=seeded(3)) * 30
     sigma, bounds = torch.full((8,), 0.5), (0.0, 0.1, 1.0, 10.0, 100.0)
-    kept = [int(likely(energy, sigma, torch.full((8,), bound), 1e-4, 640, Shard()).sum()) for bound in bounds]
+    masks = run_together([likely(energy, sigma, torch.full((8,), bound), 1e-4, 640, Shard()) for bound in bounds])
+    kept = [int(inside.sum()) for inside in masks]
     assert kept == sorted(kept)
     assert kept[0] < kept[2] < kept[-1] == energy.numel()

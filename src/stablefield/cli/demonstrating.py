@@ -12,7 +12,7 @@ from stablefield.generate import SamplingPlan, generate_samples
 from stablefield.pool import Pool
 from stablefield.run import RunFolder
 from stablefield.seeding import generator
-from stablefield.studies.field import measure_field
+from stablefield.studies.field import measure
 from stablefield.studies.field.plots import plot_field
 
 __all__ = ["draw_samples", "plot_variance", "score_samples"]
@@ -78,6 +78,6 @@ def plot_variance(path: Path, data: Pool, config: Config) -> None:
         data: the data of the run.
         config: configuration of the run, for the process and the size of the support.
     """
-    t = torch.logspace(-1.3, 1.5, 15, dtype=torch.float64)
-    field = measure_field(data, config.make("process"), t, sizes=(64, config["target"]["size"]), examples=128)
-    plot_field(path, field, "Variance of training targets: digits")
+    levels, sizes = torch.logspace(-1.3, 1.5, 15, dtype=torch.float64), (64, config["target"]["size"])
+    study = measure(data, config.make("process"), noise_levels=levels, sizes=sizes, examples=128)
+    plot_field(path, study, "Variance of training targets: digits")

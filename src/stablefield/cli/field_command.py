@@ -1,11 +1,8 @@
 """`stablefield field`: variance and bias of training targets on any data, and what to expect of stable targets."""
 
-import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,9 +11,6 @@ from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
 
 __all__ = ["aligned", "field", "parse_sizes"]
-
-
-GAUSSIAN_SIZES = (4, 16, 64, 256, 1024)  # default sizes for two Gaussians, where the limit is reached sooner
 
 
 def field(
@@ -35,25 +29,14 @@ def field(
         typer.Option(help="Highest sigma / alpha.", show_default="the largest distance in the data"),
     ] = None,
     sizes: Annotated[
-        str | None,
-        typer.Option(metavar="N,...", help="Sizes of the support, with the source.", show_default="64,256,1024,4096"),
-    ] = None,
-    examples: Annotated[
-        int | None,
-        typer.Option(min=2, help="Number of x_t at each noise level.", show_default="256; 64 with --two-gaussians"),
-    ] = None,
-    draws: Annotated[
-        int | None,
-        typer.Option(min=3, help="Number of reference batches per size.", show_default="16; 256 with --two-gaussians"),
-    ] = None,
+        str, typer.Option(metavar="N,...", help="Sizes of the support, with the source.")
+    ] = "64,256,1024,4096",
+    examples: Annotated[int, typer.Option(min=2, help="Number of x_t at each noise level.")] = 256,
+    draws: Annotated[int, typer.Option(min=3, help="Number of reference batches per size.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     conditional: Annotated[
         bool,
         typer.Option("--conditional", help="Measure class-conditional targets: only the source's class is used."),
-    ] = False,
-    two_gaussians: Annotated[
-        bool,
-        typer.Option("--two-gaussians", help="Measure the paper's two Gaussians instead of data, with closed forms."),
     ] = False,
     kind: Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")] = None,
     config: Annotated[
@@ -68,31 +51,12 @@ def field(
 ) -> None:
     """Measure variance and bias of training targets by noise level, and report what to expect of stable targets."""
     from stablefield.build import choose_device
-    from stablefield.cli.variance import configured, noise_levels_between, refuse_other_data_than_of_run, table
+    from stablefield.cli.variance import configured, refuse_other_data_than_of_run
     from stablefield.config import allowed_names
     from stablefield.data import Store, content_hash, split
-    from stablefield.files import sweep
-    from stablefield.studies.field import DataDistances, LinearDenoiser, VarianceReport, measure_field
-    from stablefield.studies.field.measure import SIZES
-    from stablefield.studies.field.plots import plot_bias, plot_field
-    from stablefield.studies.field.tables import field_records
+    from stablefield.studies.field import DataDistances, VarianceReport, measure, write_study
 
-    chosen = parse_sizes(sizes) if sizes else GAUSSIAN_SIZES if two_gaussians else SIZES
-    if two_gaussians:
-        given = {
-            "DATA": source,
-            "--kind": kind,
-            "--config": config,
-            "--set": set_,
-            "--conditional": conditional,
-            "--device": device != "auto",
-        }
-        if other := [name for name, value in given.items() if value]:
-            raise ConfigError(f"--two-gaussians cannot be combined with {', '.join(other)}; leave one of them out")
-        low, high = 0.03 if low is None else low, 3.0 if high is None else high
-        _two_gaussians(out, chosen, noise_levels, low, high, examples or 64, draws or 256, seed)
-        return
-    examples, draws = examples or 256, draws or 16
+    chosen = parse_sizes(sizes)
     training = configured(source, kind, config, set_ or [], allowed_names(set_ or [], allow))
     data_source = training.make("data")
     with progress_bar("decoding") as progress:
@@ -102,39 +66,33 @@ def field(
     pool, _ = split(data, data_source.holdout)
     pool = training.make("augmentation").augment_pool(pool)
     pool = replace(pool, data=pool.data.to(choose_device(device)))
-    process = training.make("process")
-    distances = DataDistances.from_pool(pool, seed=seed)
-    t = process.time(noise_levels_between(distances, process, noise_levels, low, high))
+    process, times, weight = (training.make(section) for section in ("process", "times", "weight"))
     conditional = conditional or training.training.conditional
+    distances = DataDistances.from_pool(pool, seed=seed)
+    levels = distances.noise_levels(noise_levels, process, low=low, high=high)
     print(f"data      {data_source!r}: {len(pool):,} data points of shape {pool.shape}")
     print(f"distances {distances.nearest:.3g} to {distances.farthest:.3g}, measured on a part of the data")
     print(
         f"process   {process}; {noise_levels} noise levels, {examples} examples and {draws} reference batches at each;"
         f" seed {seed}"
     )
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
     with progress_bar("measuring") as progress:
-        measured = measure_field(
+        study = measure(
             pool,
             process,
-            t,
+            noise_levels=levels,
             sizes=chosen,
             examples=examples,
             draws=draws,
             seed=seed,
             conditional=conditional,
-            device=pool.data.device,
             progress=progress,
         )
-    times, weight = training.make("times"), training.make("weight")
-    report = VarianceReport.from_field(measured, process, times, weight, LinearDenoiser.from_pool(pool))
-    print("\n".join(["", *table(measured), "", *report.lines(), ""]))
-    name = source or str(data_source)
-    plot_field(out / "field.png", measured, f"Variance of training targets: {name}")
-    plot_bias(out / "bias.png", measured, f"Squared error with and without the source in the support: {name}")
+    report = VarianceReport.from_study(study, times, weight)
+    print("\nVariance of the target per dimension, in noise units:")
+    print("\n".join([*aligned(study.table()), "", *report.lines(), ""]))
     is_whole_store = isinstance(data_source, Store) and pool.view_index is None
-    metadata = {
+    description = {
         "data": repr(data_source),
         "hash": data_source.metadata()["hash"] if is_whole_store else content_hash(pool),
         "num_data_points": len(pool),
@@ -146,10 +104,9 @@ def field(
         "examples": examples,
         "draws": draws,
         "seed": seed,
-        "report": asdict(report),
     }
-    _write(out, metadata, field_records(measured))
-    print(f"written   {out}/field.csv, field.json, field.png, bias.png")
+    files = write_study(out, study, report, name=source or str(data_source), description=description)
+    print(f"written   {out}/{', '.join(files)}")
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -181,61 +138,3 @@ def aligned(rows: list[list[str]]) -> list[str]:
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-
-
-def _two_gaussians(
-    out: Path, sizes: tuple[int, ...], count: int, low: float, high: float, examples: int, draws: int, seed: int
-) -> None:
-    """Measure the paper's two Gaussians, print estimates and closed forms, and write tables and plots."""
-    import torch
-
-    from stablefield.cli.variance import log_spaced
-    from stablefield.files import sweep
-    from stablefield.seeding import generator
-    from stablefield.studies.field import TwoGaussians, normal_errors, study_gaussians
-    from stablefield.studies.field.plots import plot_study
-    from stablefield.studies.field.tables import study_records
-
-    population = TwoGaussians()
-    sigma = log_spaced(low, high, count)
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
-    with progress_bar("measuring") as progress:
-        study = study_gaussians(
-            population, sigma, sizes=sizes, examples=examples, draws=draws, seed=seed, progress=progress
-        )
-    print(f"{population}, seed {seed}; V in units of x squared, summed over the dimensions")
-    columns = [
-        study.sigma,
-        study.dsm_closed,
-        study.dsm.value,
-        study.dsm.error,
-        study.kl_closed,
-        study.kl.value,
-        study.divergence_closed,
-        study.divergence.value,
-        *((n - 1) * study.stf[n].value / study.limit.value for n in sizes),
-    ]
-    head = ["sigma", "V_DSM", "estimate", "+-", "KL", "estimate", "D", "estimate", *(f"law {n}" for n in sizes)]
-    rows = [[f"{float(value):.4g}" for value in row] for row in zip(*columns, strict=True)]
-    print("\n".join(aligned([head, *rows])))
-    print("law n: (n - 1) V_STF divided by the limit of n V_STF; the law 1 / (n - 1) holds where this is 1")
-    noise_level, g = 0.5, generator(seed, "field", "normal")
-    y = population.draw(1, g) + noise_level * torch.randn(1, population.dim, generator=g, dtype=torch.float64)
-    errors = [(n, normal_errors(population, y, noise_level, n, 8 * draws, g)) for n in (8, 64, 1024)]
-    plot_study(out / "field.png", study, errors, "Two Gaussians in 64 dimensions, means ±0.1, variance 1e-4")
-    metadata = {"data": repr(population), "examples": examples, "draws": draws, "seed": seed}
-    _write(out, metadata, study_records(study))
-    print(f"written   {out}/field.csv, field.json, field.png")
-
-
-def _write(out: Path, metadata: Mapping[str, Any], records: Iterable[Mapping[str, Any]]) -> None:
-    """Write the records as CSV, and metadata and records as JSON."""
-    from stablefield.checkpoint import finite
-    from stablefield.files import write_text
-    from stablefield.studies.field.tables import write_csv
-
-    records = list(records)
-    write_csv(out / "field.csv", records)
-    text = json.dumps({"stablefield": version("stablefield"), **metadata, "records": finite(records)}, indent=1)
-    write_text(out / "field.json", text + "\n")

@@ -1,6 +1,5 @@
 """The work of `stablefield data`: opening a source, describing data, and proposing noise levels."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from stablefield.config import ConfigError, override, resolve
 from stablefield.data import Inspection, Source, printable
 from stablefield.objective import EDMWeight
 from stablefield.pool import Pool
-from stablefield.process import VE
-from stablefield.studies.field import DataDistances, LinearDenoiser, NoiseProposal, VarianceReport, measure_field
+from stablefield.studies.field import VarianceReport, propose_noise
 from stablefield.studies.field.plots import plot_proposal
 
 __all__ = ["contact_sheet", "describe", "open_source", "propose"]
@@ -63,7 +61,7 @@ def describe(found: Inspection) -> list[str]:
     ]
 
 
-def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16, draws: int = 4) -> list[str]:
+def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16) -> list[str]:
     """Lines of text with proposed noise levels, as settings, and the reasons for them.
 
     Args:
@@ -71,43 +69,27 @@ def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16, dr
         spread: their standard deviation.
         plot: image file for a plot; None for no plot.
         examples: noisy examples per noise level.
-        draws: reference batches per size.
     """
-    few, description = _subset(pool)
     try:
-        distances = DataDistances.from_pool(few)
+        with progress_bar("measuring") as progress:
+            proposal, study = propose_noise(pool, spread, examples=examples, progress=progress)
     except ValueError as error:
         return [f"noise     no proposal: {error}"]
-    linear, process, size = LinearDenoiser.from_pool(few), VE(), min(1024, max(2, len(few) // 4))
-    proposal = NoiseProposal.from_pool(few, spread, linear)
-    with progress_bar("measuring") as progress:
-        t = distances.noise_levels(13, process)
-        field = measure_field(few, process, t, sizes=(size,), examples=examples, draws=draws, progress=progress)
-    report = VarianceReport.from_field(field, process, proposal.times(), EDMWeight(proposal.sigma_data), linear)
+    report = VarianceReport.from_study(study, proposal.times(), EDMWeight(proposal.sigma_data))
     if plot:
-        plot_proposal(
-            plot, field, linear, proposal, "What a network can learn, and how much targets vary, at each noise level"
-        )
-    settings = proposal.settings()
+        title = "What a network can learn, and how much targets vary, at each noise level"
+        plot_proposal(plot, study, proposal, title)
+    settings, examined = proposal.settings(), study.num_data_points
+    part = f"all {examined:,} data points"
+    if examined < len(pool):
+        part = f"{examined:,} evenly spaced data points of {len(pool):,}"
+    pairs = zip(settings[::2], settings[1::2], strict=True)
     return [
-        f"noise     for process.kind=ve (EDM); {examples} examples at each of 13 levels; data: {description}",
-        *(
-            f"          --set {first} --set {second}"
-            for first, second in zip(settings[::2], settings[1::2], strict=True)
-        ),
-        *(f"          {line}" for line in proposal.reasons()),
-        *(f"          {line}" for line in report.summary()),
+        f"noise     for process.kind=ve (EDM); {examples} examples at each of {len(study.t)} levels; data: {part}",
+        *(f"          --set {first} --set {second}" for first, second in pairs),
+        *(f"          {line}" for line in (*proposal.reasons(), *report.summary())),
         *([f"plot      {printable(plot)}"] if plot else []),
     ]
-
-
-def _subset(pool: Pool, most_values: int = 2 * 10**8) -> tuple[Pool, str]:
-    """Evenly spaced data points of large data, and a description of them."""
-    most = max(1024, most_values // math.prod(pool.shape))
-    if len(pool) <= most:
-        return pool, f"all {len(pool):,} data points"
-    index = torch.arange(most) * len(pool) // most
-    return pool.subset(index), f"{most:,} evenly spaced data points of {len(pool):,}"
 
 
 def contact_sheet(pool: Pool, images: int = 100) -> torch.Tensor:

@@ -25,6 +25,7 @@ class Training:
         learning_rate_decay: "none", "cosine" (to 0 at the end of the run) or "inverse-sqrt" (see `LearningRate`).
         learning_rate_decay_start: images after which the learning rate decays.
         gradient_clip: norm that longer gradients are scaled down to; None clips nothing.
+        adam_eps: eps of Adam. The loss is a mean over dimensions: for a sum over D of them, divide by D.
         ema_half_life: half-life of the moving average of the weights, in images. Several half-lives give several
             averages, the first of which is used for sampling.
         ema_rampup_ratio: early in training a half-life is at most this share of the images seen.
@@ -60,6 +61,7 @@ class Training:
     learning_rate_decay: Decay = "none"
     learning_rate_decay_start: int = 0
     gradient_clip: float | None = None
+    adam_eps: float = 1e-8
     ema_half_life: float | tuple[float, ...] = 20_000
     ema_rampup_ratio: float = 0.1
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -86,6 +88,7 @@ class Training:
             "micro_batch_size",
             "learning_rate",
             "gradient_clip",
+            "adam_eps",
             "save_every",
             "keep_checkpoints",
             "log_every",

@@ -98,6 +98,7 @@ def initial_state(config: Config, components: Components) -> TrainState:
     training = config.training
     return TrainState(
         components.denoiser,
+        torch.optim.Adam(components.denoiser.parameters(), eps=training.adam_eps, fused=True),
         emas=training.emas,
         precision=getattr(torch, training.precision),
         adaptation=_adaptation(config, components),

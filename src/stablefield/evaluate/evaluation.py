@@ -115,7 +115,11 @@ class Evaluation:
         scores = [compute_scores(features, each, statistics, reference_features, self.metrics) for each in repeats]
         n = len(self.samples.repeats[0])
         pairs = {} if reference_features is None else {"pairs": [min(n, MAX_PAIRED), len(reference_features)]}
-        notes = [*self._notes(), *sample_size_notes(n, len(statistics.mean), statistics.n)]
+        notes = [
+            *self._notes(),
+            *features.reference_notes(statistics),
+            *sample_size_notes(n, len(statistics.mean), statistics.n),
+        ]
         return self._table(summarise(scores), metadata | pairs, notes, described)
 
     def _notes(self) -> list[str]:

@@ -82,6 +82,14 @@ class Features(ABC):
         mean_square = float((reference.covariance.trace() + reference.mean.square().sum()) / len(reference.mean))
         return max(0.0, mean_square) ** 0.5  # rounding may make a trace negative
 
+    def reference_notes(self, reference: Statistics) -> list[str]:
+        """Sentences on what limits scores against these statistics.
+
+        Args:
+            reference: statistics of the reference's features.
+        """
+        return []
+
     def extra_scores(self, features: Float[Tensor, "n F"]) -> dict[str, float]:
         """Further scores of samples, by name, that need no reference; by default none.
 

@@ -57,6 +57,15 @@ class Inception(Features):
         return 1.0  # KID is defined on the features as they are
 
     @override
+    def reference_notes(self, reference: Statistics) -> list[str]:
+        if reference.features:
+            return []
+        return [
+            "the reference does not name the network that made it, as published files do not: another implementation "
+            "of Inception than torch-fidelity's changes FID a little; give the images as the reference to compare"
+        ]
+
+    @override
     def extra_scores(self, features: Float[Tensor, "n 2048"]) -> dict[str, float]:
         # the Inception score over ten parts (Salimans et al. 2016)
         from torch_fidelity.metric_isc import isc_features_to_metric

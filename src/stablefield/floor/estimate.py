@@ -19,7 +19,7 @@ class ByNoise:
 
     Attributes:
         values: the quantity at each point and draw, (K, m, R), in units of the loss.
-        noise_levels: sigma / alpha at the ends of the ranges, (K + 1,).
+        noise_levels: sigma / alpha at the ends of the ranges, (K + 1,); or of ranges of a single level each, (K,).
     """
 
     values: Float[Tensor, "K m R"]

@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.floor.estimate import ByNoise
+from stablefield.floor.exact import Exact, Progress, exact_posteriors
 from stablefield.floor.loss import SquaredError
-from stablefield.floor.points import Exact, Progress, draw_points, exact_posteriors, noise_levels_of_bins
+from stablefield.floor.points import draw_points, noise_levels_of_bins
 from stablefield.pool import Pool
 from stablefield.process import NoisyBatch
 
@@ -123,7 +124,9 @@ def in_units_of_loss(exact: Exact, noisy: NoisyBatch, loss: SquaredError) -> dic
     """
     factor = loss.factor_of_x0(noisy.t.double(), noisy.x[0].numel())[:, None]
     zero = torch.zeros_like(exact.dsm)[:, None]
-    variances = {"dsm": exact.dsm[:, None], "exact": zero} | {f"stf:{n}": errors for n, errors in exact.stf.items()}
+    variances = {"dsm": exact.dsm[:, None], "exact": zero} | {
+        f"stf:{n}": errors.variance for n, errors in exact.stf.items()
+    }
     # a weight may be infinite where the variance is 0, at the very end of the noise levels
     return {name: torch.where(values == 0, 0.0, factor * values) for name, values in variances.items()}
 

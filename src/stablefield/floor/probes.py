@@ -20,9 +20,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stablefield.floor.estimate import ByNoise
+from stablefield.floor.exact import Exact, exact_posteriors
 from stablefield.floor.loss import Levels, SquaredError
 from stablefield.floor.loss_floor import as_pool, check_loss, in_units_of_loss, parse_target
-from stablefield.floor.points import Exact, draw_points, exact_posteriors, noise_levels_of_bins
+from stablefield.floor.points import draw_points, noise_levels_of_bins
 from stablefield.pool import Pool
 from stablefield.prediction import stable_target
 from stablefield.process import NoisyBatch, per_example

@@ -9,6 +9,7 @@ others, which counts by their total weight. At small noise, where a second sourc
 variance, it is then never missed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,16 @@ from typing_extensions import override
 from stablefield.kernel.accumulator import PosteriorAccumulator
 from stablefield.process import BatchRecord
 
-__all__ = ["EnergyRecorder", "Sources", "draw_sources", "stable_means"]
+__all__ = [
+    "EnergyRecorder",
+    "PosteriorStatistics",
+    "Sources",
+    "draw_sources",
+    "posterior_statistics",
+    "stable_means",
+]
+
+SINGLE_SOURCE = 0.99  # posterior probability from which a data point counts as the only likely source
 
 
 class EnergyRecorder(PosteriorAccumulator):
@@ -69,6 +79,42 @@ class Sources(BatchRecord):
     first: Int[Tensor, "B"]
     others: Int[Tensor, "B S"]
     other_weight: Float[Tensor, "B"]
+
+
+@dataclass(frozen=True, eq=False)
+class PosteriorStatistics(BatchRecord):
+    """Statistics of the posterior of each x_t over N candidates.
+
+    Attributes:
+        ess_share: effective sample size 1 / sum w^2, divided by N, (B,).
+        kl: KL divergence of the posterior from the prior, sum w log(N w), in nats: at most log N, (B,).
+        divergence: the paper's D, sum w f(1 / (N w)): at most about N^2 (Xu et al. 2023, section 4), (B,).
+        single_source: 1 where one candidate has at least 99 % of the posterior, else 0, (B,).
+    """
+
+    ess_share: Float[Tensor, "B"]
+    kl: Float[Tensor, "B"]
+    divergence: Float[Tensor, "B"]
+    single_source: Float[Tensor, "B"]
+
+
+def posterior_statistics(log_w: Float[Tensor, "B N"], w: Float[Tensor, "B N"]) -> PosteriorStatistics:
+    """Statistics of posteriors from their weights.
+
+    Args:
+        log_w: logarithm of the weight of every data point.
+        w: the weights, which may be 0.
+    """
+    count = w.shape[1]
+    share = w * count
+    # f(y) = (1 / y - 1)^2 below y = 1 / share = 1.5, and 8 y / 27 - 1 / 3 above
+    terms = torch.where(share > 1 / 1.5, w * (share - 1).square(), 8 / 27 / count - w / 3)
+    return PosteriorStatistics(
+        1 / w.square().sum(1) / count,
+        (w * log_w).sum(1) + math.log(count),
+        terms.sum(1),
+        (w.max(1).values >= SINGLE_SOURCE).double(),
+    )
 
 
 def draw_sources(w: Float[Tensor, "B N"], uniform: Float[Tensor, "B S"]) -> Sources:

@@ -6,12 +6,15 @@
 | `STFTarget`   | the source and n - 1 references                            | yes      | less, about 1/n for large n  |
 | `KNNTarget`   | the k nearest of x_t if the source is one, else the source | yes      | at most DSM's                |
 | `ExactTarget` | all data                                                   | yes      | none                         |
+
+A fifth, `PublishedSTFTarget`, is the biased estimator of published runs, for comparison with them.
 """
 
 from stablefield.targets.base import TargetEstimator
 from stablefield.targets.dsm import DSMTarget
 from stablefield.targets.exact import ExactTarget
 from stablefield.targets.knn import KNNTarget
+from stablefield.targets.published import PublishedSTFTarget
 from stablefield.targets.shard import Shard
 from stablefield.targets.stf import STFTarget
 from stablefield.targets.wrappers import Prefetched, Sharded
@@ -21,6 +24,7 @@ __all__ = [
     "ExactTarget",
     "KNNTarget",
     "Prefetched",
+    "PublishedSTFTarget",
     "STFTarget",
     "Shard",
     "Sharded",

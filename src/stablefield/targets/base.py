@@ -28,16 +28,9 @@ from stablefield.augmentation import flip, permutes
 from stablefield.kernel.accumulator import Posterior
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch
+from stablefield.targets.query import Examples
 
-__all__ = [
-    "PerLabelTarget",
-    "PoolTarget",
-    "TargetEstimator",
-    "indices_of",
-    "keep_source",
-    "labels_of",
-    "refuse_non_finite",
-]
+__all__ = ["PoolTarget", "TargetEstimator", "indices_of", "keep_source", "labels_of", "refuse_non_finite"]
 
 
 class TargetEstimator(ABC):
@@ -152,31 +145,6 @@ class PoolTarget(TargetEstimator):
         return replace(found, mean=found.mean.masked_fill(difference > limit, math.nan))
 
 
-class PerLabelTarget(PoolTarget):
-    """Base class of estimators that average over one label after the other."""
-
-    @override
-    def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
-        values = label.unique().tolist()
-        if len(values) == 1:
-            return self.estimate(noisy, index, values[0])
-        parts = [(label == value).nonzero().flatten() for value in values]
-        found = [
-            self.estimate(noisy.select(part), index[part], value) for value, part in zip(values, parts, strict=True)
-        ]
-        return Posterior.concatenate(found).select(torch.cat(parts).argsort())
-
-    @abstractmethod
-    def estimate(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: int) -> Posterior:
-        """Posterior mean of examples that share one label.
-
-        Args:
-            noisy: examples without flips.
-            index: their data points, on the CPU.
-            label: the label of all of them; `NULL_LABEL` if the network is not given it.
-        """
-
-
 def keep_source(noisy: NoisyBatch) -> Posterior:
     """The source of each example as its target: denoising score matching (Vincent 2011).
 
@@ -209,7 +177,7 @@ def indices_of(noisy: NoisyBatch, pool: Pool) -> Int[Tensor, "B"]:
     return index
 
 
-def refuse_non_finite(noisy: NoisyBatch) -> None:
+def refuse_non_finite(noisy: NoisyBatch | Examples) -> None:
     """Refuse noisy data and noise levels that are not finite, and negative noise levels.
 
     Args:

@@ -15,42 +15,37 @@ third for the isolated others of a source that is not; a third for what is scree
 than p of the mass is missing for at most a fraction missing_mass / p of the examples.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size, float64_device
+from stablefield.kernel.accumulator import Posterior, chunk_size, float64_device
 from stablefield.kernel.gaussian import stream
-from stablefield.kernel.matmul import INT8_OFFSET, full_precision
+from stablefield.kernel.matmul import full_precision
 from stablefield.pool import Pool
-from stablefield.process import NoisyBatch
-from stablefield.targets.base import PerLabelTarget, keep_source, refuse_non_finite
+from stablefield.process import NoisyBatch, move
+from stablefield.targets.base import PoolTarget, keep_source, refuse_non_finite
+from stablefield.targets.cells import Class, cell_means
 from stablefield.targets.isolation import isolation_level
-from stablefield.targets.query import Query, uses_int8
-from stablefield.targets.screening import Projection, Screen, count_true, likely, principal_directions, rounding_bound
+from stablefield.targets.lockstep import Task, run_together
+from stablefield.targets.query import Examples
+from stablefield.targets.screening import Projection, Screen, principal_directions
 from stablefield.targets.shard import UNSHARDED, Shard
 
 __all__ = ["Distances", "ExactTarget"]
 
-MOST_DATA = 3 / 4  # of the data points: if more are needed, all are streamed as they are stored, none picked out
-SCREENED_AT_ONCE = 2**25  # energies that are screened together (128 MB)
 SUMMED_AT_ONCE = 2**27  # mask entries of the examples whose means are computed together (128 MB, and some copies)
-JOINING = 1 / 16  # of the data points: the cost of one more example in a pass over all data
-SMALL_DATA = 2**22  # numbers: data of this size are streamed whole for any example
-FEW_CANDIDATES = 256  # up to this many candidates cost less than the fixed work for an example
-HEAVIEST = 512  # candidates of an example whose weights are computed in float64, if not all are
 
 Distances = Callable[[int], Float[Tensor, "m k"]]  # label -> distances to the nearest others of that class
 
 
 @dataclass(frozen=True)
-class ExactTarget(PerLabelTarget):
+class ExactTarget(PoolTarget):
     """The exact posterior mean over all data, or all of a class, except for `missing_mass` of it. Unbiased.
 
     Attributes:
@@ -72,9 +67,7 @@ class ExactTarget(PerLabelTarget):
     missing_mass: float = 1e-8
     projection_dims: int = 64
     shard: Shard = field(default=UNSHARDED, repr=False)
-    _classes: dict[tuple[int, torch.device], "_Class"] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    _classes: dict[tuple[int, torch.device], Class] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.missing_mass < 1:
@@ -101,12 +94,72 @@ class ExactTarget(PerLabelTarget):
         return self.missing_mass > 0
 
     @override
-    def estimate(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: int) -> Posterior:
-        return self._screened(noisy, index, label) if self.missing_mass else self._streamed(noisy, label)
+    @full_precision()
+    def average(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int) -> Posterior:
+        if not self.missing_mass:
+            return self._streamed(noisy.x_t, noisy.sigma, noisy.alpha, label)
+        refuse_non_finite(noisy)
+        if (home := float64_device(noisy.x_t.device)) != noisy.x_t.device:
+            found = self.average(noisy.map(lambda values: values.to(home)), index, label, seed)
+            return found.map(lambda values: values.to(noisy.x_t.device))
+        found, tasks = _writable_sources(noisy), list[tuple[int, Task[None]]]()
+        examples = _examples(noisy.x_t, noisy.sigma, noisy.alpha)
+        examples = replace(examples, x=noisy.x, position=self.shard.position(index))
+        for known, part in self._by_class(label, noisy.x_t.device):
+            uncertain = part[known.level_of(index[part]) <= examples.level[part]]
+            tasks += self._tasks(examples, uncertain, known, self.missing_mass / 3, found)
+        self._run(tasks, noisy.x_t.device)
+        return found
 
-    def _streamed(self, noisy: NoisyBatch, label: int) -> Posterior:
-        blocks = ((block, None) for block in self._held(label, chunk_size(noisy.x_t), noisy.x_t.device))
-        return stream(noisy.x_t, blocks, sigma=noisy.sigma, alpha=noisy.alpha, merge=self.shard.merge)
+    @full_precision()
+    def posterior(
+        self, x_t: Float[Tensor, "B *D"], sigma: Float[Tensor, "B"], alpha: Float[Tensor, "B"], label: Int[Tensor, "B"]
+    ) -> Posterior:
+        """The posterior of noisy data whose sources are not known, as in sampling.
+
+        All data of the class are screened, and at most `missing_mass` is dropped, on average over x_t of the process.
+        An x_t that is farther from all candidates than noise almost ever is comes from elsewhere; it is compared with
+        all data of the class.
+
+        Args:
+            x_t: noisy data.
+            sigma: scale of the noise.
+            alpha: scale of the data in x_t.
+            label: label of each example, on the CPU; `NULL_LABEL` for all data.
+
+        Raises:
+            ValueError: values that are not finite, a negative sigma, or a label that no data point has.
+        """
+        if not self.missing_mass:
+            return self._streamed(x_t, sigma, alpha, label)
+        if (home := float64_device(x_t.device)) != x_t.device:
+            found = self.posterior(x_t.to(home), sigma.to(home), alpha.to(home), label)
+            return found.map(lambda values: values.to(x_t.device))
+        examples = _examples(x_t, sigma, alpha)
+        refuse_non_finite(examples)
+        # NaN until they are computed
+        nothing = torch.full_like(sigma, torch.nan, dtype=torch.promote_types(x_t.dtype, torch.float32))
+        found = Posterior(torch.full_like(x_t, torch.nan, dtype=nothing.dtype), nothing, nothing.clone())
+        tasks = list[tuple[int, Task[None]]]()
+        for known, part in self._by_class(label, x_t.device):
+            tasks += self._tasks(examples, part, known, self.missing_mass, found)
+        self._run(tasks, x_t.device)
+        rest = found.ess.isnan().nonzero().flatten()
+        if len(rest):
+            _put(found, rest, self._streamed(x_t[rest], sigma[rest], alpha[rest], label[rest.cpu()]))
+        return found
+
+    def _streamed(self, x_t: Tensor, sigma: Tensor, alpha: Tensor, label: Int[Tensor, "B"]) -> Posterior:
+        """Posteriors over all data of the classes."""
+        found = []
+        parts = [(value, (label == value).nonzero().flatten()) for value in label.unique().tolist()]
+        for value, part in parts:
+            some = slice(None) if len(parts) == 1 else move(part, x_t.device)
+            blocks = ((block, None) for block in self._held(value, chunk_size(x_t[some]), x_t.device))
+            found.append(stream(x_t[some], blocks, sigma=sigma[some], alpha=alpha[some], merge=self.shard.merge))
+        if len(parts) == 1:
+            return found[0]
+        return Posterior.concatenate(found).select(torch.cat([part for _, part in parts]).argsort())
 
     def _held(self, label: int, size: int, device: torch.device) -> Iterator[Tensor]:
         if self.shard.total == 1:
@@ -114,21 +167,37 @@ class ExactTarget(PerLabelTarget):
         position = self.shard.position(self.pool.indices(label))  # of a small class a process may hold none
         return (self.own.take(part, device) for part in position[position >= 0].split(size))
 
-    @full_precision()
-    def _screened(self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: int) -> Posterior:
-        refuse_non_finite(noisy)
-        if (home := float64_device(noisy.x_t.device)) != noisy.x_t.device:
-            found = self._screened(noisy.map(lambda values: values.to(home)), index, label)
-            return found.map(lambda values: values.to(noisy.x_t.device))
-        known, found = self._class(label, noisy.x_t.device), _writable_sources(noisy)
-        isolated, position = known.level_of(index).to(noisy.sigma.device), self.shard.position(index)
-        uncertain = (isolated <= noisy.sigma.double() / noisy.alpha.double()).nonzero().flatten()
-        for part in filter(len, uncertain.split(max(1, SUMMED_AT_ONCE // len(known.indices)))):
-            shared, means = self._cell_means(noisy.select(part), position[part.cpu()], known)
-            _put(found, part[shared], means.select(shared))
-        return found
+    def _by_class(self, label: Int[Tensor, "B"], device: torch.device) -> Iterator[tuple[Class, Int[Tensor, "b"]]]:
+        """The classes of a batch, and the examples of each."""
+        for value in label.unique().tolist():
+            yield self._class(value, device), (label == value).nonzero().flatten()
 
-    def _class(self, label: int, device: torch.device) -> "_Class":
+    def _tasks(
+        self, examples: Examples, which: Int[Tensor, "b"], known: Class, missing_mass: float, found: Posterior
+    ) -> Iterator[tuple[int, Task[None]]]:
+        """Computations of some means of a class, and the sizes of their masks."""
+
+        def means(part: Int[Tensor, "b"]) -> Task[None]:
+            shared, means = yield from cell_means(examples.select(part), known, self.shard, missing_mass)
+            _put(found, part[shared], means.select(shared))
+
+        for part in filter(len, which.split(max(1, SUMMED_AT_ONCE // len(known.indices)))):
+            yield len(part) * len(known.indices), means(part)
+
+    def _run(self, tasks: Iterable[tuple[int, Task[None]]], device: torch.device) -> None:
+        """Run computations, as many together as have masks of `SUMMED_AT_ONCE` entries."""
+        # a CPU has nothing to wait for, and ranks must exchange their sums in one order
+        most = SUMMED_AT_ONCE if device.type == "cuda" and self.shard.total == 1 else 0
+        together, entries = list[Task[None]](), 0
+        for size, task in tasks:
+            if entries + size > most:
+                run_together(together)
+                together, entries = [], 0
+            together.append(task)
+            entries += size
+        run_together(together)
+
+    def _class(self, label: int, device: torch.device) -> Class:
         """The precomputed facts of a class; computed on first use."""
         if (label, device) not in self._classes:
             indices = self.pool.indices(label)
@@ -143,7 +212,7 @@ class ExactTarget(PerLabelTarget):
             screen = Screen.of(own, position[held], projection, level[held]) if held.any() else None
             widest = 0.0 if screen is None else screen.widest
             widest = -float(self.shard.minimum(torch.tensor([-widest], device=device)))
-            self._classes[label, device] = _Class(label, own, indices, level, projection, screen, widest)
+            self._classes[label, device] = Class(label, own, indices, level, projection, screen, widest)
         return self._classes[label, device]
 
     def _projection(self, device: torch.device) -> Projection:
@@ -153,190 +222,10 @@ class ExactTarget(PerLabelTarget):
         centre, basis = self.shard.broadcast(found.centre), self.shard.broadcast(found.basis)
         return replace(found, centre=centre, basis=basis).to(device)
 
-    def _cell_means(
-        self, noisy: NoisyBatch, position: Int[Tensor, "B"], known: "_Class"
-    ) -> tuple[Int[Tensor, "s"], Posterior]:
-        """The examples whose sources share their cell with other data points, and the means over these cells."""
-        query = Query.of(noisy, known.affine, known.projection.centre)
-        starts = _accumulators(query, known)
-        here, masks = list[Tensor](), [list[Tensor]() for _ in starts]
-        part_size = max(1, SCREENED_AT_ONCE // len(known.indices))
-        for part in torch.arange(len(noisy), device=noisy.x_t.device).split(part_size):
-            energy, inside = known.survivors(noisy.select(part), self.shard, self.missing_mass / 3)
-            here.append(torch.stack([known.holds(inside, position[part.cpu()]).long(), count_true(inside)]))
-            for some, mask in zip(masks, _by_arithmetic(query.select(part), energy, inside, known), strict=True):
-                some.append(mask)
-        has_source, count = self.shard.sum(torch.cat(here, 1)).unbind(0)
-        shared, sums = (has_source > 0) & (count > 1), query.accumulator()
-        for start, some in zip(starts, masks, strict=True):
-            inside = _stack(some).logical_and_(shared[:, None])
-            some.clear()  # free the parts before the sums are computed
-            sums.merge(_sums(query, inside, known, start))
-        return shared.nonzero().flatten(), query.posterior(self.shard.merge(sums))
 
-
-@dataclass(frozen=True, eq=False)
-class _Class:
-    """Facts about a class that are known before anything is drawn.
-
-    Attributes:
-        label: its label.
-        own: the data points that this process holds, of all classes.
-        indices: all of the class, whoever holds them.
-        level: noise level sigma / alpha up to which each of these is isolated.
-        projection: the coordinates to screen by, the same for all classes.
-        screen: the own data points of the class; None if there are none.
-        widest: the largest norm of coordinates in the class, whoever holds them.
-    """
-
-    label: int
-    own: Pool
-    indices: Int[Tensor, "m"]
-    level: Float[Tensor, "m"]
-    projection: Projection
-    screen: Screen | None
-    widest: float
-
-    @property
-    def in_int8(self) -> bool:
-        """True if the data points are multiplied as int8."""
-        return uses_int8(self.own, self.projection.centre.device)
-
-    @property
-    def affine(self) -> tuple[float, float]:
-        """(scale, shift) such that a value that is multiplied stands for scale * value + shift."""
-        scale, shift = self.own.affine
-        return (scale, shift + INT8_OFFSET * scale) if self.in_int8 else (scale, shift)
-
-    def level_of(self, index: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """Isolation levels of some data points.
-
-        Raises:
-            ValueError: a data point of another class.
-        """
-        rank = torch.searchsorted(self.indices, index).clamp(max=len(self.indices) - 1)
-        if (strange := self.indices[rank] != index).any():
-            raise ValueError(
-                f"data point {int(index[strange][0])} of the pool does not have the label of its example, {self.label}"
-            )
-        return self.level[rank]
-
-    def survivors(
-        self, noisy: NoisyBatch, shard: Shard, missing_mass: float
-    ) -> tuple[Float[Tensor, "B n"], Bool[Tensor, "B n"]]:
-        """Projected energies of the own data points in order of isolation, and which of them may matter."""
-        query = self.projection(noisy.x_t, noisy.alpha)
-        energy = query[:, :0] if self.screen is None else self.screen.energies(query, noisy.sigma, noisy.alpha)
-        error = rounding_bound(query, noisy.alpha, self.widest)
-        return energy, likely(energy, noisy.sigma, error, missing_mass, len(self.indices), shard)
-
-    def holds(self, inside: Bool[Tensor, "B n"], position: Int[Tensor, "B"]) -> Bool[Tensor, "B"]:
-        """True where own data points, at positions in pool order (-1: not own), are among those inside."""
-        found = torch.zeros(len(inside), dtype=torch.bool, device=inside.device)
-        if self.screen is not None:
-            examples = (position >= 0).nonzero().flatten()
-            place = self.screen.position[torch.searchsorted(self.screen.indices, position[examples])]
-            found[examples] = inside[examples, place.to(inside.device)]
-        return found
-
-    def blocks(self, mask: Bool[Tensor, "b n"], size: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """Blocks of stored data points, masks of the examples that may use them (None: all), and squared norms.
-
-        Few data points are picked out, many are streamed as they are stored.
-        """
-        assert self.screen is not None
-        blocks: Iterable[Tensor]
-        wanted = mask.view(torch.uint8).amax(0).nonzero().flatten()  # as bytes, many times faster than any()
-        if len(wanted) < MOST_DATA * len(self.screen):
-            position = self.screen.order[wanted.cpu()]
-            blocks = (self.own.stored(part) for part in self.screen.indices[position].split(size))
-            allowed, square = mask[:, wanted], self.screen.square[position.to(mask.device)]
-        else:
-            blocks = self.own.stored_blocks(self.label, size)
-            allowed, square = self.screen.in_pool_order(mask), self.screen.square
-        everyone = bool(count_true(allowed).sum() == allowed.numel())
-        masks = [None] * -(-len(square) // size) if everyone else allowed.split(size, 1)
-        yield from zip(blocks, masks, square.split(size), strict=True)
-
-
-def _by_arithmetic(
-    query: Query, energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"], known: _Class
-) -> tuple[Bool[Tensor, "B n"], ...]:
-    """The data points inside, separated by how they are multiplied (`_accumulators`)."""
-    if known.screen is None:
-        return ()
-    if known.in_int8:
-        return (inside,)
-    wide = query.narrow == torch.float64
-    rounding = torch.full_like(query.sigma, math.inf) if wide else query.rounding(known.screen.square)
-    in_float64 = _heaviest(energy, inside, rounding)
-    return in_float64, inside & ~in_float64
-
-
-def _accumulators(query: Query, known: _Class) -> list[Callable[[Query], PosteriorAccumulator]]:
-    """Accumulators for the data points of each arithmetic; none where there are no data points."""
-    if known.screen is None:
-        return []
-    if known.in_int8:
-        return [partial(Query.int8_accumulator, square=known.screen.square)]
-    return [Query.accumulator, partial(Query.accumulator, energies=query.narrow)]
-
-
-def _sums(
-    query: Query, inside: Bool[Tensor, "B n"], known: _Class, start: Callable[[Query], PosteriorAccumulator]
-) -> PosteriorAccumulator:
-    """Sums over the data points inside, multiplied as the accumulators of `start` do."""
-    assert known.screen is not None
-    found = query.accumulator()
-    for part in _together(inside, len(known.screen), len(query.centre)):
-        some = query.select(part)
-        sums, size = start(some), chunk_size(some.x_t, width=known.own.data.itemsize if known.in_int8 else 8)
-        for block, allowed, square in known.blocks(inside[part], size):
-            sums.add(block.flatten(1), allowed, square / query.scale**2)
-        found.put(part, sums)
-    return found
-
-
-def _stack(masks: Sequence[Bool[Tensor, "_ _"]]) -> Bool[Tensor, "B n"]:
-    """Masks of some examples each, over more or fewer of the first data points, as one."""
-    if len(masks) == 1:
-        return masks[0]
-    width = max(mask.shape[1] for mask in masks)
-    return torch.cat([torch.nn.functional.pad(mask, (0, width - mask.shape[1])) for mask in masks])
-
-
-def _heaviest(
-    energy: Float[Tensor, "B n"], inside: Bool[Tensor, "B n"], rounding: Float[Tensor, "B"]
-) -> Bool[Tensor, "B n"]:
-    """Mask of the data points inside that need float64.
-
-    None where float32 is accurate enough, all where it is too inaccurate. In between, those that seem to weigh most:
-    the error of the others counts for their small share only.
-    """
-    found = inside & ~(rounding < 1e-6)[:, None]
-    some = ((rounding >= 1e-6) & (rounding <= 1e-5)).nonzero().flatten()
-    if energy.shape[1] > HEAVIEST and len(some):
-        heaviest = energy[some].topk(HEAVIEST, largest=False).indices
-        found[some] &= torch.zeros_like(found[some]).scatter_(1, heaviest, True)
-    return found
-
-
-def _together(inside: Bool[Tensor, "B n"], data_points: int, dim: int) -> Iterator[Int[Tensor, "b"]]:
-    """Split examples into groups that are worth summing together.
-
-    Examples with many candidates share a pass over all data, those with few are summed in groups of eight, and the
-    others one by one.
-    Small data are streamed for all examples together, because a pass for each would cost more.
-    """
-    count = count_true(inside)
-    if data_points * dim <= SMALL_DATA:
-        many = count > 0
-    else:
-        many = count > JOINING * data_points
-        many &= count[many].sum() > MOST_DATA * data_points
-    few = (count > 0) & (count <= FEW_CANDIDATES) & ~many
-    some = (count > FEW_CANDIDATES) & ~many
-    yield from filter(len, [many.nonzero().flatten(), *few.nonzero().flatten().split(8), *some.nonzero()])
+def _examples(x_t: Tensor, sigma: Tensor, alpha: Tensor) -> Examples:
+    """Examples of unknown sources, with their noise levels on the CPU."""
+    return Examples(x_t, sigma, alpha, (sigma.double() / alpha.double()).cpu())
 
 
 def _checked(distances: Tensor, data_points: int) -> Tensor:
@@ -355,6 +244,7 @@ def _writable_sources(noisy: NoisyBatch) -> Posterior:
 
 def _put(found: Posterior, index: Int[Tensor, "b"], means: Posterior) -> None:
     """Write the posteriors of some examples into those of a batch."""
+    index = move(index, found.mean.device)
     found.mean[index] = means.mean.to(found.mean.dtype)
     found.ess[index] = means.ess.to(found.ess.dtype)
     found.variance[index] = means.variance.to(found.variance.dtype)

@@ -17,9 +17,31 @@ from torch import Tensor
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator
 from stablefield.kernel.matmul import MAX_INT32_TERMS, FloatMatmul, Int8Matmul, has_int8_matmul
 from stablefield.pool import Pool
-from stablefield.process import NoisyBatch
+from stablefield.process import BatchRecord, NoisyBatch, move
 
-__all__ = ["Query", "uses_int8"]
+__all__ = ["Examples", "Query", "uses_int8"]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(BatchRecord):
+    """Noisy examples of one class whose posterior means are computed.
+
+    Attributes:
+        x_t: noisy data.
+        sigma: scale of the noise.
+        alpha: scale of the data in x_t.
+        level: noise level sigma / alpha in float64, on the CPU.
+        x: the sources; None if they are not known.
+        position: where the sources are in this process's part of the data, on the CPU; -1 for those that it does not
+            hold, None if the sources are not known.
+    """
+
+    x_t: Float[Tensor, "B *D"]
+    sigma: Float[Tensor, "B"]
+    alpha: Float[Tensor, "B"]
+    level: Float[Tensor, "B"]
+    x: Float[Tensor, "B *D"] | None = None
+    position: Int[Tensor, "B"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +53,7 @@ class Query:
         sigma: sigma / scale, (B,), float64.
         alpha: scale of the data in x_t, (B,), float64.
         like: the x_t of the batch.
-        source: the x of the batch.
+        source: the x of the batch; None if it is not known.
         centre: c, (D,), float64.
         scale: factor from stored values to x.
         shift: x of the stored value 0.
@@ -41,13 +63,13 @@ class Query:
     sigma: Float[Tensor, "B"]
     alpha: Float[Tensor, "B"]
     like: Float[Tensor, "B *D"]
-    source: Float[Tensor, "B *D"]
+    source: Float[Tensor, "B *D"] | None
     centre: Float[Tensor, "D"]
     scale: float
     shift: float
 
     @classmethod
-    def of(cls, noisy: NoisyBatch, affine: tuple[float, float], centre: Float[Tensor, "D"]) -> "Query":
+    def of(cls, noisy: NoisyBatch | Examples, affine: tuple[float, float], centre: Float[Tensor, "D"]) -> "Query":
         """The examples of a batch.
 
         Args:
@@ -65,8 +87,9 @@ class Query:
         Args:
             index: which ones.
         """
-        some = {name: getattr(self, name)[index] for name in ("x_t", "sigma", "alpha", "like", "source")}
-        return replace(self, **some)
+        index = move(index, self.x_t.device)
+        some = {name: getattr(self, name)[index] for name in ("x_t", "sigma", "alpha", "like")}
+        return replace(self, **some, source=None if self.source is None else self.source[index])
 
     @property
     def narrow(self) -> torch.dtype:
@@ -82,25 +105,25 @@ class Query:
         matmul = partial(FloatMatmul, types=(energies, self.narrow))
         return PosteriorAccumulator(self.x_t, self.sigma, self.alpha, matmul)
 
-    def int8_accumulator(self, square: Float[Tensor, "m"]) -> PosteriorAccumulator:
+    def int8_accumulator(self, digits: int) -> PosteriorAccumulator:
         """An empty accumulator for candidates stored as bytes, whose inner products are exact integer matmuls.
 
-        Its reference energy starts at the source's, so that candidates of negligible weight can be skipped from the
-        first block. Where it starts does not change the result, only the speed.
+        Its reference energy starts at the source's, if that is known, so that candidates of negligible weight can be
+        skipped from the first block. Where it starts does not change the result, only the speed.
 
         Args:
-            square: squared distances of the candidates from the centre.
+            digits: number of base-256 digits of x_t.
         """
-        matmul = partial(Int8Matmul, digits=self.digits(square))
-        sums = PosteriorAccumulator(self.x_t, self.sigma, self.alpha, matmul)
-        stored = ((self.source.flatten(1).double() - self.shift) / self.scale).round()
-        norm = (stored * self.scale + self.shift - self.centre).square().sum(1) / self.scale**2
-        energy = self.alpha * (self.alpha * norm - 2 * (self.x_t * stored).sum(1))
-        sums.lowest = energy + 1 / sums.sharpness  # not below what rounding may make of the source
+        sums = PosteriorAccumulator(self.x_t, self.sigma, self.alpha, partial(Int8Matmul, digits=digits))
+        if self.source is not None:
+            stored = ((self.source.flatten(1).double() - self.shift) / self.scale).round()
+            norm = (stored * self.scale + self.shift - self.centre).square().sum(1) / self.scale**2
+            energy = self.alpha * (self.alpha * norm - 2 * (self.x_t * stored).sum(1))
+            sums.lowest = energy + 1 / sums.sharpness  # not below what rounding may make of the source
         return sums
 
-    def digits(self, square: Float[Tensor, "m"]) -> int:
-        """Number of base-256 digits of x_t for which the error of the log weights is about 1e-6.
+    def digits(self, square: Float[Tensor, "m"]) -> Int[Tensor, "B"]:
+        """Number of base-256 digits of each x_t for which the error of the log weights is about 1e-6; 2 to 7.
 
         With k digits, the error of an entry of x_t is uniform and at most about 256^-k times the largest entry. So the
         error of the inner product with a candidate at distance r from the centre is about a third of that times r;
@@ -110,8 +133,17 @@ class Query:
             square: squared distances of the candidates from the centre.
         """
         entry = self.x_t.abs().amax(1) * square.max().sqrt() / self.scale / 3
-        finest = (1e-6 * self.sigma**2 / (self.alpha * entry).clamp(min=1e-300)).min()
-        return min(7, max(2, math.ceil(-math.log(max(float(finest), 1e-300)) / math.log(256))))
+        finest = (1e-6 * self.sigma**2 / (self.alpha * entry).clamp(min=1e-300)).clamp(min=1e-300)
+        return (finest.log() / -math.log(256)).ceil().clamp(2, 7).long()
+
+    def squared_distance(self, sums: PosteriorAccumulator) -> Float[Tensor, "B"]:
+        """Squared distances of x_t from alpha times the nearest candidate, in units of sigma squared.
+
+        Args:
+            sums: over all candidates.
+        """
+        constant = 2 * self.alpha * (self.x_t @ (self.centre - self.shift)) / self.scale
+        return (sums.lowest + constant + self.x_t.square().sum(1)) / self.sigma.square()
 
     def posterior(self, sums: PosteriorAccumulator) -> Posterior:
         """The posterior of x from sums over stored values with norms around the centre.

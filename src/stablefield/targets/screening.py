@@ -24,6 +24,7 @@ from torch import Tensor
 from stablefield.pool import Pool
 from stablefield.process import move
 from stablefield.seeding import generator
+from stablefield.targets.lockstep import Task
 from stablefield.targets.shard import Shard
 
 __all__ = ["Projection", "Screen", "count_true", "likely", "principal_directions", "rounding_bound"]
@@ -101,7 +102,7 @@ class Screen:
         indices: the class, as the pool gives it, ascending, (m,).
         order: positions in `indices`, by ascending isolation level, (m,).
         position: of each data point in that order, (m,).
-        level: noise level sigma / alpha up to which each is isolated, in that order, (m,).
+        level: noise level sigma / alpha up to which each is isolated, in that order, on the CPU, (m,).
         coordinates: of each data point, and their squared norm, in that order, (m, k + 1).
         square: squared distance of each data point from the centre, in all dimensions, in the order of the pool, (m,).
     """
@@ -136,8 +137,8 @@ class Screen:
             coordinates[some, :-1] = projection(block.mul_(scale).add_(shift))
             square[some] = block.sub_(projection.centre).square_().sum(1)
         coordinates[:, -1] = coordinates[:, :-1].square().sum(1)
-        ordered = coordinates[order.to(device)]
-        return cls(projection, indices, order, order.argsort(), level.to(device), ordered, square)
+        ordered = coordinates[move(order, device)]
+        return cls(projection, indices, order, order.argsort(), level, ordered, square)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -154,25 +155,26 @@ class Screen:
             mask: over the first data points by isolation level; the others are excluded.
         """
         rest = mask.new_zeros(len(mask), len(self) - mask.shape[1])
-        return torch.cat([mask, rest], 1)[:, self.position.to(mask.device)]
+        return torch.cat([mask, rest], 1)[:, move(self.position, mask.device)]
 
     def energies(
-        self, query: Float[Tensor, "B k"], sigma: Float[Tensor, "B"], alpha: Float[Tensor, "B"]
+        self, query: Float[Tensor, "B k"], alpha: Float[Tensor, "B"], level: Float[Tensor, "B"]
     ) -> Float[Tensor, "B n"]:
         """Projected energies of the n first data points in order, those not isolated for at least one example.
 
-        Infinite where a data point is isolated at the example's sigma / alpha.
+        Infinite where a data point is isolated at the example's noise level.
 
         Args:
             query: coordinates of x_t.
-            sigma: noise levels.
             alpha: scales of the data in x_t.
+            level: noise levels sigma / alpha in float64, on the CPU.
         """
-        active = torch.searchsorted(self.level, sigma.double() / alpha.double(), right=True)
+        active = torch.searchsorted(self.level, level, right=True)
         factor = alpha.float()[:, None]
         energy = torch.cat([-2 * factor * query, factor.square()], 1) @ self.coordinates[: int(active.max())].T
         for row, first in zip(energy, active.tolist(), strict=True):
-            row[first:] = math.inf  # a mask for all of them would take as long as the product
+            if first < len(row):
+                row[first:] = math.inf  # a mask for all of them would take as long as the product
         return energy
 
 
@@ -195,7 +197,7 @@ def likely(
     missing_mass: float,
     total: int,
     shard: Shard,
-) -> Bool[Tensor, "B n"]:
+) -> Task[Bool[Tensor, "B n"]]:
     """Mask of the data points to keep, such that all others together have at most `missing_mass` of q.
 
     First, data points with less than missing_mass / m of the largest q are dropped. If a good part is left, but not
@@ -217,9 +219,10 @@ def likely(
     least = shard.minimum(energy.amin(1) if energy.shape[1] else torch.full_like(error, math.inf))
     limit = least + ((slack - math.log(missing_mass / total)) / sharpness).clamp(max=1e30)
     inside = energy <= limit[:, None]
-    count = shard.sum(count_true(inside))
+    (count,) = yield [shard.sum(count_true(inside))]
     closer = ((count > CLOSER[0] * total) & (count < CLOSER[1] * total)).nonzero().flatten()
     if len(closer):
+        closer = move(closer, energy.device)
         nats = (energy[closer] - least[closer, None]).mul_(sharpness[closer, None])
         inside[closer] &= _likeliest(nats, missing_mass * torch.exp(-slack[closer]), shard)
     return inside

@@ -4,6 +4,7 @@ A data point at distance d from the source is more likely than the source with p
 z ~ N(0, 1): practically never below sigma = d / 10, and often for all data points above the largest distance.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -44,29 +45,38 @@ class DataDistances:
             ValueError: all data points are the same.
         """
         index = torch.randint(len(pool), (examples,), generator=generator(seed, "extent"))
-        nearest, farthest, index = _extremes(pool, index)
-        least, most = nearest, farthest
+        nearest, most, index = _extremes(pool, index)
         for _ in range(sweeps - 1):
             _, farthest, index = _extremes(pool, index.unique())
             most = max(most, farthest)
         if most == 0:
             raise ValueError(f"all {len(pool):,} data points are the same; distances need at least two different ones")
-        return cls(min(least, most), most)
+        return cls(min(nearest, most), most)
 
-    def noise_levels(self, count: int, process: Process) -> Float[Tensor, "{count}"]:
-        """Noise levels sigma / alpha from a tenth of the nearest to the farthest distance, evenly spaced in log.
+    def noise_levels(
+        self, count: int, process: Process, *, low: float | None = None, high: float | None = None
+    ) -> Float[Tensor, "{count}"]:
+        """Noise levels sigma / alpha, evenly spaced in log.
 
-        If the process does not reach the farthest distance, the range ends at its highest noise level. The range spans
-        at least a factor of ten; the number of levels is always `count`.
+        By default they are from a tenth of the nearest to the farthest distance, or to the highest noise level of the
+        process if that is lower, and span at least a factor of ten.
 
         Args:
             count: number of noise levels.
             process: the process, which limits the highest level.
+            low: the lowest level; None for the default.
+            high: the highest level; None for the default.
+
+        Raises:
+            ValueError: not 0 < low < high.
         """
-        low, high = (torch.tensor(value, dtype=torch.float64) for value in (self.nearest / 10, self.farthest))
         alpha, sigma = process.scales(torch.tensor(min(process.t_max, 1e300), dtype=torch.float64))
-        high = torch.minimum(high, 0.999 * sigma / alpha)
-        return torch.logspace(float(torch.minimum(low, high / 10).log10()), float(high.log10()), count).double()
+        farthest = min(self.farthest, 0.999 * float(sigma / alpha))
+        low = min(self.nearest / 10, farthest / 10) if low is None else low
+        high = farthest if high is None else high
+        if not 0 < low < high:
+            raise ValueError(f"noise levels need 0 < low < high, not {low:.3g} and {high:.3g}; change one of them")
+        return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
 
 
 def _extremes(pool: Pool, index: Int[Tensor, "B"]) -> tuple[float, float, Int[Tensor, "B"]]:

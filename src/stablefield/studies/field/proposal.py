@@ -22,11 +22,15 @@ from dataclasses import dataclass
 
 import torch
 
+from stablefield.data import Progress, silent
 from stablefield.pool import Pool
 from stablefield.studies.field.linear import LinearDenoiser
+from stablefield.studies.field.study import VarianceStudy, measure
 from stablefield.times import LogNormal
 
-__all__ = ["NoiseProposal", "learnable_range"]
+__all__ = ["MAX_VALUES", "NoiseProposal", "learnable_range", "propose_noise"]
+
+MAX_VALUES = 2 * 10**8  # numbers of the data that are examined
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,38 @@ class NoiseProposal:
             f"sigma_min: {self.sigma_min_rule}",
             "sigma_max: where x_t explains 1 % of the variance of the data (best linear denoiser)",
         ]
+
+
+def propose_noise(
+    pool: Pool,
+    sigma_data: float,
+    *,
+    examples: int = 16,
+    draws: int = 4,
+    max_values: int = MAX_VALUES,
+    progress: Progress = silent,
+) -> tuple[NoiseProposal, VarianceStudy]:
+    """Propose noise levels for data, and measure the variance of targets at them.
+
+    Args:
+        pool: the data. Of large data, evenly spaced data points are examined.
+        sigma_data: standard deviation of the data.
+        examples: number of x_t at each noise level.
+        draws: number of reference batches.
+        max_values: numbers of the data that are examined, but those of no less than 1,024 data points.
+        progress: called with (done, total).
+
+    Returns:
+        The proposal; a variance study with VE and a support of up to 1,024 of the `num_data_points` examined.
+
+    Raises:
+        ValueError: all data points are the same.
+    """
+    count = min(len(pool), max(1024, max_values // math.prod(pool.shape)))
+    few = pool if count == len(pool) else pool.subset(torch.arange(count) * len(pool) // count)
+    size = min(1024, max(2, count // 4))
+    study = measure(few, sizes=[size], examples=examples, draws=draws, progress=progress)
+    return NoiseProposal.from_pool(few, sigma_data, study.linear), study
 
 
 def learnable_range(linear: LinearDenoiser, share: float = 0.5) -> tuple[float, float] | None:

@@ -1,4 +1,4 @@
-"""Consequences of a measured field for a training: where target variance is, and how much of it enters the loss.
+"""Consequences of a variance study for a training: where target variance is, and how much of it enters the loss.
 
 Training draws t from its distribution and weighs squared errors by w(t). So the variance of its targets adds
 
@@ -13,14 +13,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield.floor import ByNoise
 from stablefield.objective import LossWeight
-from stablefield.process import Process
-from stablefield.studies.field.linear import LinearDenoiser
-from stablefield.studies.field.record import Field
+from stablefield.studies.field.study import VarianceStudy
 from stablefield.times import TimeDistribution
 
 __all__ = ["VarianceReport", "phases_of"]
@@ -66,26 +66,21 @@ class VarianceReport:
     times: str
 
     @classmethod
-    def from_field(
-        cls, field: Field, process: Process, times: TimeDistribution, weight: LossWeight, linear: LinearDenoiser
-    ) -> "VarianceReport":
+    def from_study(cls, study: VarianceStudy, times: TimeDistribution, weight: LossWeight) -> "VarianceReport":
         """Report for a training with a distribution of t and a loss weight.
 
         Args:
-            field: the measured field.
-            process: the process of the training.
+            study: the measured quantities, with the process of the training.
             times: distribution of t (noise distribution) of the training.
             weight: loss weight of the training.
-            linear: the linear denoiser of the data.
         """
         t = times.quantile((torch.arange(POINTS, dtype=torch.float64) + 0.5) / POINTS)
-        alpha, sigma = process.scales(t)
+        alpha, sigma = study.process.scales(t)
         noise_level = sigma / alpha
-        factor = weight(process, t) / field.dim
-        variance, error = _interpolated(field, field.dsm.value, noise_level), linear.squared_error(noise_level)
+        factor = weight(study.process, t) / study.dim
+        variance, error = _interpolated(study, study.dsm, noise_level), study.linear.squared_error(noise_level)
         weighted = factor * variance
-        high, phases = _high(field), phases_of(field)
-        central = _central(noise_level, weighted)
+        high, phases, central = _high(study), phases_of(study), _central(noise_level, weighted)
         return cls(
             phases,
             high,
@@ -94,13 +89,10 @@ class VarianceReport:
             central,
             _share(noise_level, central) if central else 0.0,
             float(weighted.mean()),
-            {
-                n: float((factor * _interpolated(field, e.variance.value, noise_level)).mean())
-                for n, e in field.stf.items()
-            },
+            {n: float((factor * _interpolated(study, e.variance, noise_level)).mean()) for n, e in study.stf.items()},
             float((factor * error).mean()),
             float((variance / error).mean()),
-            field.num_data_points,
+            study.num_data_points,
             repr(times),
         )
 
@@ -189,43 +181,32 @@ class VarianceReport:
             yield f"{max(self.stf):,} references remove {reduction:.0%} of that variance, all data remove all of it."
 
 
-def phases_of(field: Field) -> tuple[float | None, float | None]:
+def phases_of(study: VarianceStudy) -> tuple[float | None, float | None]:
     """Noise levels between which several sources compete.
 
     Above the first level, less than half of the x_t have one likely source; above the second, the effective sample size
     is more than half of N. None where that is outside the measured levels.
 
     Args:
-        field: the measured field.
+        study: the measured quantities.
     """
-    order = field.noise_level.argsort()
-    log_level = field.noise_level.log()[order]
-    several, ess_share = 1 - field.single_source.value[order], field.ess_share.value[order]
+    log_level, order = study.noise_level.log().sort()
+    several, ess_share = 1 - study.single_source.by_bin[order], study.ess_share.by_bin[order]
     return _crossing(log_level, several), _crossing(log_level, ess_share)
 
 
-def _interpolated(field: Field, variance: Float[Tensor, "L"], noise_level: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
+def _interpolated(study: VarianceStudy, variance: ByNoise, noise_level: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
     """Variance at other noise levels than the measured ones, in units of x squared."""
-    measured, order = field.noise_level.log().sort()
-    in_noise = (variance / field.noise_level.square())[order]
-    at = noise_level.log().clamp(measured[0], measured[-1])
-    right = (
-        torch.searchsorted(measured, at.contiguous()).clamp(1, len(measured) - 1)
-        if len(measured) > 1
-        else torch.zeros_like(at).long()
-    )
-    left = (right - 1).clamp(min=0)
-    step = measured[right] - measured[left]
-    share = torch.where(step > 0, (at - measured[left]) / step.clamp(min=1e-300), torch.ones_like(step))
-    in_noise = in_noise[left] + share * (in_noise[right] - in_noise[left])
-    result = in_noise * noise_level.square().clamp(max=float(measured[-1].exp()) ** 2)
-    return torch.where(noise_level.log() < measured[0], 0.0, result)
+    measured, order = study.noise_level.sort()
+    in_noise = (variance.by_bin / study.noise_level.square())[order]
+    at = np.interp(noise_level.log().numpy(), measured.log().numpy(), in_noise.numpy(), left=0.0)
+    return torch.from_numpy(at) * noise_level.square().clamp(max=float(measured[-1]) ** 2)
 
 
-def _high(field: Field) -> Range:
+def _high(study: VarianceStudy) -> Range:
     """Range of the measured noise levels at which V_DSM is at least half its maximum, in noise units."""
-    values = field.in_noise_units(field.dsm).value
-    inside = field.noise_level[values >= values.max() / 2]
+    values = study.in_noise_units(study.dsm).by_bin
+    inside = study.noise_level[values >= values.max() / 2]
     return float(inside.min()), float(inside.max())
 
 
