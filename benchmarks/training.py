@@ -69,7 +69,7 @@ def step_parts(components: Components) -> dict[str, Callable[[], object]]:
     images = iter(range(0, 10**12, components.batches.size))
 
     def noisy() -> NoisyBatch:
-        return perturb(state, components.objective.times, components.batches, next(images), SEED)
+        return perturb(state, components.objective, components.batches, next(images), SEED)
 
     batch, exact = noisy(), ExactTarget(components.pool, missing_mass=0.0)
     return {

@@ -101,8 +101,8 @@ def test_the_mathematics_and_the_training_loop_need_the_core_only(only_core: str
         only_core
         + """
 import stablefield, torch
-for name in set(stablefield.__all__) - {"load"}:
-    getattr(stablefield, name)
+for name in stablefield.__all__:
+    assert callable(getattr(stablefield, name)), name
 import stablefield.likelihood
 from stablefield import VE, Heun, Objective, Pool, Preconditioned, STFTarget, TrainState, posterior, train
 from stablefield.data import Arrays, ShuffledBatches, Store
@@ -143,8 +143,16 @@ print(*(name for name in sys.modules if name.partition(".")[0] == "stablefield")
     assert {package for file in files for package in third_party(file)} >= CORE
 
 
-def test_load_without_its_extra_says_how_to_install_it(only_core: str) -> None:
-    result = python(f"{only_core}\nimport stablefield\nstablefield.load")
+def test_all_public_names_can_be_imported_with_the_core_only(only_core: str) -> None:
+    result = python(f"{only_core}\nimport stablefield\nfrom stablefield import *\nprint(*dir())")
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split()) >= set(stablefield.__all__)
+
+
+@pytest.mark.parametrize("call", ["stablefield.load('run')", "stablefield.load('run', device='cpu')"])
+def test_load_without_its_extra_says_how_to_install_it(only_core: str, call: str) -> None:
+    result = python(f"{only_core}\nimport stablefield\n{call}")
+    assert result.returncode == 1
     line = result.stderr.splitlines()[-1]
     assert "stablefield.load needs the extra `train`: pip install '.[train]'" in line
 

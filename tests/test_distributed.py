@@ -22,8 +22,9 @@ from stablefield.config import Config, override, resolve
 from stablefield.data import ShuffledBatches
 from stablefield.distributed import Ranks, _forget, process_group
 from stablefield.engine import Optimization, train
-from stablefield.engine.fit import fit, initial_state, make_optimization
+from stablefield.engine.fit import fit
 from stablefield.engine.probing import RunProbes
+from stablefield.engine.session import initial_state, make_optimization
 from stablefield.networks import UNet
 from stablefield.objective import EDMWeight
 from stablefield.preconditioning import EDMPreconditioning

@@ -157,6 +157,27 @@ def test_a_loss_depends_on_no_randomness_but_its_generator() -> None:
     assert torch.equal(step(1), step(2))
 
 
+@pytest.mark.parametrize("per_example", [False, True])
+def test_training_takes_the_loss_that_a_call_of_the_objective_returns(per_example: bool) -> None:
+    index, denoiser = torch.tensor([3, 0, 5, 3]), Affine(VP())
+    objective = Objective(Uniform(0.1, 0.9), STFTarget(Pool(SIX), 4), SNRWeight())
+    draws = torch.Generator().manual_seed(0)
+    called = objective(denoiser, SIX[index], index=index, generator=draws)
+    again = torch.Generator().manual_seed(0)
+    t = objective.times.draw(4, again)
+    generators = [again] * 4 if per_example else again  # one generator draws the same numbers, one by one or together
+    noisy = objective.perturb(denoiser.process, SIX[index], t=t, generators=generators, index=index)
+    target = objective.target(noisy, generator=again)
+    torch.testing.assert_close(objective.loss(denoiser, denoiser.process, noisy, target).losses, called.losses)
+
+
+def test_generators_of_single_examples_need_given_times() -> None:
+    objective = Objective(LogNormal(), DSMTarget(), EDMWeight())
+    generators = (torch.Generator().manual_seed(n) for n in range(6))
+    with pytest.raises(ValueError, match="give t beside one generator per example"):
+        objective.perturb(VE(), SIX, generators=generators)
+
+
 def test_the_denoiser_and_the_references_have_the_same_label() -> None:
     labels, index = torch.tensor([0, 1, 0, 0, 1, 0]), torch.tensor([1, 2, 4])
     denoiser = Affine(VE())

@@ -88,6 +88,8 @@ def __getattr__(name: str) -> object:
         extras = import_module("stablefield.extras")
         if error.name not in extras.TRAIN:
             raise
+        if name in _HOME:  # so that `from stablefield import *` needs the core only
+            return extras.needs_extra(f"stablefield.{name}", error)
         raise ModuleNotFoundError(extras.how_to_install(f"stablefield.{name}"), name=error.name) from error
     return getattr(module, name) if name in _HOME else module
 

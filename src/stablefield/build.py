@@ -5,11 +5,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from stablefield.config import Config, ConfigError
+from stablefield.config import Config, ConfigError, Training
 from stablefield.data import (
     Augmentation,
     BatchSource,
@@ -30,7 +29,7 @@ from stablefield.objective import Objective
 from stablefield.pool import Pool
 from stablefield.sample import Sampler
 from stablefield.seeding import derive
-from stablefield.targets import ExactTarget, Prefetched, Shard, Sharded, TargetEstimator
+from stablefield.targets import ExactTarget, Prefetched, Shard, Sharded, STFTarget, TargetEstimator
 from stablefield.times import Stratified
 
 __all__ = ["Components", "build", "build_denoiser", "build_sampler", "choose_device", "resident"]
@@ -146,46 +145,41 @@ def _build_target(
     config: Config, order: ShuffledBatches, augmentation: Augmentation, ranks: Ranks, progress: Progress
 ) -> TargetEstimator:
     """The target estimator; STF with references for the whole data set is computed as the exact target."""
-    section, pool = config["target"], order.pool
-    if section["kind"] == "exact":
-        return _build_exact(config, section, pool, ranks, progress)
-    if section["kind"] == "stf" and section["size"] >= len(pool) and section["augmented_size"] == 1:
-        if ranks.is_main:
-            LOGGER.warning(
-                "target.size = %d is not below the %d data points: using the exact target over all of them",
-                section["size"],
-                len(pool),
-            )
-        return _build_exact(config, {}, pool, ranks, progress)
-    if config.training.target_sharding:
-        raise ConfigError(
-            f"training.target_sharding is for targets that average over all data, not target.kind={section['kind']!r}; "
-            "set target.kind=exact or leave it out"
-        )
+    pool = order.pool
     try:
         target: TargetEstimator = config.make("target", pool, order, augmentation)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"target: {error}") from None
+    if type(target) is STFTarget and target.size >= len(pool) and target.augmented_size == 1:
+        if ranks.is_main:
+            LOGGER.warning(
+                "target.size = %d is not below the %d data points: using the exact target over all of them",
+                target.size,
+                len(pool),
+            )
+        target = ExactTarget(pool)
+    if type(target) is ExactTarget:
+        return _prepare_exact(target, config.training, ranks, progress)
+    if config.training.target_sharding:
+        raise ConfigError(
+            "training.target_sharding is for targets that average over all data, not target.kind="
+            f"{config['target']['kind']!r}; set target.kind=exact or leave it out"
+        )
     return target
 
 
-def _build_exact(
-    config: Config, section: Mapping[str, Any], pool: Pool, ranks: Ranks, progress: Progress
-) -> TargetEstimator:
+def _prepare_exact(target: ExactTarget, training: Training, ranks: Ranks, progress: Progress) -> TargetEstimator:
     """The exact target, computed for several steps at once and sharded if that is configured."""
-    training = config.training
-    distances = NeighbourDistances(pool, device=float64_device(ranks.device), progress=progress)
-    fields = {key: section[key] for key in ("missing_mass", "projection_dims") if key in section}
-    target = ExactTarget(pool, **fields)
     if target.missing_mass:
+        distances = NeighbourDistances(target.pool, device=float64_device(ranks.device), progress=progress)
         known = distances.prepare(null_label=training.label_dropout > 0)
         target = replace(target, distances=known)
         if known is None and ranks.is_main:
             LOGGER.warning(
                 "distances between the %d data points are not measured: the search would take longer than it saves",
-                len(pool),
+                len(target.pool),
             )
     if not training.target_sharding:
         return Prefetched(target, training.target_prefetch)

@@ -1,6 +1,9 @@
 """Optional dependencies: the packages of the extra `train`, and the message that says how to install an extra."""
 
-__all__ = ["TRAIN", "how_to_install"]
+from collections.abc import Callable
+from typing import NoReturn
+
+__all__ = ["TRAIN", "how_to_install", "needs_extra"]
 
 TRAIN = frozenset(
     {
@@ -30,3 +33,17 @@ def how_to_install(what: str, extra: str = "train") -> str:
         extra: name of the extra.
     """
     return f"{what} needs the extra `{extra}`: pip install '.[{extra}]' in a clone of the repository"
+
+
+def needs_extra(what: str, missing: ModuleNotFoundError) -> Callable[..., NoReturn]:
+    """A function that stands for one that cannot be imported: it says how to install the extra when it is called.
+
+    Args:
+        what: name of the function.
+        missing: why it cannot be imported.
+    """
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise ModuleNotFoundError(how_to_install(what), name=missing.name) from missing
+
+    return fail

@@ -3,11 +3,12 @@
     loss = mean over examples of weight(t) ||D(x_t, t) - target||^2 / dim,      x -> t -> x_t -> target
 
 The target estimator decides the variance of the loss (DSM, STF, nearest neighbours, exact); the denoiser, the weight
-and the training loop do not depend on it.
+and the training loop do not depend on it. Training calls the same two methods as `Objective` itself, `perturb` and
+`loss`, with draws that are seeded for each image and with targets that are computed for several steps at once.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import inf
 
@@ -212,12 +213,10 @@ class Objective:
             generator: CPU generator of t, noise and references, in this order, so that the first two do not depend on
                 the target and none on the device. By default torch's global one.
         """
-        t = move(self.times.draw(len(x), generator).to(x.dtype), x.device)
-        noise = draw_noise(x, generator)
-        noisy = denoiser.process.perturb(
+        noisy = self.perturb(
+            denoiser.process,
             x,
-            t,
-            noise,
+            generators=generator,
             label=label,
             index=index,
             augment_label=augment_label,
@@ -225,6 +224,33 @@ class Objective:
             augment_map=augment_map,
         )
         return self.loss(denoiser, denoiser.process, noisy, self.target(noisy, generator=generator))
+
+    def perturb(
+        self,
+        process: Process,
+        x: Float[Tensor, "B *D"],
+        *,
+        t: Float[Tensor, "B"] | None = None,
+        generators: torch.Generator | Iterable[torch.Generator] | None = None,
+        **record: Tensor | None,
+    ) -> NoisyBatch:
+        """The noisy batch of clean data, at times of this objective and with noise drawn on the CPU.
+
+        Args:
+            process: the process that makes the batch.
+            x: clean data.
+            t: time of each example; drawn before the noise by default.
+            generators: one generator per example, with `t`, or one for the batch; by default torch's global one.
+            **record: label, index and whatever else the examples have, as for `Process.perturb`.
+
+        Raises:
+            ValueError: there is a generator per example, but no `t`.
+        """
+        if t is None:
+            if not (generators is None or isinstance(generators, torch.Generator)):
+                raise ValueError("times are drawn for the batch: give t beside one generator per example")
+            t = self.times.draw(len(x), generators)
+        return process.perturb(x, move(t.to(x.dtype), x.device), draw_noise(x, generators), **record)
 
     def loss(self, denoiser: DenoiserFunction, process: Process, noisy: NoisyBatch, target: Posterior) -> LossReport:
         """The loss of a noisy batch whose target is given.

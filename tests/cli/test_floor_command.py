@@ -15,6 +15,8 @@ from stablefield.objective import EDMWeight
 from stablefield.studies import floor as studies_floor
 from stablefield.times import LogNormal
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 FEW = ["--bins", "2", "--examples", "4"]
 
 
@@ -60,6 +62,14 @@ def test_a_run_has_an_excess_and_a_share_of_noise(tmp_path):
     assert written["excess"]["value"] > 0
 
 
+def test_targets_are_named_as_for_training(tmp_path):
+    text = invoke("digits", "--out", tmp_path, "--targets", "exact, stf:8,references=dataset, stf:5000", *FEW)
+    written = json.loads((tmp_path / "floor.json").read_text())["floors"]
+    assert list(written) == ["exact", "stf:8", "stf:1797"]
+    assert written["stf:8"]["value"] > written["exact"]["value"] == written["stf:1797"]["value"] == 0
+    assert "a loss with stf:8 targets cannot go below" in text
+
+
 def test_conditional_settings_have_a_smaller_floor(tmp_path):
     values = []
     for conditional in ("false", "true"):
@@ -71,7 +81,9 @@ def test_conditional_settings_have_a_smaller_floor(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digits", "--targets", "huber"], "stf:n"),
+        (["digits", "--targets", "huber"], "'huber' is none of stf, dsm"),
+        (["digits", "--targets", "knn:8"], "the floor of the target .knn:8. is not known"),
+        (["digits", "--targets", "stf:many"], "not a whole number"),
         ([], "no data given"),
         (["digits", "--run", "missing"], "cannot be combined with DATA"),
         (["--run", "missing"], "missing"),

@@ -35,6 +35,21 @@ class Own(nn.Module):
         return self.layer(x)
 
 
+def test_a_configuration_is_changed_as_if_it_had_been_written_so():
+    before = resolve({"target": {"kind": "stf", "size": 64, "references": "recent"}, "training": {"images": 5000}})
+    after = before.changed(["training.seed=3"], target={"size": 32})
+    assert after.differences(before) == ["target.size", "training.seed"]
+    assert (before["target"]["size"], before.training.seed, after.training.seed) == (64, 0, 3)
+    assert before.changed(target={"kind": "dsm"})["target"] == {"kind": "dsm"}  # no key of the old kind is kept
+    assert before.changed() == before
+    assert before.changed(["process.kind=flow"]) == resolve(
+        {key: before.sections[key] for key in before.sections.keys() - PROCESS_DEFAULTS["ve"].keys()}
+        | {"process": {"kind": "flow"}}
+    )
+    with pytest.raises(ConfigError, match="references"):
+        before.changed(target={"kind": "exact", "references": "recent"})
+
+
 def test_a_resolved_configuration_is_restored_from_its_file():
     for process in KINDS["process"]:
         config = resolve({"process": {"kind": process, **NEEDS.get(process, {})}, "training": {"seed": 3}})

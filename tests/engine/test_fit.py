@@ -30,7 +30,8 @@ from stablefield.data import content_hash
 from stablefield.distributed import Ranks
 from stablefield.engine import checkpoints
 from stablefield.engine.checkpoints import CheckpointManager, locked, refuse_changed_config
-from stablefield.engine.fit import fit, initial_state
+from stablefield.engine.fit import fit
+from stablefield.engine.session import initial_state
 from stablefield.engine.state import TrainState
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, fingerprint, load

@@ -15,8 +15,8 @@ from stablefield.build import build
 from stablefield.config import override, resolve
 from stablefield.denoise import Guided, IdealDenoiser, Preconditioned
 from stablefield.distributed import Ranks
-from stablefield.engine.fit import initial_state, make_optimization
 from stablefield.engine.loop import StepReport, train
+from stablefield.engine.session import initial_state, make_optimization
 from stablefield.networks import MLP
 from stablefield.pool import NULL_LABEL
 from stablefield.preconditioning import EDMPreconditioning

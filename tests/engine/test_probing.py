@@ -13,8 +13,8 @@ from stablefield.build import build
 from stablefield.cli.training import progress_text
 from stablefield.config import resolve
 from stablefield.distributed import Ranks
-from stablefield.engine.fit import initial_state
 from stablefield.engine.probing import RunProbes, target_name
+from stablefield.engine.session import initial_state
 from stablefield.floor import Probes, SquaredError
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, load

@@ -1,7 +1,7 @@
 """The instrument of comparisons on simulated records: no effect is rarely found, a planted one is; closed forms."""
 
 from itertools import pairwise
-from math import exp, isnan, log, nan, sqrt
+from math import exp, isfinite, isnan, log, nan, sqrt
 
 import numpy as np
 import pytest
@@ -124,6 +124,14 @@ def test_the_paired_variance_test_agrees_with_its_closed_form_and_its_interval()
         assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
         covered += found.low < log(1.5) < found.high
     assert covered / 300 == pytest.approx(0.95, abs=0.04)
+
+
+@pytest.mark.parametrize(("pairs", "measured"), [(0, False), (3, False), (4, False), (5, True), (6, True)])
+def test_a_spread_over_seeds_is_measured_from_five_pairs_on(pairs: int, measured: bool):
+    found = simulate(pairs or 1, noisier=8.0).finding("stf:64", "raw/classifier/spread")
+    assert (found.direction != "not measured") == measured
+    values = [float(n * n) for n in range(pairs)]
+    assert isfinite(spread_ratio([2 * value for value in values], values[::-1]).p) == measured
 
 
 def test_the_area_does_not_depend_on_the_evaluation_points():

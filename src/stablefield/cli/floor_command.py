@@ -27,7 +27,7 @@ def floor(
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("floor"),
     targets: Annotated[
         str | None,
-        typer.Option(metavar="T,...", help="Targets: dsm, stf:N.", show_default="dsm and that of the settings"),
+        typer.Option(metavar="T,...", help="Targets: dsm, stf:N, exact.", show_default="dsm and that of the settings"),
     ] = None,
     bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
@@ -47,7 +47,7 @@ def floor(
     from stablefield.build import choose_device
     from stablefield.checkpoint import finite
     from stablefield.cli.field_command import aligned
-    from stablefield.cli.loss_floor import default_targets, training_pool
+    from stablefield.cli.loss_floor import floor_targets, training_pool
     from stablefield.cli.variance import configured
     from stablefield.config import allowed_names
     from stablefield.evaluate.plots import plot_floor
@@ -65,7 +65,7 @@ def floor(
     training = trained.config if trained else configured(source, kind, config, set_ or [], allowed, command="floor")
     pool = training_pool(training, trained)
     loss = SquaredError(training.make("process"), training.make("times"), weight=training.make("weight"))
-    names = targets.split(",") if targets else default_targets(training, pool)
+    names = floor_targets(targets, training, pool)
     print(f"data      {training.make('data')!r}: {len(pool):,} data points of shape {pool.shape}")
     print(f"loss      {loss.process}, times {loss.times}, weight {loss.weight}; mean over the dimensions")
     label_dropout, chosen = training.training.label_dropout, choose_device(device)

@@ -1,14 +1,15 @@
 """The work of `stablefield floor`."""
 
 from dataclasses import replace
+from typing import Any
 
 from stablefield.cli.progress import progress_bar
-from stablefield.config import Config, ConfigError
+from stablefield.config import Config, ConfigError, split_targets, target_section
 from stablefield.data import silent, split
 from stablefield.pool import Pool
 from stablefield.run import TrainedRun, training_data
 
-__all__ = ["default_targets", "training_pool"]
+__all__ = ["floor_targets", "training_pool"]
 
 
 def training_pool(config: Config, trained: TrainedRun | None) -> Pool:
@@ -33,12 +34,25 @@ def training_pool(config: Config, trained: TrainedRun | None) -> Pool:
     return augmented
 
 
-def default_targets(config: Config, pool: Pool) -> list[str]:
-    """DSM, and the target of the settings if it is a stable target.
+def floor_targets(text: str | None, config: Config, pool: Pool) -> list[str]:
+    """Names of the targets whose floor is measured, as `LossFloor` has them.
 
     Args:
+        text: targets, separated by commas; None for DSM, and the target of the configuration if it is a stable target.
         config: configuration of the training.
         pool: the data that are trained on.
+
+    Raises:
+        ConfigError: the floor of one of the targets is not known.
     """
-    section = config["target"]
-    return ["dsm", f"stf:{min(section['size'], len(pool))}"] if section["kind"] == "stf" else ["dsm"]
+    if text is None:
+        return ["dsm", *([_floor_name(config["target"], pool)] if config["target"]["kind"] == "stf" else [])]
+    chosen = {each: target_section(each, config.allowed) for each in split_targets(text)}
+    sections = {each: config.changed(target=section)["target"] for each, section in chosen.items()}
+    if unknown := [each for each, section in sections.items() if section["kind"] not in ("dsm", "stf", "exact")]:
+        raise ConfigError(f"the floor of the target {unknown[0]!r} is not known: choose from dsm, stf:N and exact")
+    return list(dict.fromkeys(_floor_name(section, pool) for section in sections.values()))
+
+
+def _floor_name(section: dict[str, Any], pool: Pool) -> str:
+    return f"stf:{min(section['size'], len(pool))}" if section["kind"] == "stf" else str(section["kind"])

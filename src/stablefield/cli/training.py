@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from stablefield.build import Components
-from stablefield.config import Allowed, Config, ConfigError, overlay, override, read_toml, resolve
+from stablefield.config import Allowed, Config, ConfigError, overlay, read_toml
 from stablefield.data import guess_kind
 from stablefield.distributed import Ranks
 from stablefield.engine.checkpoints import latest_config, refuse_changed_config, refuse_edited_config
@@ -111,7 +111,7 @@ def resumed_config(folder: RunFolder, settings: list[str], allow: Iterable[Allow
     before = latest_config(folder, allow)
     if before is None:
         raise ConfigError(f"there is no run in {folder.path}; start one with --out {folder.path}")
-    after = resolve(override(before.sections, settings), allow=allow)
+    after = before.changed(settings)
     refuse_changed_config(before, after)
     refuse_edited_config(folder, after)
     return after

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import tomli_w
@@ -17,7 +18,7 @@ from stablefield.config.classes import (
     runtime_values,
     schema,
 )
-from stablefield.config.text import ConfigError, add_checksum, kind_of
+from stablefield.config.text import ConfigError, add_checksum, kind_of, overlay, override
 from stablefield.config.training import Training
 from stablefield.kinds import KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS, SIGMA_DATA
 
@@ -56,13 +57,25 @@ class Config:
         configured = dict(schema(section, component).model_validate(values))
         return component(**configured, **runtime_values(section, component, runtime), **named)
 
+    def changed(self, settings: Iterable[str] = (), **sections: Mapping[str, Any]) -> "Config":
+        """This configuration with other values of some keys.
+
+        Args:
+            settings: new values, each as `section.key=value`; a new kind replaces its whole section, as in `override`.
+            **sections: further new values by key, by section.
+
+        Raises:
+            ConfigError: as for `resolve`.
+        """
+        return resolve(overlay(override(self.sections, settings), sections), allow=self.allowed)
+
     @property
     def own_classes(self) -> list[str]:
         """Names `module:Class` of the components that are not of this package."""
         kinds = [str(values.get("kind", "")) for values in self.sections.values()]
         return [kind for kind in kinds if ":" in kind]
 
-    @property
+    @cached_property
     def training(self) -> Training:
         """The section `training`, which has no kinds."""
         return self.make("training")

@@ -13,18 +13,15 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-import torch
-
 from stablefield.build import Components, build_sampler
-from stablefield.config import Config, ConfigError, Training
+from stablefield.config import Config
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
-from stablefield.engine.adaptation import Adaptation
-from stablefield.engine.checkpoints import CheckpointManager, locked
-from stablefield.engine.loop import Optimization, StepReport, train
+from stablefield.engine.checkpoints import locked
+from stablefield.engine.loop import StepReport
 from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
 from stablefield.engine.probing import LossFigure, RunProbes
-from stablefield.engine.state import TrainState
+from stablefield.engine.session import Session, deterministic_algorithms
 from stablefield.engine.tensorboard import TensorBoardWriter, samples
 from stablefield.files import write_text
 from stablefield.run import RunFolder
@@ -33,11 +30,7 @@ __all__ = [
     "CheckpointScore",
     "OnStep",
     "StopRequest",
-    "compile_network",
-    "deterministic_algorithms",
     "fit",
-    "initial_state",
-    "make_optimization",
     "stop_signals",
 ]
 
@@ -88,69 +81,6 @@ def fit(
         return _Fit(config, components, folder, ranks, score).run(on_step, stop)
 
 
-def initial_state(config: Config, components: Components) -> TrainState:
-    """The state of a run that has not seen any image.
-
-    Args:
-        config: configuration of the run, for averages and precision.
-        components: the parts of the run, for the denoiser.
-    """
-    training = config.training
-    return TrainState(
-        components.denoiser,
-        torch.optim.Adam(components.denoiser.parameters(), eps=training.adam_eps, fused=True),
-        emas=training.emas,
-        precision=getattr(torch, training.precision),
-        adaptation=_adaptation(config, components),
-    )
-
-
-def _adaptation(config: Config, components: Components) -> Adaptation | None:
-    """The noise distribution of a run, if it adapts."""
-    adaptation = Adaptation.of(components.objective.times)
-    if adaptation and not adaptation.adaptive.reweight and not config.training.probe_every:
-        raise ConfigError("times.reweight=false follows the excess, which is not measured: set training.probe_every")
-    return adaptation
-
-
-def make_optimization(training: Training) -> Optimization:
-    """The hyperparameters of the update of the weights.
-
-    Args:
-        training: the section `training` of the configuration.
-    """
-    return Optimization(training.rate, training.gradient_clip, training.micro_batch_size)
-
-
-def compile_network(config: Config, components: Components) -> None:
-    """Compile the network if `training.compile` is set.
-
-    Args:
-        config: configuration of the run.
-        components: the parts of the run; the network is compiled in place, so the names of its weights do not change.
-    """
-    if config.training.compile:
-        for network in components.denoiser.children():
-            network.compile()
-
-
-@contextmanager
-def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which torch refuses operations whose results are not reproducible bit for bit.
-
-    Args:
-        enabled: False changes nothing.
-    """
-    if not enabled or torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 class _Fit:
     """A run in progress, with its checkpoints, metrics and samples."""
 
@@ -164,9 +94,8 @@ class _Fit:
     ) -> None:
         self.config, self.components, self.folder, self.ranks, self.score = config, components, folder, ranks, score
         training, objective = config.training, components.objective
-        self.state = initial_state(config, components)
-        self.checkpoints = CheckpointManager(folder, config, components)
-        self.checkpoints.restore(self.state, ranks)
+        self.session = Session(config, components, folder, ranks)
+        self.state, self.checkpoints = self.session.state, self.session.checkpoints
         ranks.on_main(self._start)
         history = folder.history()
         bins = NoiseBins.equally_likely(objective.times, components.denoiser.process)
@@ -205,7 +134,7 @@ class _Fit:
             self.checkpoints.wait()
 
     def _train(self, on_step: OnStep | None, stop: "StopRequest") -> int:
-        for step in self._steps():
+        for step in self.session.steps():
             number = int(self.ranks.all_gather_int(stop.number).max())  # a signal to one rank stops all
             self._record(step, stopping=number > 0)
             if on_step is not None:
@@ -214,19 +143,6 @@ class _Fit:
             if number:
                 return number
         return 0
-
-    def _steps(self) -> Iterator[StepReport]:
-        training, components = self.config.training, self.components
-        compile_network(self.config, components)
-        return train(
-            self.state,
-            components.objective,
-            components.batches,
-            images=training.images,
-            seed=training.seed,
-            optimization=make_optimization(training),
-            ranks=self.ranks,
-        )
 
     def _record(self, step: StepReport, stopping: bool) -> None:
         """Write the metrics, checkpoint and samples that are due after a step; only a checkpoint when stopping."""

@@ -22,11 +22,10 @@ from stablefield.distributed import Ranks, no_sync
 from stablefield.engine.state import TrainState
 from stablefield.kernel.accumulator import Posterior
 from stablefield.objective import LossReport, Objective
-from stablefield.process import NoisyBatch, draw_noise, move
+from stablefield.process import NoisyBatch
 from stablefield.schedule import LearningRate
 from stablefield.seeding import derive, generator
 from stablefield.targets import Prefetched
-from stablefield.times import TimeDistribution
 
 __all__ = ["Optimization", "StepReport", "perturb", "train"]
 
@@ -149,7 +148,7 @@ def _training_batches(
 
     def group(first: int) -> list[tuple[NoisyBatch, Posterior]]:
         steps = [first + step * batches.size for step in range(together)]
-        noisy = [perturb(state, objective.times, batches, images, seed) for images in steps]
+        noisy = [perturb(state, objective, batches, images, seed) for images in steps]
         # all ranks draw the same references, whichever examples they hold
         generators = [generator(seed, "references", images) for images in steps]
         if isinstance(target, Prefetched):
@@ -164,23 +163,24 @@ def _training_batches(
         yield from group(first)
 
 
-def perturb(state: TrainState, times: TimeDistribution, batches: BatchSource, images: int, seed: int) -> NoisyBatch:
+def perturb(state: TrainState, objective: Objective, batches: BatchSource, images: int, seed: int) -> NoisyBatch:
     """The noisy batch of a training step, with times drawn for the step and noise drawn for each image.
 
     Args:
         state: the state, for the process and the device of its model.
-        times: distribution of t, unless that of the state adapts.
+        objective: the objective, whose times are used unless those of the state adapt.
         batches: the batches of the run.
         images: images seen before the step, over all ranks.
         seed: seed of times and noise.
     """
     batch = batches(images).to(state.device)
-    times = state.adaptation.times(images, state.images) if state.adaptation else times
+    times = state.adaptation.times(images, state.images) if state.adaptation else objective.times
     t = times.draw(batches.size, generator(seed, "times", images))[batch.image_number - images]
-    return state.denoiser.process.perturb(
+    return objective.perturb(
+        state.denoiser.process,
         batch.x,
-        move(t.to(batch.x.dtype), batch.x.device),
-        draw_noise(batch.x, batch.generators(seed, "noise")),
+        t=t,
+        generators=batch.generators(seed, "noise"),
         label=batch.label,
         index=batch.index,
         augment_label=batch.augment_label,

@@ -22,7 +22,7 @@ from stablefield.engine.loop import StepReport
 from stablefield.engine.state import TrainState
 from stablefield.objective import Objective
 from stablefield.pool import Pool
-from stablefield.process import Process, draw_noise
+from stablefield.process import Process
 from stablefield.seeding import generator
 from stablefield.targets import DSMTarget
 from stablefield.times import TimeDistribution
@@ -219,11 +219,11 @@ class HeldOutLoss:
         """Sums for each range over some examples, whose numbers seed their noise."""
         device = self.ranks.device
         x, label = self.pool.take(index).to(device), self.pool.label(index)
-        noise = draw_noise(x, (generator(0, "held out", number) for number in examples.tolist()))
-        noisy = denoiser.process.perturb(
+        noisy = self.objective.perturb(
+            denoiser.process,
             x,
-            t.to(x),
-            noise,
+            t=t,
+            generators=(generator(0, "held out", number) for number in examples.tolist()),
             label=None if label is None else label.to(device),
             index=index,
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from stablefield.build import build_sampler
-from stablefield.config import ConfigError, override, resolve
+from stablefield.config import ConfigError
 from stablefield.data import Progress, silent
 from stablefield.denoise import Denoiser, Guided
 from stablefield.distributed import Ranks
@@ -218,7 +218,7 @@ def _sampling_config(trained: TrainedRun, settings: Sequence[str]) -> Any:
     """The run's configuration with other settings of the sections sampler and grid."""
     if other := [setting for setting in settings if setting.partition(".")[0] not in ("sampler", "grid")]:
         raise ConfigError(f"--set {other[0]}: only sampler.* and grid.* can be set when sampling")
-    return resolve(override(trained.config.sections, settings), allow=trained.config.allowed)
+    return trained.config.changed(settings)
 
 
 def _with_guidance(denoiser: Denoiser, guidance: float | None, guide: TrainedRun | None) -> Denoiser:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from stablefield.build import build, choose_device
-from stablefield.config import Allowed, Config, ConfigError, overlay, resolve
+from stablefield.config import Allowed, Config, ConfigError
 from stablefield.data import Progress, StageProgress, silent, silent_stage
 from stablefield.engine.checkpoints import locked
 from stablefield.files import write_text
@@ -187,8 +187,7 @@ def define(
         raise ConfigError(f"there is no objective {', '.join(sorted(unknown))!r}; choose from {', '.join(OBJECTIVES)}")
     data = config.make("data").load(progress)
     if config["data"]["holdout"] == 0:
-        holdout = {"data": {"holdout": min(max(2, len(data) // 6), 5000)}}
-        config = resolve(overlay(config.sections, holdout), allow=config.allowed)
+        config = config.changed(data={"holdout": min(max(2, len(data) // 6), 5000)})
     chosen = {name: OBJECTIVES[name] for name in objectives} or {"": ()}
     return Experiment(
         config,

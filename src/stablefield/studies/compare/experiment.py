@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stablefield.config import Allowed, Config, ConfigError, override, resolve, target_section
+from stablefield.config import Allowed, Config, ConfigError, resolve, target_section
 from stablefield.engine.checkpoints import RESUMABLE_KEYS
 from stablefield.files import write_text
 from stablefield.pool import Pool
@@ -138,12 +138,9 @@ class Experiment:
             arm: the arm.
             seed: training seed of the run.
         """
-        sections = override(self.config.sections, self.objectives[arm.objective])
-        target = target_section(arm.target, self.config.allowed)
         # further keys of the shared section apply only to targets of its kind
-        shared = sections["target"] if sections["target"]["kind"] == target["kind"] else {}
-        training = sections["training"] | {"seed": seed}
-        return resolve(sections | {"target": shared | target, "training": training}, allow=self.config.allowed)
+        target = target_section(arm.target, self.config.allowed)
+        return self.config.changed(self.objectives[arm.objective], target=target, training={"seed": seed})
 
     def extended_by(self, other: "Experiment") -> "Experiment":
         """This experiment with the arms and seeds of another one added.

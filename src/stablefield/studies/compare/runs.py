@@ -5,15 +5,13 @@ A run is saved before it is evaluated, so that every score belongs to saved weig
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from stablefield.build import Components, build
-from stablefield.distributed import Ranks
-from stablefield.engine import train
-from stablefield.engine.checkpoints import CheckpointManager
-from stablefield.engine.fit import compile_network, deterministic_algorithms, initial_state, make_optimization
+from stablefield.engine.session import Session, deterministic_algorithms
 from stablefield.files import write_text
 from stablefield.generate.images import save_sheet
 from stablefield.studies.compare.endpoints import endpoints_hash
@@ -60,46 +58,32 @@ def run_arm(
     config, folder = experiment.configure(arm, seed), experiment.run_folder(out, arm, seed)
     with deterministic_algorithms(config.training.deterministic):
         parts = build(config)
-        state = initial_state(config, parts)
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.sweep()
-        checkpoints = CheckpointManager(folder, config, parts)
+        session = Session(config, parts, folder)
+        state, checkpoints = session.state, session.checkpoints
         experiment.refuse_other_data(parts.data, checkpoints.data_hash)
-        checkpoints.restore(state, Ranks(state.device))
         write_text(folder.config, config.toml())
-        compile_network(config, parts)
-        # one iterator for the whole training, because prefetched targets may reach beyond an evaluation point
-        steps = train(
-            state,
-            parts.objective,
-            parts.batches,
-            images=experiment.images,
-            seed=seed,
-            optimization=make_optimization(config.training),
-        )
         record = experiment.record_file(out, arm, seed)
         saved_at = reported_at = perf_counter()
-        for point in experiment.evaluation_points:
-            while state.images < point:
-                next(steps)
-                now, stop = perf_counter(), should_stop()
-                if stop or now - saved_at > SAVE_INTERVAL:
+        for images in chain([state.images], (step.images for step in session.steps())):
+            now, stop = perf_counter(), should_stop()
+            if stop or now - saved_at > SAVE_INTERVAL:
+                checkpoints.save(state)
+                saved_at = now
+            if stop:
+                return False
+            if images in experiment.evaluation_points and images not in {line["images"] for line in read_lines(record)}:
+                if checkpoints.newest_images < images:
                     checkpoints.save(state)
-                    saved_at = now
-                if stop:
-                    return False
-                if now - reported_at > 1:
-                    report(state.images)
-                    reported_at = now
-            if state.images == point and point not in {line["images"] for line in read_lines(record)}:
-                if checkpoints.newest_images < point:
-                    checkpoints.save(state)
-                line, samples = evaluator(parts)(state, parts, last=point == experiment.images)
+                line, samples = evaluator(parts)(state, parts, last=images == experiment.images)
                 append_line(record, line | {"endpoints": endpoints_hash(experiment.endpoints)})
-                if parts.pool.images and point == experiment.images:
+                if parts.pool.images and images == experiment.images:
                     save_sheet(folder.path / "samples.png", samples[:SHEET_SAMPLES])
                 saved_at = perf_counter()
-            report(state.images)
+            if now - reported_at > 1 or images in experiment.evaluation_points:
+                report(images)
+                reported_at = now
     return True
 
 

@@ -14,6 +14,7 @@ from statistics import correlation, fmean, stdev
 __all__ = ["Estimate", "area_mean", "holm", "roughness", "spread_ratio", "value_at"]
 
 CONFIDENCE = 0.95
+MIN_PAIRS = 5  # for the spread over seeds
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ def spread_ratio(first: Sequence[float], second: Sequence[float]) -> Estimate:
         second: one value per seed, paired with the first.
 
     Returns:
-        log(std(first) / std(second)); without an interval for fewer than three pairs or if a spread is zero.
+        log(std(first) / std(second)); not measured for fewer than five pairs, whose test is too sensitive to single
+        runs, or if a spread is zero.
     """
     n = len(first)
     values = [*first, *second]
-    if n < 3 or not all(map(isfinite, values)) or not (stdev(first) and stdev(second)):
+    if n < MIN_PAIRS or not all(map(isfinite, values)) or not (stdev(first) and stdev(second)):
         return Estimate(nan, -inf, inf, nan, n)
     ratio = log(stdev(first) / stdev(second))
     r = min(1.0, max(-1.0, correlation(first, second)))

@@ -14,8 +14,8 @@ from time import perf_counter
 from typing import Any
 
 from stablefield.build import build
-from stablefield.engine import StepReport, train
-from stablefield.engine.fit import initial_state, make_optimization
+from stablefield.engine import StepReport
+from stablefield.engine.session import initial_state, training_steps
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.runs import append_line
 
@@ -77,8 +77,7 @@ def _endless_steps(experiment: Experiment, arm: Arm) -> Iterator[StepReport]:
     """Training steps of a fresh run of an arm."""
     config = experiment.configure(arm, experiment.seeds[0])
     parts = build(config)
-    optimization = make_optimization(config.training)
-    return train(initial_state(config, parts), parts.objective, parts.batches, images=2**62, optimization=optimization)
+    return training_steps(config, parts, initial_state(config, parts), images=2**62)
 
 
 def _time_segment(experiment: Experiment, steps: Iterator[StepReport]) -> float:

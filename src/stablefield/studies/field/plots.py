@@ -42,7 +42,7 @@ def plot_field(path: Path, study: VarianceStudy, title: str) -> None:
     _band(below, study, kl, "--", "KL from the prior / log N")
     _band(below, study, study.ess_share, ":", "effective sample size / N")
     below.set_ylim(0, 1.02)
-    below.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+    below.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
     _mark_phases(study, above, below)
     save_figure(figure, path)
 
