@@ -6,7 +6,7 @@ READY := .venv/.ready
 INTEROP := .venv-interop
 # one process per core, each with its own cache; those that have finished take over tests from the others
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
-MATHEMATICS := kernel targets stable process sample test_objective.py test_seeding.py test_views.py
+MATHEMATICS := kernel targets stable process test_objective.py test_seeding.py test_views.py
 
 .PHONY: demo check test test-all test-interop lint format bench clean help
 

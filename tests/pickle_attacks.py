@@ -150,7 +150,7 @@ BOMBS = {
     "line": (b"c" + b"x" * 1_000_000, "not allowed"),
     "deep key": (whole(b"})" + b"\x85" * 50_000 + b"Ns"), "dictionary key"),
     "doubled key": (whole(b"}" + doubled(b")", 60) + b"Ns"), "dictionary key"),
-    "doubled member of a set": (whole(b"\x8f(" + doubled(b")", 60) + b"\x90"), "list"),
+    "doubled element of a set": (whole(b"\x8f(" + doubled(b")", 60) + b"\x90"), "list"),
     "bytes many times": (
         whole(
             b"](c_codecs\nencode\nq\x00" + text("a" * 500_000) + text("latin1") + b"\x86q\x01R" + b"h\x00h\x01R" * 999
@@ -162,7 +162,7 @@ BOMBS = {
 
 
 def fuzz(tmp_path, seed, rounds, *files):
-    """How many random changes of files are read and how many refused (see `pickle_fuzz.py`)."""
+    """Numbers of random changes of files that are read and that are refused (see `pickle_fuzz.py`)."""
     pytest.importorskip("resource")  # limits on memory and alarms exist on Unix only
     script = Path(__file__).with_name("pickle_fuzz.py")
     command = [sys.executable, str(script), str(seed), str(rounds), str(tmp_path), *map(str, files)]

@@ -6,6 +6,7 @@ devices, generators of the wrong device, NumPy arrays of its tensors, and int8 p
 cuBLASLt does not take. It also records what makes the host wait (`waits`), with the line of the package that asked:
 item, bool, tolist, nonzero, boolean indices, unique, copies to the CPU, and copies to the GPU that are not
 non_blocking from pinned memory. And it counts operations (`operations`) and multiplications in float64 (`float64`).
+Normalisations have the layout and, under autocast, the type of CUDA's.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ CUDA = torch.device("cuda", 0)
 DATA_SHAPED = {"nonzero", "_unique2", "masked_select", "unique_consecutive", "unique_dim", "bincount"}
 READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_", "_unsafe_index"}
+FLOAT32 = {"group_norm", "layer_norm"}  # what autocast computes in float32 on a GPU, but not on a CPU
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "mv"}
 
 
@@ -99,6 +101,8 @@ class Operations(TorchDispatchMode):
             if name == "_int_mm":
                 args = (args[0].contiguous(), args[1])
         out = func(*args, **kwargs)
+        if name == "native_group_norm" and any(there):  # CUDA's kernel knows one layout
+            out = (out[0].contiguous(), *out[1:])
         writes = any(each.alias_info is not None and each.alias_info.is_write for each in func._schema.arguments)
         if (any(there) or self.gpu.wanted) and name not in READS and not (writes and there and not there[0]):
             for x in pytree.tree_leaves(out):
@@ -201,6 +205,8 @@ class PretendGPU(TorchFunctionMode):
             self.wait("tolist")
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
+        if name in FLOAT32 and x is not None and x in ON_GPU and torch.is_autocast_enabled("cpu"):
+            args = tuple(each.float() if isinstance(each, Tensor) else each for each in args)
         self._judge_generator(name, args, kwargs)
         if kwargs.pop("pin_memory", False):
             return PINNED.add(func(*args, **kwargs))

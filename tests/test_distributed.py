@@ -20,9 +20,10 @@ from stablefield.build import build
 from stablefield.checkpoint import read
 from stablefield.config import Config, override, resolve
 from stablefield.data import ShuffledBatches
-from stablefield.distributed import Ranks, _forget, process_group
+from stablefield.distributed import Ranks, _forget, process_group, refuse_accelerate_settings
 from stablefield.engine import Optimization, train
 from stablefield.engine.fit import fit
+from stablefield.engine.loop import refuse_unused_parameters
 from stablefield.engine.probing import RunProbes
 from stablefield.engine.session import initial_state, make_optimization
 from stablefield.networks import UNet
@@ -30,7 +31,7 @@ from stablefield.objective import EDMWeight
 from stablefield.preconditioning import EDMPreconditioning
 from stablefield.run import RunFolder
 from stablefield.schedule import LearningRate
-from stablefield.targets import ExactTarget, Prefetched, Shard, Sharded
+from stablefield.targets import DSMTarget, ExactTarget, Prefetched, Shard, Sharded
 from stablefield.targets.isolation import nearest_distances
 from stablefield.times import LogNormal, Stratified
 
@@ -386,3 +387,43 @@ def test_the_command_line_shards_data(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_parameters_without_gradient_are_named_before_the_first_step():
+    class Unused(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.spare = torch.nn.Conv2d(1, 1, 1), torch.nn.Linear(2, 2)
+            self.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+
+        def forward(self, x, c_noise, label_one_hot=None, augment_label=None):
+            return self.used(x)
+
+    denoiser = Preconditioned(Unused(), VE(), EDMPreconditioning())
+    x, index = POOL.take(torch.arange(4)), torch.arange(4)
+    noisy = VE().perturb(x, torch.ones(4), torch.zeros_like(x), index=index)
+    objective = Objective(LogNormal(), DSMTarget(), EDMWeight())
+    with pytest.raises(ValueError, match=r"^2 parameters .*: network.spare.weight, network.spare.bias;"):
+        refuse_unused_parameters(denoiser, objective, (noisy, DSMTarget()(noisy)))
+    assert all(p.grad is None for p in denoiser.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"MIXED_PRECISION": "bf16"}, "mixed_precision=bf16, but the precision is float32"),
+        ({"GRADIENT_ACCUMULATION_STEPS": "4"}, "set training.micro_batch_size"),
+        ({"DYNAMO_BACKEND": "INDUCTOR"}, "set training.compile=true"),
+        ({"USE_DEEPSPEED": "true"}, "DEEPSPEED, which is not supported"),
+        ({"USE_FSDP": "true"}, "FSDP, which is not supported"),
+    ],
+)
+def test_settings_of_accelerate_that_would_be_ignored_are_refused(settings, message):
+    usual = {"MIXED_PRECISION": "no", "DYNAMO_BACKEND": "NO", "GRADIENT_ACCUMULATION_STEPS": "1", "USE_CPU": "true"}
+    environment = {f"ACCELERATE_{name}": value for name, value in usual.items()}
+    refuse_accelerate_settings(environment, "float32")
+    refuse_accelerate_settings(environment | {"ACCELERATE_MIXED_PRECISION": "bf16"}, "bfloat16")
+    with pytest.raises(ValueError, match=message):
+        refuse_accelerate_settings(
+            environment | {f"ACCELERATE_{name}": value for name, value in settings.items()}, "float32"
+        )

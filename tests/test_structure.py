@@ -19,7 +19,7 @@ import stablefield
 
 HOUSE = Path(stablefield.__file__).parent
 FLOORS = (
-    {"process", "networks", "seeding", "schedule", "extras", "kinds"},
+    {"process", "networks", "precision", "seeding", "schedule", "extras", "kinds"},
     {"times", "prediction", "kernel", "pool", "augmentation"},
     {"targets", "preconditioning", "denoise"},
     {"objective", "sample", "likelihood", "stable", "floor"},

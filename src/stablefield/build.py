@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from stablefield.seeding import derive
 from stablefield.targets import ExactTarget, Prefetched, Shard, Sharded, STFTarget, TargetEstimator
 from stablefield.times import Stratified
 
-__all__ = ["Components", "build", "build_denoiser", "build_sampler", "choose_device", "resident"]
+__all__ = ["Components", "build", "build_denoiser", "build_sampler", "choose_device", "place", "resident"]
 
 LOGGER = logging.getLogger("stablefield")
 
@@ -99,9 +100,9 @@ def build(
     if not training.target_sharding:
         pool = resident(pool, ranks.device)
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
-    order = ShuffledBatches(pool, training.batch_size, training.seed, ranks.rank, ranks.world_size)
+    order = ShuffledBatches(pool, training.batch_size, training.seed, ranks.rank, ranks.world_size, ranks.device)
     target = _build_target(config, order, augmentation, ranks, progress)
-    denoiser = build_denoiser(config, pool.shape, pool.num_classes, weights).to(ranks.device)
+    denoiser = place(build_denoiser(config, pool.shape, pool.num_classes, weights), ranks.device)
     _check_network(denoiser, pool, augmentation.augment_dim)
     batches = augmentation.augment_batches(order, training.seed, ranks.device)
     if training.label_dropout:
@@ -201,6 +202,17 @@ def resident(pool: Pool, device: torch.device, share: float = 0.1) -> Pool:
     if device.type != "cuda" or pool.nbytes > share * torch.cuda.get_device_properties(device).total_memory:
         return pool
     return pool.to(device)
+
+
+def place(denoiser: Preconditioned, device: torch.device) -> Preconditioned:
+    """The denoiser on a device; on a GPU its weights are stored channels last, as convolutions there read them.
+
+    Args:
+        denoiser: the denoiser, moved in place.
+        device: the device.
+    """
+    layout: dict[str, Any] = {"memory_format": torch.channels_last} if device.type == "cuda" else {}
+    return denoiser.to(device, **layout)
 
 
 def build_denoiser(

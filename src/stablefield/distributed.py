@@ -7,9 +7,10 @@ Without them there is a single rank, no process group is created, and every oper
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,26 +26,38 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stablefield.extras import how_to_install
 
-__all__ = ["Ranks", "no_sync", "process_group"]
+__all__ = ["Ranks", "no_sync", "process_group", "refuse_accelerate_settings"]
 
 T = TypeVar("T")
+
+LONGEST_WORK = timedelta(hours=24)
+"""Time that ranks wait for work of the main rank, such as decoding data or writing files."""
+
+
+class _Group:
+    """The gloo group of the process: beside NCCL, for integers and objects that need no GPU."""
+
+    current: torch.distributed.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process, its device, and its collective operations with the other ranks.
 
-    Every collective operation must be called on all ranks.
+    Every collective operation must be called on all ranks. Integers and objects are exchanged between the hosts, so
+    that no rank waits for a GPU, and the main rank may work for hours meanwhile.
 
     Attributes:
         device: device that this rank computes on.
         rank: number of this process, from 0.
         world_size: number of processes.
+        around: contexts that are entered around every exchange of tensors (see `engine.stopping`).
     """
 
     device: torch.device
     rank: int = 0
     world_size: int = 1
+    around: list[Callable[[], AbstractContextManager[object]]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -53,10 +66,7 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait until all ranks have reached this point."""
-        if self.world_size > 1:
-            from accelerate import PartialState
-
-            PartialState().wait_for_everyone()
+        self.all_gather_int(0)
 
     def all_gather(self, values: Tensor) -> Tensor:
         """Tensors of all ranks, concatenated in the order of the ranks, on every rank's device.
@@ -68,7 +78,10 @@ class Ranks:
             return values
         from accelerate.utils import gather
 
-        return gather(values.to(self.device))  # tensors must be on the GPU for GPUs to exchange them
+        with ExitStack() as stack:
+            for context in self.around:
+                stack.enter_context(context())
+            return gather(values.to(self.device))  # tensors must be on the GPU for GPUs to exchange them
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's part of work that can be divided: every `world_size`-th item, beginning at `rank`.
@@ -87,7 +100,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        torch.distributed.gather_object(value, values if self.is_main else None)
+        torch.distributed.gather_object(value, values if self.is_main else None, group=_Group.current)
         return values if self.is_main else []
 
     def any(self, condition: bool) -> bool:
@@ -96,7 +109,7 @@ class Ranks:
         Args:
             condition: the condition on this rank.
         """
-        return bool(self.all_gather_int(condition).any())
+        return bool(self.all_gather_int(condition).any()) if self.world_size > 1 else condition
 
     def all_gather_int(self, value: int) -> Int[Tensor, "world_size"]:
         """The integers of all ranks, in the order of the ranks, on the CPU.
@@ -104,9 +117,12 @@ class Ranks:
         Args:
             value: integer of this rank.
         """
-        # on the CPU a single rank does not wait for its device
-        device = self.device if self.world_size > 1 else "cpu"
-        return self.all_gather(torch.tensor([int(value)], device=device)).cpu()
+        own = torch.tensor([int(value)])
+        if self.world_size == 1:
+            return own
+        values = [torch.empty_like(own) for _ in range(self.world_size)]
+        torch.distributed.all_gather(values, own, group=_Group.current)
+        return torch.cat(values)
 
     def on_main(self, function: Callable[[], object]) -> None:
         """Call a function on the main rank while the others wait; if it fails, all ranks end.
@@ -148,7 +164,10 @@ class Ranks:
         Args:
             module: a module on `device`; returned as it is for a single rank.
         """
-        return DistributedDataParallel(module, broadcast_buffers=False) if self.world_size > 1 else module
+        if self.world_size == 1:
+            return module
+        # gradients are views of the buckets that are exchanged, which saves a copy of all of them
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def no_sync(module: nn.Module) -> AbstractContextManager[object]:
@@ -160,16 +179,55 @@ def no_sync(module: nn.Module) -> AbstractContextManager[object]:
     return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
 
+_PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+_UNUSED = ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+
+def refuse_accelerate_settings(environment: Mapping[str, str], precision: str) -> None:
+    """Refuse settings of `accelerate launch` that would be ignored: it passes them in environment variables.
+
+    Args:
+        environment: the environment variables.
+        precision: precision of the run.
+
+    Raises:
+        ValueError: there is such a setting.
+    """
+    found = {name.removeprefix("ACCELERATE_"): value.lower() for name, value in environment.items() if value}
+    mixed, steps = found.get("MIXED_PRECISION", "no"), found.get("GRADIENT_ACCUMULATION_STEPS", "1")
+    if mixed != "no" and _PRECISIONS.get(mixed, mixed) != precision:
+        raise ValueError(
+            f"accelerate was launched with mixed_precision={mixed}, but the precision is {precision}; launch with "
+            "mixed_precision=no, and set training.precision to change it"
+        )
+    if steps != "1":
+        raise ValueError(
+            f"accelerate was launched with gradient_accumulation_steps={steps}; set training.micro_batch_size instead, "
+            "the number of examples that pass through the network at once"
+        )
+    if found.get("DYNAMO_BACKEND", "no") != "no":
+        raise ValueError("accelerate was launched with a dynamo backend; set training.compile=true instead")
+    for name in _UNUSED:
+        if found.get(f"USE_{name}") in ("true", "1", "yes"):
+            raise ValueError(
+                f"accelerate was launched with {name}, which is not supported: every rank holds the whole network; "
+                "launch with --multi_gpu, or use torchrun"
+            )
+
+
 @contextmanager
-def process_group(device: torch.device) -> Iterator[Ranks]:
+def process_group(device: torch.device, precision: str = "float32") -> Iterator[Ranks]:
     """Context with the process group of all ranks, which is destroyed at the end.
 
     Args:
         device: device to compute on; with several GPUs each rank uses its own.
+        precision: precision of the run, which `accelerate launch` must not contradict.
 
     Raises:
+        ValueError: `accelerate launch` was given a setting that this package does not follow.
         ModuleNotFoundError: there are several ranks, and accelerate is not installed.
     """
+    refuse_accelerate_settings(os.environ, precision)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(device)
         return
@@ -178,6 +236,7 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(how_to_install("training with several ranks"), name=error.name) from error
     state = PartialState(cpu=device.type == "cpu")
+    _Group.current = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WORK)
     try:
         with warnings.catch_warnings():
             for harmless in ("Grad strides do not match", ".*broadcast_buffers. is deprecated"):
@@ -187,6 +246,7 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
         _forget(error)
         raise
     finally:
+        _Group.current = None
         state.destroy_process_group()
         PartialState._reset_state()  # so that another group can be created in this process
 

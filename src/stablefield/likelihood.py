@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.denoise import Denoiser
+from stablefield.precision import arithmetic, autocast
 from stablefield.sample.adaptive import integrate
 from stablefield.sample.base import BoundDenoiser
 
@@ -41,6 +42,7 @@ def bits_per_dim(
     tolerance: float = 1e-5,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
+    precision: str = "float32",
 ) -> Float[Tensor, "B"]:
     """Negative log-likelihood of each example, in bits per dimension.
 
@@ -55,10 +57,12 @@ def bits_per_dim(
         tolerance: relative and absolute error allowed in a step of the solver.
         sigma_min: noise level sigma / alpha at which the integration starts, instead of 0.
         sigma_max: noise level sigma / alpha at which the distribution is taken to be Gaussian.
+        precision: arithmetic of the network (see `stablefield.precision`); the ODE is solved in float64. The solver
+            takes smaller steps to follow rounding, so that half precision may need a larger tolerance.
 
     Raises:
-        ValueError: the data are not on the given levels, the number of seeds is not that of the data, or the denoiser
-            is not differentiable.
+        ValueError: the precision is unknown, the data are not on the given levels, the number of seeds is not that of
+            the data, or the denoiser is not differentiable.
     """
     seeds = range(len(x)) if seeds is None else seeds
     if len(seeds) != len(x):
@@ -73,7 +77,8 @@ def bits_per_dim(
     alpha, sigma = denoiser.process.scales(torch.stack([start, end]))
     # the model of x is that of alpha x at the first noise level; the last column integrates the divergence
     begin = torch.nn.functional.pad(alpha[0] * data.flatten(1), (0, 1))
-    latent = integrate(flow, begin, start, end, tolerance)
+    with arithmetic(precision), autocast(precision, x.device):
+        latent = integrate(flow, begin, start, end, tolerance)
 
     normal = -0.5 * (latent[:, :-1] / sigma[1]).square().mean(1) - sigma[1].log() - 0.5 * math.log(2 * math.pi)
     log_density = normal + latent[:, -1] + alpha[0].log()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stablefield.build import build_denoiser, choose_device
+from stablefield.build import build_denoiser, choose_device, place
 from stablefield.checkpoint import Checkpoint, CheckpointError, finite, read
 from stablefield.config import Allowed, Config, ConfigError, resolve
 from stablefield.data import Progress, content_hash, silent
@@ -166,10 +166,9 @@ class RunFolder:
         Args:
             images: number of images that the checkpoint has seen.
         """
-        kept = (line for line in self.history() if round(line["progress/kimg"] * 1000) <= images)
-        text = "".join(json.dumps(line) + "\n" for line in kept)
         if self.metrics.exists():
-            write_text(self.metrics, text)
+            kept = (line for line in self.history() if round(line["progress/kimg"] * 1000) <= images)
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         for sheet in self.sheets.glob("[0-9]*.png"):
             if int(sheet.stem) > images:
                 sheet.unlink()
@@ -328,7 +327,7 @@ def open_run(
         raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
     except RuntimeError as error:
         raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
-    denoiser = denoiser.to(choose_device(device)).eval().requires_grad_(False)
+    denoiser = place(denoiser, choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
     return TrainedRun(denoiser, config, shape, num_levels, values, found.images, checksum, path, data)
 

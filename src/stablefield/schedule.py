@@ -6,7 +6,7 @@ from math import cos, inf, pi
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 
 __all__ = ["EMA", "Decay", "LearningRate", "average_names"]
 
@@ -88,19 +88,16 @@ class EMA:
         return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
 
     @torch.no_grad()
-    def update(self, average: nn.Module, model: nn.Module, images: int, batch_size: int) -> None:
-        """Move the averaged weights towards the model's; buffers are copied.
+    def update(self, averages: list[Tensor], weights: list[Tensor], images: int, batch_size: int) -> None:
+        """Move averaged weights towards those of the model.
 
         Args:
-            average: the module that holds the averages, changed in place.
-            model: the module that is trained.
+            averages: the averages, changed in place.
+            weights: the weights that are trained.
             images: images seen before the step.
             batch_size: images of the step, over all ranks.
         """
-        beta = self.decay(images, batch_size)
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - beta)
-        for averaged, new in zip(average.buffers(), model.buffers(), strict=True):
-            averaged.copy_(new)
+        torch._foreach_lerp_(averages, weights, 1 - self.decay(images, batch_size))
 
 
 def average_names(half_lives: Sequence[float]) -> list[str]:

@@ -63,12 +63,20 @@ def test_an_archive_can_be_extended_and_equals_the_png_files(run, tmp_path):
     assert abs(found["arr_0"][..., 0].astype(int) - shown).max() <= 1
 
 
-@pytest.mark.parametrize("change", [["--steps", 4], ["--sampler", "euler"], ["--class", 3], ["--guidance", 2]])
+@pytest.mark.parametrize(
+    "change",
+    [["--steps", 4], ["--sampler", "euler"], ["--class", 3], ["--guidance", 2], ["--precision", "bfloat16"]],
+)
 def test_a_store_refuses_samples_made_with_other_settings(run, tmp_path, change):
     base = ["sample", run, "--seeds", "0-1", "--out", tmp_path / "out"]
     assert command(*base, "--steps", 3).exit_code == 0
     refused = command(*base, *([] if "--steps" in change else ["--steps", 3]), *change)
     assert "another run or sampler" in str(refused.exception)
+
+
+def test_an_unknown_precision_is_refused_by_name(run):
+    refused = command("sample", run, "--precision", "half")
+    assert "one of float32, tf32, bfloat16, float16, not 'half'" in str(refused.exception)
 
 
 @pytest.mark.parametrize(

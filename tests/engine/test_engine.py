@@ -158,7 +158,8 @@ def test_the_influence_of_a_step_on_the_average_halves_in_a_half_life():
     torch.nn.init.ones_(model.weight)
     torch.nn.init.zeros_(average.weight)
     for step in range(10):
-        EMA(half_life=100, rampup_ratio=1e9).update(average, model, images=1000 + 10 * step, batch_size=10)
+        weights = [list(each.parameters()) for each in (average, model)]
+        EMA(half_life=100, rampup_ratio=1e9).update(*weights, images=1000 + 10 * step, batch_size=10)
     assert average.weight.item() == pytest.approx(0.5, rel=1e-6)
 
 

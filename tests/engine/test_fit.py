@@ -432,7 +432,7 @@ def test_a_signal_stops_the_run_after_the_step_and_a_second_one_immediately(tmp_
     assert signal.getsignal(signal.SIGTERM) is before
 
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("stablefield.engine.fit.monotonic", lambda: next(clock))
+    monkeypatch.setattr("stablefield.engine.stopping.monotonic", lambda: next(clock))
 
     def twice(images: int, metrics: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)

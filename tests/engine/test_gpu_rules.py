@@ -1,7 +1,9 @@
 """Rules of a GPU, tested on one that is not there: no mixed devices, and few waits of the host."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -13,14 +15,27 @@ from torch import Tensor
 from stablefield import VE, DSMTarget, ExactTarget, KNNTarget, NoisyBatch, Pool, STFTarget
 from stablefield.build import build
 from stablefield.config import override, resolve
-from stablefield.denoise import Guided, IdealDenoiser, Preconditioned
+from stablefield.denoise import Denoiser, Guided, IdealDenoiser, Preconditioned
 from stablefield.distributed import Ranks
 from stablefield.engine.loop import StepReport, train
 from stablefield.engine.session import initial_state, make_optimization
+from stablefield.likelihood import _Flow
 from stablefield.networks import MLP
+from stablefield.networks.group_norm import GroupNorm
 from stablefield.pool import NULL_LABEL
+from stablefield.precision import arithmetic, autocast
 from stablefield.preconditioning import EDMPreconditioning
-from stablefield.sample import Ancestral, Euler, Heun, Sampler
+from stablefield.sample import (
+    Ancestral,
+    DPMSolver,
+    Euler,
+    EulerMaruyama,
+    Heun,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+)
+from stablefield.sample.base import BoundDenoiser
 from stablefield.targets import Prefetched, TargetEstimator
 
 SMALL = ["network.channels=8", "training.batch_size=16", "training.images=1000000"]
@@ -97,7 +112,11 @@ def test_a_training_step_mixes_no_devices_and_waits_once(target: str, training: 
         for training in ("plain", "labels", "EDM maps")
     ],
 )
-def test_training_on_the_pretended_gpu_equals_training_on_the_cpu(target: str, training: str) -> None:
+def test_training_on_the_pretended_gpu_equals_training_on_the_cpu(
+    target: str, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GroupNorm, "forward", torch.nn.GroupNorm.forward)  # GPUs have their own, and their own layout
+    monkeypatch.setattr("stablefield.build.place", lambda denoiser, device: denoiser.to(device))
     settings = [*TARGETS[target], *TRAININGS[training]]
     here = [step.report.losses for step in islice(steps(settings, torch.device("cpu")), 3)]
     with PretendGPU():
@@ -245,24 +264,67 @@ def test_the_pretended_gpu_sees_waits_and_mixed_devices() -> None:
             assert gpu.mistakes
 
 
-# ---- samplers and denoisers
+# ---- samplers, guidance and likelihood: no evaluation waits
 
 
-@pytest.mark.parametrize("sampler", [Heun(), Euler(), Ancestral()])
+def waits_of(denoiser: Denoiser, precision: str, work: Callable[[Denoiser], object]) -> Counter[tuple[str, str]]:
+    with PretendGPU() as gpu, arithmetic(precision), autocast(precision, CUDA):
+        denoiser.to(CUDA)
+        gpu.clear()
+        work(denoiser)
+    assert not gpu.mistakes
+    return gpu.waits
+
+
+def small_denoiser(classes: int) -> Denoiser:
+    return Preconditioned(
+        MLP((2, 4, 4), width=8, layers=1, num_classes=classes), VE(), EDMPreconditioning(), classes
+    ).eval()
+
+
+SAMPLERS = [
+    Heun(),
+    Heun(churn=20.0),
+    Euler(),
+    DPMSolver(),
+    Ancestral(),
+    EulerMaruyama(),
+    ReverseDiffusion(),
+    PredictorCorrector(corrections=1),
+]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda sampler: type(sampler).__name__)
+@pytest.mark.parametrize("guidance", ["none", "label", "weaker network"])
+def test_an_evaluation_of_a_sampler_does_not_wait(sampler: Sampler, guidance: str) -> None:
+    denoiser = small_denoiser(0 if guidance == "none" else 3)
+    if guidance != "none":
+        guide = small_denoiser(0) if guidance == "weaker network" else None
+        denoiser = Guided(denoiser, 2.0, guide, interval=(0.1, 10.0))
+    precision = "float32" if guidance == "none" else "bfloat16"
+
+    def sample(steps: int) -> Counter[tuple[str, str]]:
+        chosen = replace(sampler, steps=steps)
+        return waits_of(denoiser, precision, lambda each: chosen(each, shape=(2, 4, 4), seeds=range(2)))
+
+    few, many = sample(2), sample(4)
+    assert few == many, many
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("classes", [0, 3])
-def test_an_evaluation_of_a_sampler_does_not_wait(sampler: Sampler, classes: int) -> None:
-    network = MLP((2, 4, 4), width=16, num_classes=classes)
-    denoiser = Preconditioned(network, VE(), EDMPreconditioning(), classes).eval()
-    guided = Guided(denoiser, 2.0) if classes else denoiser
-    waits = []
-    for steps in (4, 12):
-        with PretendGPU() as gpu:
-            guided.to(CUDA)
-            gpu.clear()
-            replace(sampler, steps=steps)(guided, shape=(2, 4, 4), seeds=range(3))
-        assert not gpu.mistakes
-        waits.append(gpu.waits.total())
-    assert waits[0] == waits[1], gpu.waits
+def test_an_evaluation_of_the_flow_of_a_likelihood_does_not_wait(classes: int, precision: str) -> None:
+    def evaluate(times: int, denoiser: Denoiser) -> None:
+        x = torch.randn(3, 2, 4, 4, dtype=torch.float64).to(CUDA)
+        label = torch.zeros(3, dtype=torch.int64, device=CUDA) if classes else None
+        probes = torch.ones(1, 3, 2, 4, 4, dtype=torch.float64).to(CUDA)
+        flow = _Flow(BoundDenoiser(denoiser, label), x.shape, probes)
+        state = torch.nn.functional.pad(x.flatten(1), (0, 1))
+        for _ in range(times):
+            flow(torch.tensor(1.5, dtype=torch.float64), state)
+
+    few, many = (waits_of(small_denoiser(classes), precision, partial(evaluate, times)) for times in (1, 3))
+    assert few == many, many
 
 
 @pytest.mark.parametrize("labelled", [False, True])

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,12 @@ def test_a_run_killed_at_many_moments_ends_with_the_tensors_of_an_uninterrupted_
     kill_repeatedly(tmp_path / "run", kills=60, total=3200)
 
 
-def launched(folder: Path, *settings: str, ranks: int = 2, resume: bool = False) -> subprocess.Popen:
+def launched(
+    folder: Path, *settings: str, ranks: int = 2, resume: bool = False, launcher: Sequence[str] = (), options=()
+) -> subprocess.Popen:
     """Start the command line on several ranks."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    flags = QUICK if not resume else []
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher]
+    flags = [*(QUICK if not resume else []), *options]
     extra = [part for setting in settings for part in ("--set", setting)]
     where = ["--resume" if resume else "--out", str(folder)]
     return subprocess.Popen(

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from stablefield.cli.progress import progress_bar
-from stablefield.engine.fit import stop_signals
+from stablefield.engine.stopping import stop_signals
 from stablefield.studies.compare import (
     Arm,
     Experiment,

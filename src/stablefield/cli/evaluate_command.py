@@ -12,7 +12,7 @@ import typer
 
 from stablefield.cli.options import Allow
 from stablefield.cli.progress import progress_bar
-from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, SamplerKind, Set, Steps
+from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, Precision, SamplerKind, Set, Steps
 from stablefield.cli.stopping import stoppable
 from stablefield.kinds import ConfigError
 
@@ -80,6 +80,7 @@ def evaluate_command(
     set_: Set = None,
     allow: Allow = None,
     batch: Batch = 64,
+    precision: Precision = "float32",
     device: Device = "auto",
 ) -> None:
     """Score a run or samples: Frechet and kernel distance, precision and recall, memorisation; with Inception, FID."""
@@ -101,6 +102,7 @@ def evaluate_command(
         guess_kind(what)  # refuses a path that does not exist
     for_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
     given = [name for name, value in for_runs.items() if value is not None]
+    given += ["precision"] if precision != "float32" else []
     _refuse_if(
         (not run and given, f"--{''.join(given[:1])} is for runs, but {what} holds samples that exist already"),
         (not run and repeats > 1, f"--repeats {repeats} needs new samples for each repeat; pass a run"),
@@ -127,7 +129,13 @@ def evaluate_command(
             trained = open_run(what, device=device, allow=allowed)
             weaker = open_guide(guide, guidance, device, allowed)
             subject = SamplingPlan.for_run(
-                trained, sampler=sampler, steps=steps, guidance=guidance, guide=weaker, settings=set_ or []
+                trained,
+                sampler=sampler,
+                steps=steps,
+                guidance=guidance,
+                guide=weaker,
+                settings=set_ or [],
+                precision=precision,
             )
         spaces: dict[str, Any] = {"features": features or (), "weights": weights, "trusted": trust_features}
         common: dict[str, Any] = {

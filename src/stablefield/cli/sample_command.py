@@ -13,7 +13,7 @@ from stablefield.cli.options import Allow
 from stablefield.cli.stopping import stoppable
 from stablefield.kinds import list_kinds
 
-__all__ = ["Batch", "Device", "Guidance", "Guide", "SamplerKind", "Set", "Steps", "Weights", "sample"]
+__all__ = ["Batch", "Device", "Guidance", "Guide", "Precision", "SamplerKind", "Set", "Steps", "Weights", "sample"]
 
 SamplerKind = Annotated[
     str | None,
@@ -35,6 +35,7 @@ Set = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a key of sampler.* or grid.*; may be repeated."),
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Images per batch; samples do not depend on it.")]
+Precision = Annotated[str, typer.Option(help="Arithmetic of the network: float32, tf32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")]
 
 
@@ -58,6 +59,7 @@ def sample(
     set_: Set = None,
     allow: Allow = None,
     batch: Batch = 64,
+    precision: Precision = "float32",
     device: Device = "auto",
 ) -> None:
     """Draw samples from a trained run. A sample depends on its seed, not on the batch."""
@@ -83,6 +85,7 @@ def sample(
             guide=weaker,
             settings=set_ or [],
             label=class_,
+            precision=precision,
         )
         place = SampleStore.at(out or trained.folder / "samples", plan.images)
         with stoppable("sampling", lambda: sample_progress(place, all_seeds)), main_bar("sampling", ranks) as progress:

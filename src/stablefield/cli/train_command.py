@@ -62,6 +62,14 @@ def train(
         Path | None,
         typer.Option(metavar="RUN", help="Resume the run in this folder; --set can change a few keys, such as images."),
     ] = None,
+    resume_if_exists: Annotated[
+        bool,
+        typer.Option(
+            "--resume-if-exists",
+            help="Resume the run in the folder if there is one, so that one command starts and resumes; a run of "
+            "another configuration is refused.",
+        ),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and exit.")] = False,
 ) -> None:
     """Train a denoiser. By default: scikit-learn's digits, EDM's settings, stable targets from 1,024 references."""
@@ -78,14 +86,14 @@ def train(
     )
     from stablefield.config import ConfigError, allowed_names, overlay, override, resolve, target_kind, target_section
     from stablefield.distributed import process_group
-    from stablefield.engine.checkpoints import saved_weights
+    from stablefield.engine.checkpoints import latest_config, refuse_changed_config, saved_weights
     from stablefield.run import RunFolder, open_run
 
     settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
     allowed = allowed_names([*settings, *([f"target.kind={target_kind(target)}"] if target else [])], allow)
     if resume:
-        others = {"--recipe": recipe, "--data": data, "--config": config, "--out": out, "--init-from": init_from}
-        others |= {"--target": target}
+        others: dict[str, object] = {"--recipe": recipe, "--data": data, "--config": config, "--out": out}
+        others |= {"--init-from": init_from, "--target": target, "--resume-if-exists": resume_if_exists}
         if given := [option for option, value in others.items() if value]:
             raise ConfigError(
                 f"--resume cannot be combined with {', '.join(given)}: a run keeps its own configuration; change "
@@ -99,7 +107,10 @@ def train(
         raw = overlay(raw, {"target": target_section(target, allowed)} if target else {})
         wanted = resolve(override(raw, settings), allow=allowed)
         folder = RunFolder(out or Path("runs") / f"{recipe or wanted['data']['kind']}-{wanted['target']['kind']}")
-    with process_group(choose_device(wanted.training.device)) as ranks:
+        if resume_if_exists and (before := latest_config(folder, allowed)) is not None:
+            refuse_changed_config(before, wanted)
+            resume, base = folder.path, None
+    with process_group(choose_device(wanted.training.device), wanted.training.precision) as ranks:
         if not (resume or dry_run):
             ranks.on_main(folder.refuse_if_occupied)
         with progress_bar("decoding") as progress:

@@ -129,14 +129,16 @@ def summary(config: Config, parts: Components, folder: RunFolder, ranks: Ranks |
     training = config.training
     parameters = sum(p.numel() for p in parts.denoiser.parameters())
     device = next(parts.denoiser.parameters()).device
-    shared = f" on {ranks.world_size} ranks" if ranks and ranks.world_size > 1 else ""
+    count = ranks.world_size if ranks else 1
+    shared = f"{count} ranks" if count > 1 else "1 rank"
     return "\n".join(
         (
             f"data      {parts.data!r}",
             f"process   {parts.denoiser.process}, times {parts.objective.times}",
             f"target    {parts.objective.target}",
             f"network   {config['network']['kind']}, {parameters:,} parameters, on {device}",
-            f"training  {training.images:,} images in batches of {training.batch_size}{shared}, seed {training.seed}",
+            f"training  {training.images:,} images in batches of {training.batch_size} on {shared}, "
+            f"seed {training.seed}",
             f"run       {folder.path}",
         )
     )

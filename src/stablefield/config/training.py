@@ -1,8 +1,8 @@
 """The section `training`: length, batch size, optimisation, averages, precision, and how often a run writes."""
 
 from dataclasses import dataclass
-from typing import Literal
 
+from stablefield.precision import Precision
 from stablefield.schedule import EMA, Decay, LearningRate, average_names
 
 __all__ = ["MOST_PREFETCHED", "Training"]
@@ -29,8 +29,8 @@ class Training:
         ema_half_life: half-life of the moving average of the weights, in images. Several half-lives give several
             averages, the first of which is used for sampling.
         ema_rampup_ratio: early in training a half-life is at most this share of the images seen.
-        precision: type of matrix products and convolutions: "float32", "bfloat16" or "float16". Weights and
-            reductions are float32.
+        precision: arithmetic of matrix products and convolutions: "float32", "tf32", "bfloat16" or "float16". Weights,
+            averages and sums are float32 in all of them, and TF32 is off in all but "tf32".
         target_prefetch: examples of a rank whose exact targets are computed in one call, from as many steps as fit;
             other targets are computed step by step.
         target_sharding: shards the data of an exact target over the ranks.
@@ -64,7 +64,7 @@ class Training:
     adam_eps: float = 1e-8
     ema_half_life: float | tuple[float, ...] = 20_000
     ema_rampup_ratio: float = 0.1
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     target_prefetch: int = 1024
     target_sharding: bool = False
     compile: bool = False

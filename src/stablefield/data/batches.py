@@ -93,6 +93,7 @@ class ShuffledBatches(BatchSource):
         seed: seed of the order.
         rank: number of this rank, from 0.
         world_size: number of ranks that share each batch.
+        device: where data go, as they are stored, and are decoded; by default the device of the pool.
 
     Raises:
         ValueError: the batch size is not divisible by the number of ranks.
@@ -103,6 +104,7 @@ class ShuffledBatches(BatchSource):
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         if self.size % self.world_size:
@@ -116,7 +118,7 @@ class ShuffledBatches(BatchSource):
         share = self.size // self.world_size
         number = images + self.rank * share + torch.arange(share)
         index = self.order(number)
-        return Batch(self.pool.take(index), index, number, self.pool.label(index))
+        return Batch(self.pool.take(index, self.device), index, number, self.pool.label(index))
 
     def order(self, image_number: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """Indices in the pool of images of the run.

@@ -159,7 +159,7 @@ def _text(value: Any) -> str:
 
 @dataclass(eq=False)
 class _Array(Record):
-    """What stands for an array of numpy: its content, once it is known to be bytes that fill its shape."""
+    """Stand-in for an array of numpy, with its content once that is known to be bytes that fill its shape."""
 
     content: UInt8[np.ndarray, "..."] | None = None
 

@@ -2,18 +2,17 @@
 
 Whatever ends a run (a signal, an error, a rank that dies), its newest checkpoint is whole, and the run resumes from it
 as if it had never stopped. Metrics, samples and checkpoints are due at numbers of images seen, so a run that was
-stopped writes them at the same steps.
+stopped writes them at the same steps. A signal ends measurements and sheets of samples at once (`engine.stopping`), and
+the checkpoint is saved without them; what was due at a checkpoint and is missing is made up for when the run resumes.
 """
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
-from time import monotonic
-from types import FrameType
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from stablefield.build import Components, build_sampler
+from stablefield.checkpoint import finite
 from stablefield.config import Config
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
@@ -22,16 +21,16 @@ from stablefield.engine.loop import StepReport
 from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
 from stablefield.engine.probing import LossFigure, RunProbes
 from stablefield.engine.session import Session, deterministic_algorithms
+from stablefield.engine.stopping import Interruptible, StopRequest, stop_signals
 from stablefield.engine.tensorboard import TensorBoardWriter, samples
 from stablefield.files import write_text
+from stablefield.precision import arithmetic
 from stablefield.run import RunFolder
 
 __all__ = [
     "CheckpointScore",
     "OnStep",
-    "StopRequest",
     "fit",
-    "stop_signals",
 ]
 
 OnStep = Callable[[int, Mapping[str, Any]], object]
@@ -77,8 +76,9 @@ def fit(
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(locked(folder)))
         stack.enter_context(deterministic_algorithms(config.training.deterministic))
+        stack.enter_context(arithmetic(config.training.precision, deterministic=config.training.deterministic))
         stop = stack.enter_context(stop_signals())
-        return _Fit(config, components, folder, ranks, score).run(on_step, stop)
+        return _Fit(config, components, folder, ranks, score, stop).run(on_step)
 
 
 class _Fit:
@@ -91,21 +91,23 @@ class _Fit:
         folder: RunFolder,
         ranks: Ranks,
         score: CheckpointScore | None,
+        stop: StopRequest,
     ) -> None:
         self.config, self.components, self.folder, self.ranks, self.score = config, components, folder, ranks, score
         training, objective = config.training, components.objective
+        self.stop, self.interruptible = stop, Interruptible(stop, ranks)
         self.session = Session(config, components, folder, ranks)
         self.state, self.checkpoints = self.session.state, self.session.checkpoints
         ranks.on_main(self._start)
         history = folder.history()
         bins = NoiseBins.equally_likely(objective.times, components.denoiser.process)
-        elapsed = history[-1].get("timing/total_sec", 0.0) if history else 0.0
+        elapsed = next((line["timing/total_sec"] for line in reversed(history) if "timing/total_sec" in line), 0.0)
         self.logger = MetricsLogger(bins, ranks, elapsed)
         batch_size = training.micro_batch_size or training.batch_size // ranks.world_size
         held_out = components.held_out
         self.held_out = None if held_out is None else HeldOutLoss(held_out, objective, bins, ranks, batch_size)
         self.probes = RunProbes(config, components, ranks)
-        self.figure = LossFigure(folder, history)
+        self.history, self.figure = history, LossFigure(folder, history)
         self.tensorboard = TensorBoardWriter(folder, self.state.images) if ranks.is_main else None
         self.metrics: dict[str, Any] = {}
 
@@ -118,11 +120,11 @@ class _Fit:
         self.folder.rewind(self.state.images)
         self.checkpoints.save(self.state)
 
-    def run(self, on_step: OnStep | None, stop: "StopRequest") -> int:
+    def run(self, on_step: OnStep | None) -> int:
         """Train to the end or to a signal; if an error is raised on the way, save first."""
         try:
             with self.ranks.reraise_lost_rank():
-                return self._train(on_step, stop)
+                return self._train(on_step)
         except Exception:
             with suppress(Exception):  # the first of two errors is the one to report
                 self.checkpoints.wait()
@@ -133,54 +135,124 @@ class _Fit:
         finally:
             self.checkpoints.wait()
 
-    def _train(self, on_step: OnStep | None, stop: "StopRequest") -> int:
-        for step in self.session.steps():
-            number = int(self.ranks.all_gather_int(stop.number).max())  # a signal to one rank stops all
-            self._record(step, stopping=number > 0)
+    def _train(self, on_step: OnStep | None) -> int:
+        self._make_up()
+        for step in self.session.steps(self.interruptible) if not self.interruptible.stopped else ():
+            self._record(step)
             if on_step is not None:
                 on_step(step.images, self.metrics | self.probes.latest)
             self.checkpoints.raise_failure()
-            if number:
-                return number
+            if self.interruptible.stopped:
+                break
+        if self.interruptible.stopped:
+            return self.interruptible.number()
+        self._refuse_untrained()
         return 0
 
-    def _record(self, step: StepReport, stopping: bool) -> None:
+    def _refuse_untrained(self) -> None:
+        """Refuse to call a run complete in which no step has changed the weights."""
+        if 0 < self.state.images <= self.state.skipped * self.components.batches.size:
+            raise FloatingPointError(
+                f"the gradient was not finite in any of the {self.state.skipped} steps, so nothing was trained: lower "
+                "the learning rate, raise the precision, or look for outliers in the data"
+            )
+
+    def _due(self, every: int) -> bool:
+        """True if something that happens once in a number of images is due at the current step."""
+        images, before = self.state.images, self.state.images - self.components.batches.size
+        return every > 0 and images // every > before // every
+
+    @property
+    def _save_due(self) -> bool:
+        return self.state.images >= self.config.training.images or self._due(self.config.training.save_every)
+
+    @property
+    def _probe_due(self) -> bool:
+        return self.probes.due(self.state.images, self.components.batches.size)
+
+    def _record(self, step: StepReport) -> None:
         """Write the metrics, checkpoint and samples that are due after a step; only a checkpoint when stopping."""
-        training, batch_size = self.config.training, self.components.batches.size
-
-        def due(every: int) -> bool:
-            return step.images // every > (step.images - batch_size) // every
-
-        self.logger.add(step, batch_size)
-        last = stopping or step.images >= training.images
-        save = last or due(training.save_every)
-        probe = self.probes.due(step.images, batch_size)
+        save, probe, stopped = self._save_due, self._probe_due, lambda: self.interruptible.stopped
+        line = save or probe or self._due(self.config.training.log_every)
+        self.logger.add(step, self.components.batches.size)
         if save:
             self.ranks.on_main(self.checkpoints.wait)  # the metrics on the disk are of one interval at most
-        if save or probe or due(training.log_every):
+        if line:
             self.metrics = self.logger.flush(self.state)
-            if probe:
-                self.metrics |= self.probes(self.state)
-                if self.state.adaptation:
-                    self.state.adaptation.follow(self.probes.excess_by_bin)
-            score = self._rate_average() if save and not stopping else None
+            if not stopped():
+                self.interruptible(lambda: self._measure(self.metrics, probe=probe, rate=save))
             self.ranks.on_main(lambda: self._write_metrics(draw=save))
-            if save:
-                self.ranks.on_main(lambda: self.checkpoints.save(self.state, score, background=not last))
-        if training.sample_every and due(training.sample_every) and not stopping:
-            x = samples(self.state.average, build_sampler(self.config), self.components.pool.shape, self.ranks)
-            self.ranks.on_main(lambda: self.tensorboard.add_sheet(x, step.images) if self.tensorboard else None)
+        if save:
+            background = step.images < self.config.training.images and not stopped()
+            score = self._score_in(self.metrics)
+            self.ranks.on_main(lambda: self.checkpoints.save(self.state, score, background=background))
+        if self._due(self.config.training.sample_every) and not stopped():
+            self._draw_sheet()
+        if stopped() and not save:
+            if not line:
+                self.metrics = self.logger.flush(self.state)
+                self.ranks.on_main(lambda: self._write_metrics(draw=True))
+            self.ranks.on_main(lambda: self.checkpoints.save(self.state))
         self.logger.restart_clock()
 
-    def _rate_average(self) -> float | None:
-        """The score that decides which checkpoint is the best; added to the metrics."""
-        score = None
-        if self.held_out is not None:
-            self.metrics |= self.held_out(self.state.average)
-            score = self.metrics["held_out/loss"]
-        if self.score is not None:
-            score = self.metrics["score/score"] = float(self.score(self.state.average))
-        return score
+    def _make_up(self) -> None:
+        """Measure and draw what was due at the checkpoint that the run resumes from, and was stopped or killed."""
+        images = self.state.images
+        line = {"progress/kimg": images / 1000} | self._line_of_checkpoint()
+        probe = self._probe_due and "loss/excess" not in line
+        rate = self._save_due and (
+            (self.held_out is not None and "held_out/loss" not in line)
+            or (self.score is not None and "score/score" not in line)
+        )
+        sheet = self._due(self.config.training.sample_every) and not (self.folder.sheets / f"{images:09d}.png").exists()
+        # the main rank decides: others may see older files
+        probe, rate, sheet = (images > 0 and bool(self.ranks.all_gather_int(owed)[0]) for owed in (probe, rate, sheet))
+        if probe or rate:
+            self.interruptible(lambda: self._measure(line, probe=probe, rate=rate))
+            self.ranks.on_main(lambda: self._amend(line))
+        if sheet and not self.interruptible.stopped:
+            self._draw_sheet()
+
+    def _amend(self, line: dict[str, Any]) -> None:
+        """Complete the checkpoint, and then the last line of the metrics, so that a kill between them loses nothing."""
+        last = self._line_of_checkpoint()
+        if len(line) == len(last):
+            return
+        lines = [*(self.history[:-1] if last else self.history), line]
+        self.checkpoints.save(self.state, self._score_in(line))
+        write_text(self.folder.metrics, "".join(json.dumps(finite(each)) + "\n" for each in lines))
+        self.figure = LossFigure(self.folder, lines)
+        if self.tensorboard:
+            self.tensorboard.add_metrics({key: line[key] for key in line.keys() - last.keys()}, self.state.images)
+
+    def _line_of_checkpoint(self) -> dict[str, Any]:
+        """The line of the metrics at the checkpoint that the run resumes from; empty if there is none."""
+        last = self.history[-1] if self.history else {}
+        return last if last.get("progress/kimg") == self.state.images / 1000 else {}
+
+    def _measure(self, line: dict[str, Any], *, probe: bool, rate: bool) -> None:
+        """Add to a line of the metrics what is due; what is complete when a signal arrives stays in it."""
+        if probe:
+            found = self.probes(self.state)
+            if self.state.adaptation:
+                self.state.adaptation.follow(self.probes.excess_by_bin)
+            line |= found
+        if rate and self.held_out is not None:
+            line |= self.held_out(self.state.average)
+        if rate and self.score is not None:
+            # on several ranks a signal waits for the score, which may exchange what it likes
+            with self.stop.raising(self.ranks.world_size == 1):
+                line["score/score"] = float(self.score(self.state.average))
+
+    def _score_in(self, line: Mapping[str, Any]) -> float | None:
+        """The score that decides which checkpoint is the best, if it was measured."""
+        return line.get("score/score" if self.score is not None else "held_out/loss")
+
+    def _draw_sheet(self) -> None:
+        sampler, shape = build_sampler(self.config), self.components.pool.shape
+        x = self.interruptible(lambda: samples(self.state.average, sampler, shape, self.ranks))
+        if x is not None:
+            self.ranks.on_main(lambda: self.tensorboard.add_sheet(x, self.state.images) if self.tensorboard else None)
 
     def _write_metrics(self, draw: bool) -> None:
         self.folder.log(self.metrics)
@@ -189,49 +261,3 @@ class _Fit:
             self.figure.draw()
         if self.tensorboard:
             self.tensorboard.add_metrics(self.metrics, self.state.images)
-
-
-class StopRequest:
-    """Signal handler that records the first signal, so that the current step can end.
-
-    Attributes:
-        number: number of the first signal; 0 until one arrives.
-        time: time at which it arrived, in seconds of the monotonic clock.
-    """
-
-    number = 0
-    time = 0.0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal.
-
-        Args:
-            number: number of the signal.
-            frame: the interrupted frame, which is not used.
-
-        Raises:
-            KeyboardInterrupt: this is a second signal, more than a second after the first.
-        """
-        # launchers that forward Ctrl-C deliver it to a process twice at once, which must not count as the second signal
-        if self.number and monotonic() - self.time > 1:
-            raise KeyboardInterrupt
-        if not self.number:
-            self.number, self.time = number, monotonic()
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Context in which Ctrl-C and SIGTERM are recorded, so that a step can end and be saved; a second one interrupts.
-
-    Outside the main thread, which alone receives signals, nothing is recorded.
-    """
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -9,7 +9,7 @@ Targets do not depend on the weights. So `Prefetched` targets of several steps a
 of steps are the same wherever a run was stopped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from stablefield.data import BatchSource
+from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks, no_sync
 from stablefield.engine.state import TrainState
 from stablefield.kernel.accumulator import Posterior
@@ -27,7 +28,13 @@ from stablefield.schedule import LearningRate
 from stablefield.seeding import derive, generator
 from stablefield.targets import Prefetched
 
-__all__ = ["Optimization", "StepReport", "perturb", "train"]
+__all__ = ["Optimization", "Prepare", "StepReport", "TrainingBatch", "perturb", "refuse_unused_parameters", "train"]
+
+TrainingBatch = tuple[NoisyBatch, Posterior]
+"""The noisy batch of a training step, and the target of each example."""
+
+Prepare = Callable[[Callable[[], TrainingBatch]], TrainingBatch | None]
+"""Calls the function that makes the batch of a step; its result, or None to end training."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +88,7 @@ def train(
     seed: int = 0,
     optimization: Optimization | None = None,
     ranks: Ranks | None = None,
+    prepare: Prepare | None = None,
 ) -> Iterator[StepReport]:
     """Train until a number of images has been seen.
 
@@ -92,28 +100,37 @@ def train(
         seed: seed of times, noise, references and dropout.
         optimization: learning rate, clipping and micro-batches; `Optimization()` by default.
         ranks: this process and those it trains with; a single process by default.
+        prepare: called with the function that makes the noisy batch and the targets of a step, while a GPU computes the
+            gradient of the step before. It returns the result of the function, or None to end training.
 
     Yields:
         A report after every step.
 
     Raises:
-        ValueError: there is no target for a batch, as `TargetEstimator.check` says.
+        ValueError: there is no target for a batch, as `TargetEstimator.check` says, or there are several ranks, and
+            parameters that the loss does not depend on.
         FloatingPointError: the gradient was not finite in more than `patience` consecutive steps. None of them has
             changed the weights.
     """
     optimization, ranks = optimization or Optimization(), ranks or Ranks(state.device)
-    model = ranks.wrap(state.denoiser)
-    state.denoiser.train()
+    prepare = prepare or (lambda make: make())
     training_batches = _training_batches(state, objective, batches, seed, batches.size // ranks.world_size)
     adaptation = state.adaptation
-    while state.images < images:
-        noisy, target = next(training_batches)
+    batch = prepare(training_batches.__next__) if state.images < images else None
+    if batch is not None and ranks.world_size > 1:
+        refuse_unused_parameters(state.denoiser, objective, batch)
+    model = ranks.wrap(state.denoiser)
+    state.denoiser.train()
+    while batch is not None:
+        noisy, target = batch
         importance = adaptation.importance(noisy.t, state.images) if adaptation else None
         dropout_seed = derive(seed, "dropout", ranks.rank)
         report = _compute_gradient(
             state, model, objective, noisy, target, importance, optimization.micro_batch_size, dropout_seed
         )
         learning_rate = optimization.learning_rate(state.images)
+        # the host waits for the gradient below, and prepares the next step before
+        batch = prepare(training_batches.__next__) if state.images + batches.size < images else None
         gradient_norm, step_taken = _update_weights(state, learning_rate, optimization.gradient_clip)
         if adaptation:
             process = state.denoiser.process
@@ -131,9 +148,31 @@ def train(
             )
 
 
+def refuse_unused_parameters(denoiser: Denoiser, objective: Objective, batch: TrainingBatch) -> None:
+    """Refuse parameters that have no gradient: several ranks would wait for it in vain.
+
+    Args:
+        denoiser: the denoiser; its gradients are removed.
+        objective: the training objective.
+        batch: a noisy batch and its targets, of which one example is used.
+
+    Raises:
+        ValueError: there are such parameters; it names them.
+    """
+    noisy, target = batch[0].select(slice(0, 1)), batch[1].select(slice(0, 1))
+    objective.loss(denoiser.eval(), denoiser.process, noisy, target).loss.backward()
+    unused = [name for name, p in denoiser.named_parameters() if p.requires_grad and p.grad is None]
+    denoiser.zero_grad(set_to_none=True)
+    if unused:
+        raise ValueError(
+            f"{len(unused)} parameters have no gradient, which training on several ranks needs: {', '.join(unused[:8])}"
+            f"{', ...' if len(unused) > 8 else ''}; use them, remove them, or freeze them with requires_grad_(False)"
+        )
+
+
 def _training_batches(
     state: TrainState, objective: Objective, batches: BatchSource, seed: int, batch_size: int
-) -> Iterator[tuple[NoisyBatch, Posterior]]:
+) -> Iterator[TrainingBatch]:
     """The noisy batch of each step from now on and its targets; those of several steps may be computed together.
 
     Steps are counted from the first of the run, so that it does not matter where a run was stopped.
@@ -146,7 +185,7 @@ def _training_batches(
             f"{together} steps whose targets are computed together; raise it, or lower training.target_prefetch"
         )
 
-    def group(first: int) -> list[tuple[NoisyBatch, Posterior]]:
+    def group(first: int) -> list[TrainingBatch]:
         steps = [first + step * batches.size for step in range(together)]
         noisy = [perturb(state, objective, batches, images, seed) for images in steps]
         # all ranks draw the same references, whichever examples they hold
@@ -223,7 +262,7 @@ def _update_weights(state: TrainState, learning_rate: float, clip: float | None)
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     state.scaler.unscale_(state.optimizer)
-    parameters = [p for p in state.denoiser.parameters() if p.grad is not None]
+    parameters = [p for p in state.weights if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     step_taken = bool(torch.isfinite(norm))
     state.complete = False  # until `end_step`

@@ -10,8 +10,9 @@ from stablefield.config import Config, ConfigError, Training
 from stablefield.distributed import Ranks
 from stablefield.engine.adaptation import Adaptation
 from stablefield.engine.checkpoints import CheckpointManager
-from stablefield.engine.loop import Optimization, StepReport, train
+from stablefield.engine.loop import Optimization, Prepare, StepReport, train
 from stablefield.engine.state import TrainState
+from stablefield.precision import dtype_of
 from stablefield.run import RunFolder
 
 __all__ = ["Session", "deterministic_algorithms", "initial_state", "make_optimization", "training_steps"]
@@ -45,9 +46,13 @@ class Session:
         self.checkpoints = CheckpointManager(folder, config, components)
         self.checkpoints.restore(self.state, self.ranks)
 
-    def steps(self) -> Iterator[StepReport]:
-        """The steps that are left; each one is taken when it is asked for."""
-        return training_steps(self.config, self.components, self.state, ranks=self.ranks)
+    def steps(self, prepare: Prepare | None = None) -> Iterator[StepReport]:
+        """The steps that are left; each one is taken when it is asked for.
+
+        Args:
+            prepare: calls the function that makes the batch of a step, as for `train`.
+        """
+        return training_steps(self.config, self.components, self.state, ranks=self.ranks, prepare=prepare)
 
 
 def training_steps(
@@ -57,6 +62,7 @@ def training_steps(
     *,
     images: int | None = None,
     ranks: Ranks | None = None,
+    prepare: Prepare | None = None,
 ) -> Iterator[StepReport]:
     """Train with the components and hyperparameters of a configuration, as `train` does.
 
@@ -67,6 +73,7 @@ def training_steps(
         state: the state, trained in place.
         images: images to see in the whole run; those of the configuration by default.
         ranks: this process and those it trains with; a single process by default.
+        prepare: calls the function that makes the batch of a step, as for `train`.
     """
     training = config.training
     if training.compile:
@@ -80,6 +87,7 @@ def training_steps(
         seed=training.seed,
         optimization=make_optimization(training),
         ranks=ranks,
+        prepare=prepare,
     )
 
 
@@ -95,7 +103,7 @@ def initial_state(config: Config, components: Components) -> TrainState:
         components.denoiser,
         torch.optim.Adam(components.denoiser.parameters(), eps=training.adam_eps, fused=True),
         emas=training.emas,
-        precision=getattr(torch, training.precision),
+        precision=dtype_of(training.precision),
         adaptation=_adaptation(config, components),
     )
 

@@ -30,6 +30,7 @@ class TrainState:
         denoiser: the model.
         emas: the moving averages by name (see `schedule.average_names`).
         averages: a copy of the model with averaged weights for each of them, in evaluation mode.
+        weights: the parameters of the model.
         optimizer: the optimizer.
         precision: dtype of matrix products and convolutions.
         adaptation: the noise distribution, if it adapts to the run.
@@ -55,6 +56,12 @@ class TrainState:
         self.denoiser = denoiser
         self.emas = dict(zip(average_names([ema.half_life for ema in emas]), emas, strict=True))
         self.averages = {name: copy.deepcopy(denoiser).eval().requires_grad_(False) for name in self.emas}
+        # the modules are searched for them once, and not at every step
+        self.weights: list[Tensor] = list(denoiser.parameters())
+        self._buffers = list(denoiser.buffers())
+        self._averaged: dict[str, tuple[list[Tensor], list[Tensor]]] = {
+            name: (list(each.parameters()), list(each.buffers())) for name, each in self.averages.items()
+        }
         self.optimizer = optimizer or torch.optim.Adam(denoiser.parameters(), lr=1e-3, fused=True)
         self.precision, self.adaptation = precision, adaptation
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
@@ -64,7 +71,7 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.denoiser.parameters()).device
+        return self.weights[0].device
 
     @property
     def average(self) -> Denoiser:
@@ -80,7 +87,10 @@ class TrainState:
         """
         if step_taken:
             for name, ema in self.emas.items():
-                ema.update(self.averages[name], self.denoiser, self.images, batch_size)
+                averages, buffers = self._averaged[name]
+                ema.update(averages, self.weights, self.images, batch_size)
+                for averaged, new in zip(buffers, self._buffers, strict=True):
+                    averaged.copy_(new)
         self.images += batch_size
         self.skipped += not step_taken
         self.skipped_in_a_row = 0 if step_taken else self.skipped_in_a_row + 1

@@ -49,6 +49,7 @@ from stablefield.evaluate.spaces import Spaces, open_features
 from stablefield.generate import SamplingPlan
 from stablefield.kernel.accumulator import float64_device
 from stablefield.pool import Pool, draw_without_replacement
+from stablefield.precision import arithmetic
 from stablefield.run import TrainedRun
 from stablefield.seeding import format_seeds, generator
 
@@ -227,6 +228,7 @@ class Evaluation:
         return torch.stack([samples, pool.take(near.index[shown, 0]).to(samples)], 1).flatten(0, 1)
 
 
+@arithmetic("float32")  # features are compared with those of others: whatever samples are made in, TF32 is off
 def evaluate(
     samples: Scored,
     reference: Compared | None = None,
@@ -320,6 +322,7 @@ def evaluate(
     return Scores(tables)
 
 
+@arithmetic("float32")
 def feature_statistics(
     samples: str | Path | Pool | Tensor,
     *,

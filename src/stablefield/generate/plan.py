@@ -18,6 +18,7 @@ from stablefield.data import Progress, silent
 from stablefield.denoise import Denoiser, Guided
 from stablefield.distributed import Ranks
 from stablefield.generate.store import SampleStore
+from stablefield.precision import arithmetic, autocast, dtype_of
 from stablefield.run import TrainedRun, open_run
 from stablefield.sample import Sampler, Samples
 from stablefield.seeding import check_seeds
@@ -35,6 +36,7 @@ class SamplingPlan:
         sampler: the sampler.
         label: class of all samples; None if each seed draws one.
         identity: description of all of these, which is stored with the samples.
+        precision: arithmetic of the network (see `stablefield.precision`); the state is float64.
     """
 
     trained: TrainedRun
@@ -42,6 +44,7 @@ class SamplingPlan:
     sampler: Sampler
     label: int | None
     identity: dict[str, Any]
+    precision: str = "float32"
 
     @classmethod
     def for_run(
@@ -54,6 +57,7 @@ class SamplingPlan:
         guide: TrainedRun | None = None,
         settings: Sequence[str] = (),
         label: int | None = None,
+        precision: str = "float32",
     ) -> "SamplingPlan":
         """Plan with the run's own configuration, except for what is given here.
 
@@ -65,12 +69,17 @@ class SamplingPlan:
             guide: weaker run to guide away from; by default the same run without classes.
             settings: settings "SECTION.KEY=VALUE" of the sections sampler and grid.
             label: class of all samples.
+            precision: arithmetic of the network; the run's own precision is that of its training.
 
         Raises:
-            ConfigError: a setting, the guidance scale or the class is not valid for this run, or a guide is given
-                without a guidance scale.
+            ConfigError: a setting, the precision, the guidance scale or the class is not valid for this run, or a guide
+                is given without a guidance scale.
             CheckpointError: there is no checkpoint, or it cannot be read.
         """
+        try:
+            dtype_of(precision)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         trained = run if isinstance(run, TrainedRun) else open_run(run)
         all_settings = [*settings]
         all_settings += [] if sampler is None else [f"sampler.kind={sampler}"]
@@ -87,9 +96,10 @@ class SamplingPlan:
             "class": label,
             "guidance": guidance,
             "guide": guide and guide.checksum,
+            **({} if precision == "float32" else {"precision": precision}),
             **({} if trained.values == "image" else {"values": trained.values}),
         }
-        return cls(trained, denoiser, chosen, label, identity)
+        return cls(trained, denoiser, chosen, label, identity, precision)
 
     @property
     def images(self) -> bool:
@@ -171,7 +181,7 @@ def fill_store(
     ranks.barrier()  # a sample made before all ranks have listed the missing ones would change how these are shared
     mine, done = ranks.shard(missing), 0
     for part, samples in generate_samples(
-        plan.denoiser, plan.trained.shape, plan.sampler, mine, plan.label, batch_size
+        plan.denoiser, plan.trained.shape, plan.sampler, mine, plan.label, batch_size, plan.precision
     ):
         store.add(part, samples)
         done += len(part)
@@ -187,6 +197,7 @@ def generate_samples(
     seeds: Sequence[int],
     label: int | None = None,
     batch_size: int = 64,
+    precision: str = "float32",
 ) -> Iterator[tuple[Sequence[int], Samples]]:
     """Samples batch by batch.
 
@@ -197,6 +208,7 @@ def generate_samples(
         seeds: seed of each sample.
         label: class of all samples; None if each seed draws one.
         batch_size: samples per batch.
+        precision: arithmetic of the network.
 
     Yields:
         Seeds and samples of each batch.
@@ -204,12 +216,15 @@ def generate_samples(
     Raises:
         FloatingPointError: some samples are not finite.
     """
+    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     for start in range(0, len(seeds), batch_size):
         part = seeds[start : start + batch_size]
-        samples = sampler(denoiser, shape, seeds=part, label=label)
+        with arithmetic(precision), autocast(precision, device):
+            samples = sampler(denoiser, shape, seeds=part, label=label)
         if not torch.isfinite(samples.x).all():
             raise FloatingPointError(
                 "some samples are not finite: the run has diverged, or the sampler does not suit it"
+                + (", or float16 has overflowed: use bfloat16" if precision == "float16" else "")
             )
         yield part, samples
 

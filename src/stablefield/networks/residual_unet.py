@@ -24,12 +24,13 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
+from stablefield.networks.group_norm import GroupNorm
 from stablefield.networks.layers import Resampling, check_counts, resampling_conv
 
 __all__ = ["ResidualBlock", "ResidualUNet", "group_norm"]
 
 
-def group_norm(channels: int, eps: float) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float) -> GroupNorm:
     """Group normalisation with min(32, C // 4) groups.
 
     Args:
@@ -45,7 +46,7 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
             f"{channels} channels do not divide into {groups} groups (min(32, C // 4)): "
             f"choose model_channels so that all widths are multiples of 4, and above 128 of 32"
         )
-    return nn.GroupNorm(groups, channels, eps)
+    return GroupNorm(groups, channels, eps)
 
 
 class ResidualBlock(nn.Module, ABC):
@@ -150,8 +151,8 @@ class ResidualBlock(nn.Module, ABC):
 class ResidualUNet(nn.Module, ABC):
     """Base class of U-Nets of residual blocks (Ronneberger et al. 2015).
 
-    Features are stored channels last, weights as they are. A small batch is a little faster when both are:
-    `network.to(memory_format=torch.channels_last)`.
+    Features are stored channels last, weights as they are. On a GPU, and for small batches on a CPU, it is faster when
+    both are: `network.to(memory_format=torch.channels_last)`.
 
     Args:
         shape: (C, H, W) of one image; H and W must be divisible by 2 once for every level below the first.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 from typing_extensions import override
 
+from stablefield.networks.group_norm import GroupNorm
 from stablefield.networks.layers import Embedding, check_counts
 
 __all__ = ["Attention", "Block", "Downsample", "UNet", "Upsample"]
@@ -195,10 +196,10 @@ class Upsample(nn.Module):
         return self.conv(interpolate(h, scale_factor=2.0, mode="nearest"))
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def _norm(channels: int) -> GroupNorm:
     """Group normalisation with the most groups of at least 4 channels that divide evenly, 32 at most."""
     groups = next(g for g in range(min(32, max(1, channels // 4)), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+    return GroupNorm(groups, channels)
 
 
 def _zero_init(layer: nn.Conv2d) -> nn.Conv2d:

@@ -14,6 +14,7 @@ from stablefield.build import Components, build
 from stablefield.engine.session import Session, deterministic_algorithms
 from stablefield.files import write_text
 from stablefield.generate.images import save_sheet
+from stablefield.precision import arithmetic
 from stablefield.studies.compare.endpoints import endpoints_hash
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
@@ -56,7 +57,11 @@ def run_arm(
     if is_finished(experiment, out, arm, seed):
         return True
     config, folder = experiment.configure(arm, seed), experiment.run_folder(out, arm, seed)
-    with deterministic_algorithms(config.training.deterministic):
+    training = config.training
+    with (
+        deterministic_algorithms(training.deterministic),
+        arithmetic(training.precision, deterministic=training.deterministic),
+    ):
         parts = build(config)
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.sweep()
