@@ -76,7 +76,7 @@ DANGEROUS_NAMES = [
     "torch_utils.persistence persistent_class",
     "dnnlib.util open_url",
     "dnnlib.util call_func_by_name",
-    "stablefield.pickles unpickle",
+    "stablefield.data.pickles unpickle",
     "stablefield.interop.edm read",
     "stablefield.interop.edm.allowlist Object",
     # protocol 4 reaches attributes through dots within the name

@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 as they are published for Python: a tar archive of pickled dictionaries.
 
-`stablefield.pickles` reads them with the few names that these files need; every other name is refused.
+`stablefield.data.pickles` reads them with the few names that these files need; every other name is refused.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from stablefield.data.contents import Contents
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.limits import MAX_FILE, LimitError, Unpacked
 from stablefield.data.notices import printable
-from stablefield.pickles import NUMPY, Dtype, Record, RefusedError, Stream, Table, expect, refusing, unpickle
+from stablefield.data.pickles import NUMPY, Dtype, Record, RefusedError, Stream, Table, expect, refusing, unpickle
 
 __all__ = ["CIFAR", "SPLITS", "read_files", "read_pickle"]
 

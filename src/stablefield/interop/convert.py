@@ -11,8 +11,8 @@ from typing import Any
 
 from stablefield.checkpoint import Checkpoint, write_tensors
 from stablefield.config import ConfigError, resolve
+from stablefield.data.pickles import RefusedError
 from stablefield.interop.edm import EDMCheckpoint
-from stablefield.pickles import RefusedError
 
 __all__ = ["from_edm", "to_edm"]
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from stablefield.checkpoint import read
 from stablefield.cli import app
+from stablefield.data.pickles import RefusedError
 from stablefield.interop.convert import from_edm
 from stablefield.interop.edm import EDMCheckpoint
-from stablefield.pickles import RefusedError
 from stablefield.run import load
 
 pytestmark = pytest.mark.usefixtures("unchecked")

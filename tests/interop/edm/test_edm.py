@@ -17,9 +17,9 @@ import torch
 from pickle_attacks import DANGEROUS_NAMES, call, doubled, fuzz, mapping, nested, text, whole
 from safetensors.torch import load_file
 
+from stablefield.data.pickles import RefusedError
 from stablefield.interop import edm
 from stablefield.interop.edm import containers
-from stablefield.pickles import RefusedError
 
 FIXTURES = Path(os.environ.get("STABLEFIELD_FIXTURES", "nowhere")) / "edm"
 PUBLISHED = sorted(FIXTURES.glob("*/*.p[kt]*"))

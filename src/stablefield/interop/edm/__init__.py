@@ -1,8 +1,8 @@
 """Safe reader of the checkpoints that EDM and STF publish.
 
 EDM's files carry, with every network, the source code of its class, which the original loader executes. Here
-`stablefield.pickles` reads them as plain data: no source code is read, and whatever is not listed (an instruction, a
-name, a class or a storage type) is refused with its name. Only data that are needed are copied, in total at most as
+`stablefield.data.pickles` reads them as plain data: no source code is read, and whatever is not listed (an instruction,
+a name, a class or a storage type) is refused with its name. Only data that are needed are copied, in total at most as
 many bytes as the file has.
 
     allowlist.py   every name that may occur, and the data that stands for it

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from typing_extensions import override
 
+from stablefield.data.pickles import NUMPY, Dtype, Instances, Name, Record, RefusedError, Table, expect, not_allowed
 from stablefield.files import printable
-from stablefield.pickles import NUMPY, Dtype, Instances, Name, Record, RefusedError, Table, expect, not_allowed
 
 __all__ = [
     "ALLOWED",

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from stablefield.data.pickles import RefusedError, expect, not_allowed, refusing
 from stablefield.interop.edm.allowlist import PRECONDITIONERS, Object, TensorView
 from stablefield.interop.edm.containers import read_file
-from stablefield.pickles import RefusedError, expect, not_allowed, refusing
 
 __all__ = ["Copier", "EDMCheckpoint", "read"]
 

@@ -15,8 +15,8 @@ import zipfile
 from functools import cache, partial
 from pathlib import Path
 
+from stablefield.data.pickles import RefusedError, Stream, Table, expect, not_allowed, unpickle
 from stablefield.interop.edm.allowlist import ALLOWED, STORAGE_TYPES, Storage, find_storage
-from stablefield.pickles import RefusedError, Stream, Table, expect, not_allowed, unpickle
 
 __all__ = ["read_embedded_storage", "read_file"]
 

@@ -22,8 +22,7 @@ from pickle_attacks import (
     whole,
 )
 
-from stablefield import pickles
-from stablefield.data import CIFAR
+from stablefield.data import CIFAR, pickles
 from stablefield.interop import edm
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # hostile files must be caught by the reader's own checks
