@@ -58,7 +58,7 @@ EDM_COLUMNS = {
 
 @pytest.mark.parametrize("kind", EDM_COLUMNS)
 def test_images_equal_those_of_edm_for_equal_labels(kind: str) -> None:
-    with np.load(Path(__file__).parent / "edm-augment.npz") as file:
+    with np.load(Path(__file__).parent / "data" / "edm-augment.npz") as file:
         x, label, wanted = (torch.from_numpy(file[name]) for name in ("x", f"{kind}_label", f"{kind}_image"))
     columns = torch.zeros(len(x), DIM, dtype=torch.float64)
     columns[:, EDM_COLUMNS[kind]] = label.double()

@@ -80,3 +80,19 @@ def test_latents_are_encoded_trained_sampled_and_decoded(tmp_path):
         assert file["data"].std() == pytest.approx(0.5, rel=1e-3)
     assert (tmp_path / "run" / "samples.png").exists()
     assert "samples.png" in run(tmp_path, *command)  # resumes
+
+
+@pytest.mark.slow
+def test_emoji_are_drawn_trained_by_class_and_compared_with_their_training_images(tmp_path):
+    font = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+    if not font.exists():
+        pytest.skip("needs Debian's fonts-noto-color-emoji")
+    settings = [f"--set={s}" for s in ("training.images=64", "network.channels=8", "sampler.steps=2")]
+    output = run(tmp_path, sys.executable, EXAMPLES / "emoji.py", *settings)
+    assert len(list((tmp_path / "data" / "emoji").glob("*/*.png"))) == 350
+    assert (tmp_path / "runs" / "emoji" / "emoji.png").exists()
+    assert "0% are copies" in output
+    missing = subprocess.run(
+        [sys.executable, EXAMPLES / "emoji.py", "--font", "none.ttf"], capture_output=True, text=True
+    )
+    assert "there is no font none.ttf" in missing.stderr

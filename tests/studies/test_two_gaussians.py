@@ -13,7 +13,7 @@ from stablefield import Pool
 from stablefield.seeding import generator
 from stablefield.studies.field import measure
 
-PATH = Path(__file__).parent.parent / "examples" / "two_gaussians.py"
+PATH = Path(__file__).parents[2] / "examples" / "two_gaussians.py"
 SPEC = importlib.util.spec_from_file_location("two_gaussians", PATH)
 example = sys.modules["two_gaussians"] = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(example)
