@@ -59,13 +59,19 @@ class Components:
     held_out: Pool | None = None
 
 
-def build(config: Config, progress: Progress = silent, ranks: Ranks | None = None) -> Components:
+def build(
+    config: Config,
+    progress: Progress = silent,
+    ranks: Ranks | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Components:
     """Load the data and make every component of a training run.
 
     Args:
         config: the resolved configuration.
         progress: called with (done, total) while data are decoded or measured.
         ranks: this process and those it trains with; by default a single process on the configured device.
+        weights: weights that the denoiser must fit; they are not loaded.
 
     Raises:
         ValueError: the data cannot be loaded, or components do not fit them (sizes, shapes, missing labels).
@@ -96,7 +102,7 @@ def build(config: Config, progress: Progress = silent, ranks: Ranks | None = Non
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
     order = ShuffledBatches(pool, training.batch_size, training.seed, ranks.rank, ranks.world_size, ranks.device)
     target = _build_target(config, order, augmentation, ranks, progress)
-    denoiser = place(build_denoiser(config, pool.shape, pool.num_classes), ranks.device)
+    denoiser = place(build_denoiser(config, pool.shape, pool.num_classes, weights), ranks.device)
     _check_network(denoiser, pool, augmentation.augment_dim)
     batches = augmentation.augment_batches(order, training.seed, ranks.device)
     if training.label_dropout:
@@ -214,8 +220,9 @@ def build_denoiser(
 ) -> Preconditioned:
     """A denoiser with initial weights, which follow from the seed of the run.
 
-    A network of this package is first built without memory for its weights, so that one that asks for more than the
-    machine has, or does not fit the weights of a file, is refused before any memory is used.
+    The network is first built without memory for its weights, so that one that asks for more than the machine has, or
+    does not fit the weights of a file, is refused before any memory is used. A user's network that cannot be built in
+    this way is only compared when its weights are loaded.
 
     Args:
         config: the resolved configuration.
@@ -241,18 +248,27 @@ def build_denoiser(
         return Preconditioned(network, config.make("process"), config.make("preconditioning"), num_classes)
 
     kind = config["network"]["kind"]
-    if ":" not in kind:  # a user's network may need real tensors
-        _check_size(make("meta"), kind, weights)
+    try:
+        sizes = {name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in make("meta").state_dict().items()}
+    except Exception as error:  # a user's network may need real tensors
+        if ":" not in kind:
+            raise
+        if weights is not None:
+            say(f"the network {kind!r} is not compared with the weights before it is built: {_describe(error)}")
+    else:
+        _check_size(sizes, kind, weights)
     return make("cpu")
 
 
-def _check_size(denoiser: Preconditioned, kind: str, weights: Mapping[str, torch.Tensor] | None) -> None:
-    """Refuse a network that does not fit weights, or the memory of this machine."""
-    state = denoiser.state_dict()
-    needed = sum(tensor.nbytes for tensor in state.values())
+def _check_size(
+    sizes: Mapping[str, tuple[tuple[int, ...], int]], kind: str, weights: Mapping[str, torch.Tensor] | None
+) -> None:
+    """Refuse a network that does not fit weights, or the memory of this machine, by its shapes and bytes."""
+    needed = sum(octets for _, octets in sizes.values())
     if weights is not None:
-        for name in sorted(state.keys() | weights.keys()):
-            here, there = (tuple(part[name].shape) if name in part else None for part in (state, weights))
+        for name in sorted(sizes.keys() | weights.keys()):
+            here = sizes[name][0] if name in sizes else None
+            there = tuple(weights[name].shape) if name in weights else None
             if here != there:
                 raise ConfigError(f"the network {kind!r} has {name} of shape {here}, and the weights have {there}")
     if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):

@@ -28,6 +28,7 @@ __all__ = [
     "cache_folder",
     "cached",
     "exclusive_lock",
+    "printable",
     "sweep",
     "sync",
     "temporary_folder",
@@ -331,3 +332,19 @@ def _sync(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def printable(text: object, most: int = 300) -> str:
+    r"""Text from a file in one line, without escape sequences, controls and marks that change its direction.
+
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+
+    Args:
+        text: the text, or an object that is converted to one.
+        most: number of characters beyond which the text is cut.
+    """
+    shown = "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in str(text)[: most + 1]
+    )
+    return shown if len(shown) <= most else f"{shown[:most]}..."

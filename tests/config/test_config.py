@@ -18,6 +18,7 @@ from stablefield.config import (
     target_section,
 )
 from stablefield.config.classes import import_name
+from stablefield.config.text import read_numbers
 from stablefield.kinds import KINDS, PROCESS_DEFAULTS, SIGMA_DATA
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -169,6 +170,14 @@ def test_a_missing_or_damaged_toml_file_is_refused_by_name(tmp_path):
     (tmp_path / "bad.toml").write_text("[target\n")
     with pytest.raises(ConfigError, match=r"bad\.toml is not a TOML file"):
         read_toml(tmp_path / "bad.toml")
+
+
+def test_a_byte_order_mark_is_not_a_part_of_a_text_file(tmp_path):
+    (tmp_path / "marked.toml").write_bytes(b"\xef\xbb\xbf[target]\r\nsize = 16\r\n")
+    assert read_toml(tmp_path / "marked.toml") == {"target": {"size": 16}}
+    for name, content in (("x.txt", b"0.5\r\n2\r\n"), ("x.json", b"[0.5, 2]")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+        assert read_numbers(str(tmp_path / name)) == [0.5, 2]
 
 
 def test_differences_are_the_keys_whose_values_differ():

@@ -137,9 +137,7 @@ def test_a_pickle_that_asks_for_another_name_is_refused_and_nothing_runs(cifar, 
     for call in (Calls(open, str(touched), "w"), Calls(eval, f"open({str(touched)!r}, 'w')"), Calls(getattr, int, "x")):
         files = cifar_files(*cifar) | {"data_batch_3": pickle.dumps({b"data": call, b"labels": []}, 2)}
         tar = make_tar(tmp_path / "x.tar.gz", files)
-        with pytest.raises(
-            ValueError, match=r"data_batch_3 in .*x\.tar\.gz is refused: it asks for (io|builtins|__builtin__)\."
-        ):
+        with pytest.raises(ValueError, match=r"data_batch_3 in .*x\.tar\.gz is refused: `(io|builtins|__builtin__)\."):
             CIFAR(tar).load()
     assert not touched.exists()
 
@@ -166,18 +164,18 @@ def test_names_that_cifar_does_not_need_are_refused(content):
 def test_a_pickle_cannot_change_the_replacements_of_names():
     for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n"):
         for state in (b"}S'call'\nI1\ns", b"N}S'call'\nI1\ns\x86", b"N}S'__class__'\nI1\ns\x86"):
-            with pytest.raises(ValueError, match="damaged"):
+            with pytest.raises(ValueError, match="refused"):
                 read_pickle(b"\x80\x02" + name + state + b"b.", "x")
     assert read_pickle(pickle.dumps({b"data": noise(2, 3)}, 2), "x")["data"].shape == (2, 3)
 
 
 def test_arrays_of_objects_or_of_a_wrong_length_are_refused():
     for array in (np.array([{}, []], object), np.zeros(3), np.zeros(3, ">i4")):
-        with pytest.raises(ValueError, match="x is damaged: an array in it is not uint8"):
+        with pytest.raises(ValueError, match=r"x is refused: (an array in it is not uint8|`numpy.dtype\(O8\)`)"):
             read_pickle(pickle.dumps({b"data": array}, 2), "x")
     content = pickle.dumps({b"data": noise(2, 77)}, 2)
     (place,) = (at for opcode, arg, at in pickletools.genops(content) if opcode.name == "BININT1" and arg == 77)
-    with pytest.raises(ValueError, match=r"x is damaged: .* \(2, 78\) and 154 bytes"):
+    with pytest.raises(ValueError, match=r"x is refused: .* \(2, 78\) and 154 bytes"):
         read_pickle(content[: place + 1] + bytes([78]) + content[place + 2 :], "x")
 
 
@@ -192,7 +190,7 @@ def test_an_incomplete_or_damaged_cifar_is_refused_by_name(cifar, tmp_path):
         CIFAR(tmp_path / "y.tar.gz").load()
     files = cifar_files(*cifar)
     files["data_batch_2"] = files["data_batch_2"][:-30]
-    with pytest.raises(ValueError, match=r"data_batch_2 in .* is damaged"):
+    with pytest.raises(ValueError, match=r"data_batch_2 in .* is refused: the file ends early"):
         CIFAR(make_tar(tmp_path / "z.tar.gz", files)).load()
     files["data_batch_2"] = pickle.dumps({b"data": noise(2, 3072), b"labels": [1]}, 2)
     with pytest.raises(ValueError, match=r"data_batch_2 in .* contains 2 images, but not one label for each"):

@@ -86,7 +86,7 @@ def train(
     )
     from stablefield.config import ConfigError, allowed_names, overlay, override, resolve, target_kind, target_section
     from stablefield.distributed import process_group
-    from stablefield.engine.checkpoints import latest_config, refuse_changed_config
+    from stablefield.engine.checkpoints import latest_config, refuse_changed_config, saved_weights
     from stablefield.run import RunFolder, open_run
 
     settings = [*(set_ or []), *([f"network.kind={network}"] if network else [])]
@@ -114,7 +114,7 @@ def train(
         if not (resume or dry_run):
             ranks.on_main(folder.refuse_if_occupied)
         with progress_bar("decoding") as progress:
-            parts = build(wanted, progress, ranks)
+            parts = build(wanted, progress, ranks, saved_weights(folder) if resume else None)
         if base:
             init_from_run(base, parts)
         report: Callable[[str], None] = print if ranks.is_main else lambda text: None

@@ -95,7 +95,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file does not exist, is not TOML, or was written in another format.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Notepad writes a byte order mark
         sections = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"there is no configuration {path}") from None
@@ -208,8 +208,8 @@ def read_numbers(value: Any) -> Any:
         if path.suffix == ".npy":
             return np.load(path, allow_pickle=False).astype(float).flatten().tolist()
         if path.suffix == ".json":
-            return [float(number) for number in json.loads(path.read_text(encoding="utf-8"))]
-        return [float(word) for word in path.read_text(encoding="utf-8").split()]
+            return [float(number) for number in json.loads(path.read_text(encoding="utf-8-sig"))]
+        return [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
     except FileNotFoundError:
         raise ValueError(f"is a list of numbers or a file of them, and there is no file {value!r}") from None
     except (ValueError, TypeError, OSError, EOFError) as error:

@@ -1,20 +1,16 @@
 """CIFAR-10 and CIFAR-100 as they are published for Python: a tar archive of pickled dictionaries.
 
-A pickle is a program that the unpickler runs. The unpickler used here allows the few names that these files need and
-replaces them with inert classes that only record their arguments; every other name is refused.
+`stablefield.data.pickles` reads them with the few names that these files need; every other name is refused.
 """
 
 import gzip
 import hashlib
-import io
 import math
-import pickle
 import tarfile
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 from jaxtyping import Int64, UInt8
@@ -24,6 +20,7 @@ from stablefield.data.contents import Contents
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.limits import MAX_FILE, LimitError, Unpacked
 from stablefield.data.notices import printable
+from stablefield.data.pickles import NUMPY, Dtype, Record, RefusedError, Stream, Table, expect, refusing, unpickle
 
 __all__ = ["CIFAR", "SPLITS", "read_files", "read_pickle"]
 
@@ -75,7 +72,10 @@ class CIFAR(ImageSource):
         if meta is None:
             return ()
         content = read_pickle(files[meta], f"{meta} in {self.path}")
-        return tuple(printable(_text(name)) for name in content.get("label_names", content.get("fine_label_names", ())))
+        names = content.get("label_names", content.get("fine_label_names", []))
+        if type(names) is not list or len(names) > 1000 or not all(isinstance(name, bytes | str) for name in names):
+            raise ValueError(f"{meta} in {self.path} does not name its classes in a list of up to 1,000 words")
+        return tuple(printable(_text(name[:301])) for name in names)
 
 
 def read_files(path: Path) -> dict[str, bytes]:
@@ -124,17 +124,11 @@ def read_pickle(content: bytes, name: str) -> dict[str, Any]:
         ValueError: the pickle is damaged, or asks for anything but dictionaries, lists, strings, numbers and arrays of
             bytes.
     """
-    try:
-        found = _RestrictedUnpickler(io.BytesIO(content), encoding="bytes").load()
-    except _ForbiddenError as error:
-        raise ValueError(
-            f"{name} is refused: it asks for {printable(error)}, which CIFAR's files do not need"
-        ) from None
-    except Exception as error:  # a damaged pickle can fail in any way; none of them runs anything
-        raise ValueError(f"{name} is damaged, or not a pickle of CIFAR: {printable(repr(error))}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} contains not a dictionary but a {type(found).__name__}")
-    return {_text(key): value.array(name) if isinstance(value, _Array) else value for key, value in found.items()}
+    with refusing(name):
+        found = expect(unpickle(Stream(content), _TABLE), dict)
+        if any(type(value) is _Array and value.content is None for value in found.values()):
+            raise RefusedError("an array in it has no content")
+        return {_text(key): value.content if type(value) is _Array else value for key, value in found.items()}
 
 
 def _read_limited(path: Path) -> bytes:
@@ -150,7 +144,11 @@ def _read_batch(content: bytes, name: str) -> tuple[UInt8[np.ndarray, "N 3 32 32
     data, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072:
         raise ValueError(f"{name} contains no images of 3,072 bytes named data")
-    if not isinstance(labels, list) or len(labels) != len(data) or not all(type(label) is int for label in labels):
+    if (
+        not isinstance(labels, list)
+        or len(labels) != len(data)
+        or not all(type(label) is int and 0 <= label < 2**31 for label in labels)
+    ):
         raise ValueError(f"{name} contains {len(data)} images, but not one label for each")
     return data.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
 
@@ -159,78 +157,28 @@ def _text(value: Any) -> str:
     return value.decode("latin1") if isinstance(value, bytes) else str(value)
 
 
-class _ForbiddenError(Exception):
-    """A name that is not allowed in a pickle."""
+@dataclass(eq=False)
+class _Array(Record):
+    """Stand-in for an array of numpy, with its content once that is known to be bytes that fill its shape."""
 
-
-class _Array:
-    """Replacement of numpy's array that records its state, and becomes an array if that is plain bytes."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def array(self, name: str) -> UInt8[np.ndarray, "..."]:
-        """The array.
-
-        Args:
-            name: name of the file in errors.
-
-        Raises:
-            ValueError: the data type is not uint8, or the shape does not match the number of bytes.
-        """
-        try:
-            _, shape, dtype, fortran, content = self.state
-            if dtype.name not in ("u1", "|u1") or len(content) != math.prod(shape):
-                raise ValueError(f"{dtype.name} {shape} and {len(content)} bytes")
-            return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-        except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{name} is damaged: an array in it is not uint8, or is incomplete ({printable(error)})"
-            ) from None
-
-
-class _DType:
-    """Replacement of numpy's dtype that records its name."""
-
-    def __init__(self, name: Any, *_: Any) -> None:
-        self.name = _text(name)
-
-    def __setstate__(self, state: Any) -> None:
-        """Ignore byte order and fields, which bytes do not have."""
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Bytes, as Python 3 pickles them for Python 2."""
-    if encoding != "latin1":
-        raise _ForbiddenError(f"the encoding {encoding}")
-    return text.encode("latin1")
-
-
-class _Immutable(NamedTuple):
-    """Function that a pickle gets in place of a name; a named tuple, because the pickle could change an attribute."""
-
-    call: Callable[..., Any]
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.call(*arguments)
-
-
-_ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _Immutable(lambda *_: _Array()),
-    ("numpy._core.multiarray", "_reconstruct"): _Immutable(lambda *_: _Array()),
-    ("numpy", "ndarray"): _Immutable(lambda *_: None),  # only an argument of _reconstruct
-    ("numpy", "dtype"): _Immutable(_DType),
-    ("_codecs", "encode"): _Immutable(_encode),
-}
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Unpickler that knows no names but those of `_ALLOWED`."""
+    content: UInt8[np.ndarray, "..."] | None = None
 
     @override
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise _ForbiddenError(f"{module}.{name}")
-        return _ALLOWED[module, name]
+    def set_state(self, state: object) -> None:
+        match state:
+            case (1, tuple() as shape, Dtype(code="u1"), bool() | int() as fortran, bytes() as content):
+                if len(shape) > 8 or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+                    raise RefusedError("an array in it has a shape that is not of a few sizes")
+                if math.prod(shape) != len(content):
+                    raise RefusedError(f"an array in it is incomplete: {shape} and {len(content)} bytes")
+                self.content = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
+            case _:
+                raise RefusedError("an array in it is not uint8")
+
+
+_TABLE: Table = {
+    **NUMPY,
+    "numpy.core.multiarray _reconstruct": lambda *_: _Array(),
+    "numpy._core.multiarray _reconstruct": lambda *_: _Array(),
+    "numpy ndarray": None,  # only an argument of _reconstruct
+}

@@ -5,25 +5,11 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 
+from stablefield.files import printable
+
 __all__ = ["printable", "say", "summarize"]
 
 LOGGER = logging.getLogger("stablefield")
-
-
-def printable(text: object, most: int = 300) -> str:
-    r"""Text from a file in one line, without escape sequences, controls and marks that change its direction.
-
-    >>> printable("a\x1b[31mb")
-    'a\\x1b[31mb'
-
-    Args:
-        text: the text, or an object that is converted to one.
-        most: number of characters beyond which the text is cut.
-    """
-    shown = "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in str(text)[: most + 1]
-    )
-    return shown if len(shown) <= most else f"{shown[:most]}..."
 
 
 def summarize(problem: str, names: Sequence[object], most: int = 20) -> str:

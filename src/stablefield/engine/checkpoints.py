@@ -50,6 +50,7 @@ __all__ = [
     "locked",
     "refuse_changed_config",
     "refuse_edited_config",
+    "saved_weights",
 ]
 
 RESUMABLE_KEYS = {
@@ -129,6 +130,21 @@ def latest_config(folder: RunFolder, allow: Iterable[Allowed] = ()) -> Config | 
     return written_config
 
 
+def saved_weights(folder: RunFolder) -> dict[str, Tensor] | None:
+    """Weights of the denoiser in the newest checkpoint of a run, without averaging; None if it has no checkpoint.
+
+    Args:
+        folder: folder of the run.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    if not folder.checkpoint.exists():
+        return None
+    tensors = folder.newest().tensors
+    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+
+
 def refuse_edited_config(folder: RunFolder, wanted: Config) -> None:
     """Refuse to resume a run whose config.toml was edited: its configuration is changed by settings instead.
 
@@ -169,7 +185,7 @@ def refuse_edited_config(folder: RunFolder, wanted: Config) -> None:
 
 def _config_text(folder: RunFolder) -> str | None:
     try:
-        text = folder.config.read_text(encoding="utf-8", errors="replace")
+        text = folder.config.read_text(encoding="utf-8-sig", errors="replace")
     except FileNotFoundError:
         return None
     refuse_other_format(text, folder.config)

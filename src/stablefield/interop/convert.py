@@ -11,7 +11,8 @@ from typing import Any
 
 from stablefield.checkpoint import Checkpoint, write_tensors
 from stablefield.config import ConfigError, resolve
-from stablefield.interop.edm import EDMCheckpoint, EDMCheckpointError
+from stablefield.data.pickles import RefusedError
+from stablefield.interop.edm import EDMCheckpoint
 
 __all__ = ["from_edm", "to_edm"]
 
@@ -57,7 +58,7 @@ def from_edm(checkpoint: EDMCheckpoint) -> Checkpoint:
         checkpoint: the checkpoint as `edm.read` returns it.
 
     Raises:
-        EDMCheckpointError: an argument or a class is unknown, or this package has no counterpart for it.
+        RefusedError: an argument or a class is unknown, or this package has no counterpart for it.
     """
     arguments = dict(checkpoint.arguments)
     model_type = arguments.get("model_type", _default_network(checkpoint))
@@ -65,7 +66,7 @@ def from_edm(checkpoint: EDMCheckpoint) -> Checkpoint:
     precond = _known("preconditioner", checkpoint.precond, PRECONDITIONERS)
     preconditioning, preconditioning_names, times, weight = PRECONDITIONERS[precond]
     if unknown := arguments.keys() - COMMON - network_names.keys() - preconditioning_names.keys():
-        raise EDMCheckpointError(f"the network has the unknown arguments {', '.join(sorted(unknown))}")
+        raise RefusedError(f"the network has the unknown arguments {', '.join(sorted(unknown))}")
     side, channels = int(arguments["img_resolution"]), int(arguments["img_channels"])
     network = {"kind": kind, "channel_mult": [1, 2, 2, 2], **_renamed(arguments, network_names)}
     if kind == "adm" and "channel_mult" not in arguments:
@@ -85,7 +86,7 @@ def from_edm(checkpoint: EDMCheckpoint) -> Checkpoint:
     try:
         config = resolve(raw)
     except ConfigError as error:
-        raise EDMCheckpointError(str(error)) from None
+        raise RefusedError(str(error)) from None
     tensors = {f"average.network.{_stem(name)}": value for name, value in state.items()}
     description = {
         "config": config.sections,
@@ -136,7 +137,7 @@ def _default_network(checkpoint: EDMCheckpoint) -> str:
 
 def _known(option: str, name: Any, names: Mapping[str, Any]) -> str:
     if name not in names:
-        raise EDMCheckpointError(f"unknown {option} {name!r}; known are {', '.join(names)}")
+        raise RefusedError(f"unknown {option} {name!r}; known are {', '.join(names)}")
     return str(name)
 
 
@@ -147,5 +148,5 @@ def _renamed(arguments: Mapping[str, Any], names: Mapping[str, str | None]) -> d
 def _stem(name: str) -> str:
     stem = name.removeprefix("model.")
     if stem == name:
-        raise EDMCheckpointError(f"the network has the parameter {name!r} outside of its model")
+        raise RefusedError(f"the network has the parameter {name!r} outside of its model")
     return stem

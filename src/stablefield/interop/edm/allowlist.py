@@ -8,35 +8,28 @@ but what is defined in this file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from typing_extensions import override
+
+from stablefield.data.pickles import NUMPY, Dtype, Instances, Name, Record, RefusedError, Table, expect, not_allowed
+from stablefield.files import printable
 
 __all__ = [
-    "ALL_NAMES",
-    "CLASSES",
-    "FUNCTIONS",
+    "ALLOWED",
     "LAYERS",
-    "LOAD_FROM_BYTES",
     "LOSSES",
     "NETWORKS",
     "PRECONDITIONERS",
     "STORAGE_TYPES",
-    "Dtype",
-    "EDMCheckpointError",
-    "Name",
     "Object",
     "Storage",
     "TensorView",
-    "expect",
-    "not_allowed",
-    "printable",
+    "find_storage",
 ]
-
-T = TypeVar("T")
 
 PRECONDITIONERS = frozenset({"VPPrecond", "VEPrecond", "iDDPMPrecond", "EDMPrecond"})
 NETWORKS = frozenset({"SongUNet", "DhariwalUNet"})
@@ -44,59 +37,8 @@ LAYERS = frozenset({"Linear", "Conv2d", "GroupNorm", "UNetBlock", "PositionalEmb
 LOSSES = frozenset({"VPLoss", "VELoss", "EDMLoss", "AugmentPipe"})
 
 
-class EDMCheckpointError(ValueError):
-    """The file is damaged or contains something that no EDM or STF checkpoint contains; nothing of it was run."""
-
-
-def printable(text: str) -> str:
-    """Text from the file, made safe to print: without line breaks and terminal codes, at most 160 characters.
-
-    Args:
-        text: any text, chosen by whoever wrote the file.
-    """
-    return ascii(text)[1:-1][:160]
-
-
-def not_allowed(name: str) -> EDMCheckpointError:
-    """The error for a name that is not on the allow-list.
-
-    Args:
-        name: the name as the file gives it, with dots.
-    """
-    return EDMCheckpointError(f"`{printable(name)}` is not allowed in an EDM or STF checkpoint")
-
-
-def expect(value: object, kind: type[T]) -> T:
-    """The value, if it has exactly this type (not a subclass).
-
-    Args:
-        value: any data from the file.
-        kind: the type that it must have.
-
-    Raises:
-        EDMCheckpointError: it has another type. Only the type is printed, because the value may be huge.
-    """
-    if type(value) is not kind:
-        raise EDMCheckpointError(f"found a {type(value).__name__} where a {kind.__name__} is expected")
-    return value
-
-
-@dataclass(frozen=True)
-class Name:
-    """A global that a pickle refers to: the name of a class or function, which is never imported.
-
-    Attributes:
-        path: module and name, separated by a space.
-    """
-
-    path: str
-
-    def __str__(self) -> str:
-        return self.path.replace(" ", ".")
-
-
 @dataclass(eq=False)
-class Object:
+class Object(Record):
     """An instance of a class, reduced to the name of its class and its `__dict__`.
 
     Attributes:
@@ -106,6 +48,12 @@ class Object:
 
     kind: str
     state: dict[Any, Any] | None = None
+
+    @override
+    def set_state(self, state: object) -> None:
+        if self.state is not None or type(state) is not dict:
+            super().set_state(state)
+        self.state = cast("dict[Any, Any]", state)
 
 
 @dataclass(eq=False)
@@ -129,10 +77,10 @@ class Storage:
             data: `count` numbers as bytes.
 
         Raises:
-            EDMCheckpointError: there are more or fewer bytes.
+            RefusedError: there are more or fewer bytes.
         """
         if len(data) != self.count * self.dtype.itemsize:
-            raise EDMCheckpointError(f"found {len(data)} bytes for {printable(str(self.count))} of {self.dtype}")
+            raise RefusedError(f"found {len(data)} bytes for {printable(str(self.count))} of {self.dtype}")
         self.data = data
 
 
@@ -164,19 +112,6 @@ class TensorView:
         return last + 1 if self.numel else 0
 
 
-@dataclass(eq=False)
-class Dtype:
-    """A numeric type of numpy.
-
-    Attributes:
-        code: kind and size in bytes, as "f8".
-        order: byte order, as numpy writes it.
-    """
-
-    code: str
-    order: str = "="
-
-
 # ---- results of the functions that a file may call
 
 
@@ -200,12 +135,12 @@ def _tensor_view(
     view = TensorView(expect(storage, Storage), offset, expect(size, tuple), expect(stride, tuple))
     numbers = (offset, *view.size, *view.stride)
     if len(numbers) > 1 + 2 * 8 or not all(type(n) is int and n >= 0 for n in numbers):
-        raise EDMCheckpointError("a tensor has offset, sizes or strides that are negative, not integers, or too many")
+        raise RefusedError("a tensor has offset, sizes or strides that are negative, not integers, or too many")
     # An expanded tensor (stride 0) would be larger than its bytes in the file, and an empty one could have sizes that
     # torch cannot represent.
     beyond = offset + view.extent > view.storage.count or view.numel > view.storage.count
     if beyond or math.prod(max(n, 1) for n in view.size) > 2**40:
-        raise EDMCheckpointError("a tensor extends beyond its storage")
+        raise RefusedError("a tensor extends beyond its storage")
     return view
 
 
@@ -218,26 +153,11 @@ def _set_as_list(values: object) -> list[Any]:
     return expect(values, list)
 
 
-def _dtype(code: object, align: object = False, copy: object = False) -> Dtype:
-    name = expect(code, str)
-    if name not in {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}:
-        raise not_allowed(f"numpy.dtype({name})")
-    return Dtype(name)
-
-
 def _scalar(kind: object, data: object) -> bool | int | float:
     number = np.dtype(expect(kind, Dtype).order + expect(kind, Dtype).code)
     if len(expect(data, bytes)) != number.itemsize:
-        raise EDMCheckpointError(f"a numpy scalar is not {number.itemsize} bytes long")
+        raise RefusedError(f"a numpy scalar is not {number.itemsize} bytes long")
     return cast("bool | int | float", np.frombuffer(expect(data, bytes), number)[0].item())
-
-
-def _encode(text: object, encoding: object) -> bytes:
-    # Protocol 2 writes bytes as text. Only numpy's scalars need that here, and longer texts would cost a copy at each
-    # reference.
-    if encoding != "latin1" or len(expect(text, str)) > 16:
-        raise EDMCheckpointError("`_codecs.encode` is allowed for the bytes of a number only")
-    return expect(text, str).encode("latin1")
 
 
 STORAGE_TYPES = {  # in persistent ids only
@@ -253,26 +173,46 @@ STORAGE_TYPES = {  # in persistent ids only
     "torch BoolStorage": torch.bool,
 }
 
-CLASSES: dict[str, Callable[[], object]] = {  # what name.__new__(name) yields
-    "dnnlib.util EasyDict": dict,
-    "torch.nn.modules.container ModuleDict": lambda: Object("ModuleDict"),
-    "torch.nn.modules.container ModuleList": lambda: Object("ModuleList"),
-    "torch.nn.modules.container Sequential": lambda: Object("Sequential"),
-}
-
-LOAD_FROM_BYTES = "torch.storage _load_from_bytes"  # an archive within the pickle, which containers.py reads
-
-FUNCTIONS: dict[str, Callable[..., object]] = {  # what name(*arguments) yields
+ALLOWED: Table = {
+    **NUMPY,
+    **dict.fromkeys(STORAGE_TYPES),
+    "dnnlib.util EasyDict": Instances(dict),
+    "torch.nn.modules.container ModuleDict": Instances(lambda: Object("ModuleDict")),
+    "torch.nn.modules.container ModuleList": Instances(lambda: Object("ModuleList")),
+    "torch.nn.modules.container Sequential": Instances(lambda: Object("Sequential")),
     "torch_utils.persistence _reconstruct_persistent_obj": _persistent_object,
     "torch._utils _rebuild_tensor_v2": _tensor_view,
     "torch._utils _rebuild_parameter": _parameter,
     "collections OrderedDict": lambda: {},
     "__builtin__ set": _set_as_list,
     "builtins set": _set_as_list,
-    "numpy dtype": _dtype,
     "numpy.core.multiarray scalar": _scalar,  # numpy 1
     "numpy._core.multiarray scalar": _scalar,  # numpy 2
-    "_codecs encode": _encode,
 }
 
-ALL_NAMES = frozenset({LOAD_FROM_BYTES, *STORAGE_TYPES, *CLASSES, *FUNCTIONS})
+
+def find_storage(storages: dict[str, Storage], identity: object) -> Storage | Name:
+    """The storage that a persistent id stands for; in torch's legacy format also the name of a class.
+
+    Args:
+        storages: the storages found so far, by key; a new one is added.
+        identity: the id, as the file gives it.
+
+    Raises:
+        RefusedError: the id has another form, or its type or size is not allowed or not that of the same key before.
+    """
+    match identity:
+        case ("module", Name() as name, *_):  # its source follows, and is ignored
+            return name
+        case ("storage", Name(path), str(key), str(), int(count)):
+            pass
+        case ("storage", Name(path), str(key), str(), int(count), None):
+            pass
+        case _:
+            raise RefusedError("a persistent id is not that of a storage")
+    if path not in STORAGE_TYPES or count < 0:
+        raise RefusedError("a persistent id is that of a storage that is not allowed here")
+    storage = storages.setdefault(key, Storage(STORAGE_TYPES[path], count))
+    if (storage.dtype, storage.count) != (STORAGE_TYPES[path], count):
+        raise RefusedError("a storage is used with two types or sizes")
+    return storage

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +19,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from stablefield.interop.edm.allowlist import (
-    PRECONDITIONERS,
-    EDMCheckpointError,
-    Object,
-    TensorView,
-    expect,
-    not_allowed,
-    printable,
-)
+from stablefield.data.pickles import RefusedError, expect, not_allowed, refusing
+from stablefield.interop.edm.allowlist import PRECONDITIONERS, Object, TensorView
 from stablefield.interop.edm.containers import read_file
 
-__all__ = ["DAMAGE", "Copier", "EDMCheckpoint", "read"]
-
-# Errors that pickletools, zipfile, torch and the functions of the allow-list raise on damaged files.
-DAMAGE = (
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,  # also zipfile's for encrypted or unsupported records, and Python's for too deep recursion
-    EOFError,
-    struct.error,
-    zipfile.BadZipFile,
-)
+__all__ = ["Copier", "EDMCheckpoint", "read"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> EDMCheckpoint:
         The weights of the moving average, and the arguments that build the network.
 
     Raises:
-        EDMCheckpointError: the file is damaged, or contains a name that is not on the allow-list (a ValueError).
+        RefusedError: the file is damaged, or contains a name that is not on the allow-list (a ValueError).
         OSError: the file cannot be opened.
 
     References:
@@ -95,23 +74,18 @@ def read(path: str | os.PathLike[str]) -> EDMCheckpoint:
         Stable Target Field for Reduced Variance Score Estimation in Diffusion Models (Xu et al., 2023)
     """
     path = Path(path)
-    try:
+    with refusing(path.name):
         return _checkpoint(expect(read_file(path), dict), Copier(path.stat().st_size))
-    except EDMCheckpointError as error:
-        raise EDMCheckpointError(f"{path.name}: {error}") from error
-    except DAMAGE as error:
-        reason = f"{type(error).__name__}: {printable(str(error))}"
-        raise EDMCheckpointError(f"{path.name}: the file is damaged or not an EDM checkpoint ({reason})") from error
 
 
 def _checkpoint(data: dict[str, Any], copier: Copier) -> EDMCheckpoint:
     if "ema" not in data:
-        raise EDMCheckpointError(
+        raise RefusedError(
             "there is no moving average (`ema`); read the network-snapshot-*.pkl of the same run instead"
         )
     network = expect(data["ema"], Object)
     if network.kind not in PRECONDITIONERS:
-        raise EDMCheckpointError(f"`ema` is a {network.kind}, not one of {', '.join(sorted(PRECONDITIONERS))}")
+        raise RefusedError(f"`ema` is a {network.kind}, not one of {', '.join(sorted(PRECONDITIONERS))}")
     optimizer, step = data.get("optimizer_state"), data.get("step")
     return EDMCheckpoint(
         kind="network-snapshot" if optimizer is None else "training-state",
@@ -143,11 +117,11 @@ class Copier:
             octets: bytes about to be copied.
 
         Raises:
-            EDMCheckpointError: the budget is exceeded.
+            RefusedError: the budget is exceeded.
         """
         self.budget -= octets
         if self.budget < 0:
-            raise EDMCheckpointError("the data expand to more than the size of the file")
+            raise RefusedError("the data expand to more than the size of the file")
 
     def tensor(self, view: TensorView) -> Shaped[Tensor, " *size"]:
         """A contiguous copy of a tensor.
@@ -218,9 +192,7 @@ class Copier:
         positional, keyword = expect(fields["_init_args"], tuple), expect(fields["_init_kwargs"], dict)
         names = ("img_resolution", "img_channels", "label_dim", "use_fp16")
         if len(positional) > (len(names) if instance.kind in PRECONDITIONERS else 0):
-            raise EDMCheckpointError(
-                f"a {instance.kind} has {len(positional)} positional arguments, whose names are unknown"
-            )
+            raise RefusedError(f"a {instance.kind} has {len(positional)} positional arguments, whose names are unknown")
         return self.json(dict(zip(names, positional, strict=False)) | keyword)
 
     def class_and_arguments(self, instance: object) -> dict[str, Any] | None:

@@ -12,11 +12,11 @@ import errno
 import mmap
 import re
 import zipfile
-from collections.abc import Callable, Collection
+from functools import cache, partial
 from pathlib import Path
 
-from stablefield.interop.edm.allowlist import ALL_NAMES, STORAGE_TYPES, EDMCheckpointError, Storage, expect, not_allowed
-from stablefield.interop.edm.unpickler import Stream, Unpickler
+from stablefield.data.pickles import RefusedError, Stream, Table, expect, not_allowed, unpickle
+from stablefield.interop.edm.allowlist import ALLOWED, STORAGE_TYPES, Storage, find_storage
 
 __all__ = ["read_embedded_storage", "read_file"]
 
@@ -31,16 +31,18 @@ def read_file(path: Path) -> object:
         path: the file.
 
     Raises:
-        EDMCheckpointError: the file is damaged or contains something that is not allowed. Damaged files may raise other
-            errors too, see `checkpoint.DAMAGE`.
+        RefusedError: the file is damaged or contains something that is not allowed. Damaged files may raise other
+            errors too (see `pickles.refusing`).
         OSError: the file cannot be opened.
     """
+    read = cache(read_embedded_storage)  # once however often it is referred to
+    table = {**ALLOWED, "torch.storage _load_from_bytes": lambda data: read(expect(data, bytes))}
     with open(path, "rb") as file:
         if file.read(4) == b"PK\x03\x04":
-            return _read_zip(path)
+            return _read_zip(path, table)
         if path.stat().st_size == 0:
-            raise EDMCheckpointError("the file is empty")
-        return _read_pickle(Stream(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))))
+            raise RefusedError("the file is empty")
+        return _read_pickle(Stream(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))), table)
 
 
 def read_embedded_storage(data: bytes) -> Storage:
@@ -50,41 +52,37 @@ def read_embedded_storage(data: bytes) -> Storage:
         data: the archive, in the legacy format.
 
     Raises:
-        EDMCheckpointError: the archive is damaged or holds anything but one storage.
+        RefusedError: the archive is damaged or holds anything but one storage.
     """
-    stream = Stream(memoryview(data))
-    if Unpickler(stream).run() != MAGIC:
-        raise EDMCheckpointError("an embedded archive has an unknown format")
-    storage = expect(_read_legacy(stream, STORAGE_TYPES), Storage)
+    stream = Stream(data)
+    if unpickle(stream, {}) != MAGIC:
+        raise RefusedError("an embedded archive has an unknown format")
+    storage = expect(_read_legacy(stream, dict.fromkeys(STORAGE_TYPES)), Storage)
     if stream.remaining:
-        raise EDMCheckpointError(
-            f"an embedded archive has more than one storage: {stream.remaining} bytes follow the first"
-        )
+        raise RefusedError(f"an embedded archive has more than one storage: {stream.remaining} bytes follow the first")
     return storage
 
 
-def _read_pickle(stream: Stream) -> object:
+def _read_pickle(stream: Stream, table: Table) -> object:
     """Data of a plain pickle, or of the legacy format if it starts with the magic number."""
-    first = Unpickler(stream, ALL_NAMES, load_archive=read_embedded_storage).run()
-    data = _read_legacy(stream, ALL_NAMES, load_archive=read_embedded_storage) if first == MAGIC else first
+    first = unpickle(stream, table)
+    data = _read_legacy(stream, table) if first == MAGIC else first
     if stream.remaining:
-        raise EDMCheckpointError(f"{stream.remaining} bytes follow the end of the data")
+        raise RefusedError(f"{stream.remaining} bytes follow the end of the data")
     return data
 
 
-def _read_legacy(
-    stream: Stream, names: Collection[str], load_archive: Callable[[bytes], object] | None = None
-) -> object:
+def _read_legacy(stream: Stream, table: Table) -> object:
     """Data of the legacy format, of which the magic number has been read."""
-    version, system = Unpickler(stream).run(), expect(Unpickler(stream).run(), dict)
+    version, system = unpickle(stream, {}), expect(unpickle(stream, {}), dict)
     if version != VERSION or system.get("little_endian") is not True:
-        raise EDMCheckpointError("an archive has an unknown version, or is from a big-endian machine")
+        raise RefusedError("an archive has an unknown version, or is from a big-endian machine")
 
     storages: dict[str, Storage] = {}
-    data = Unpickler(stream, names, storages, load_archive).run()
-    keys = [expect(key, str) for key in expect(Unpickler(stream).run(), list)]
+    data = unpickle(stream, table, partial(find_storage, storages))
+    keys = [expect(key, str) for key in expect(unpickle(stream, {}), list)]
     if sorted(keys) != sorted(storages):
-        raise EDMCheckpointError(f"an archive refers to {len(storages)} storages, but {len(keys)} follow")
+        raise RefusedError(f"an archive refers to {len(storages)} storages, but {len(keys)} follow")
 
     for key in keys:
         count = int.from_bytes(stream.take(8), "little")
@@ -92,17 +90,17 @@ def _read_legacy(
     return data
 
 
-def _read_zip(path: Path) -> object:
+def _read_zip(path: Path, table: Table) -> object:
     storages: dict[str, Storage] = {}
     try:
         records = _read_records(path)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise EDMCheckpointError("a record of the ZIP file begins before the file") from error
+        raise RefusedError("a record of the ZIP file begins before the file") from error
     if records.get("byteorder", b"little") != b"little":
-        raise EDMCheckpointError("the file is from a big-endian machine")
-    data = Unpickler(Stream(memoryview(records["data.pkl"])), ALL_NAMES, storages, read_embedded_storage).run()
+        raise RefusedError("the file is from a big-endian machine")
+    data = unpickle(Stream(records["data.pkl"]), table, partial(find_storage, storages))
     for key, storage in storages.items():
         storage.fill(memoryview(records[f"data/{key}"]))
     return data
@@ -115,12 +113,12 @@ def _read_records(path: Path) -> dict[str, bytes]:
         folders = {info.filename.partition("/")[0] for info in infos}
         records = {info.filename.partition("/")[2]: info for info in infos}
         if len(folders) != 1 or len(records) != len(infos):
-            raise EDMCheckpointError("the ZIP file has more than one folder, or two records of one name")
+            raise RefusedError("the ZIP file has more than one folder, or two records of one name")
         for name in records:
             if not re.fullmatch(r"data\.pkl|version|byteorder|data/\d+|\.\w[\w./]*", name):
                 raise not_allowed(name)
         # torch does not compress its records; compressed or overlapping ones could expand to any size
         stored = all(info.compress_type == zipfile.ZIP_STORED for info in infos)
         if not stored or sum(info.file_size for info in infos) > path.stat().st_size:
-            raise EDMCheckpointError("the ZIP file has compressed or overlapping records")
+            raise RefusedError("the ZIP file has compressed or overlapping records")
         return {name: archive.read(info) for name, info in records.items()}

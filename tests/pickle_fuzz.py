@@ -1,6 +1,6 @@
-"""Mutate checkpoints at random and read them under audit; `test_interop_edm.py` runs this in its own process.
+"""Mutate EDM's checkpoints and CIFAR's files at random and read them under audit, for the tests in their own process.
 
-    python edm_fuzz.py SEED ROUNDS FOLDER FILE...
+    python pickle_fuzz.py SEED ROUNDS FOLDER FILE...      (a file named test_batch is one of CIFAR's)
 
 Prints how many were read and how many refused. Fails on any other exception, on any audit event of Python other than
 reading the file, after ten seconds on one file, or when memory runs out.
@@ -16,9 +16,10 @@ from pathlib import Path
 
 import edm_files
 
+from stablefield.data import CIFAR
 from stablefield.interop import edm
 
-HARMLESS = {"mmap.__new__", "builtins.id"}
+HARMLESS = {"mmap.__new__", "builtins.id", "os.listdir", "os.scandir", "pathlib.Path.rglob"}  # "open" is examined
 watching = False
 
 
@@ -79,31 +80,35 @@ def changed(octets, draw):
     return edm_files.zipped(records | {"data.pkl": mutated(records["data.pkl"], draw)})
 
 
+def read(path):
+    return CIFAR(path.parent, split="test").contents() if path.name == "test_batch" else edm.read(path)
+
+
 def outcome(path):
     global watching
     watching = True
     signal.alarm(10)
     try:
-        edm.read(path)
+        read(path)
         return "read"
-    except edm.EDMCheckpointError:
-        return "refused"
+    except ValueError as error:
+        return "refused" if path.name in str(error) and str(error).isprintable() else f"refused by {error!r}"
     finally:
         signal.alarm(0)
         watching = False
 
 
 def main(seed, rounds, folder, *files):
-    draw, counts = random.Random(int(seed)), {"read": 0, "refused": 0}
-    path = Path(folder) / "mutant"
-    for file in files:
-        edm.read(file)  # modules that Python imports on first use are imported here,
+    draw, counts = random.Random(int(seed)), {"read": 0, "refused": 0}  # any other key is an error
+    for file in map(Path, files):
+        read(file)  # modules that Python imports on first use are imported here,
     b"x".decode("cp437")  # and so is the encoding that zipfile uses for unusual names
     sys.addaudithook(watch)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + 2**30, used + 2**30))
-    for file in files:
-        octets = Path(file).read_bytes()
+    for file in map(Path, files):
+        octets, path = file.read_bytes(), Path(folder) / "mutated" / file.name
+        path.parent.mkdir(exist_ok=True)
         for _ in range(int(rounds)):
             path.write_bytes(changed(octets, draw))
             counts[outcome(path)] += 1
