@@ -1,6 +1,7 @@
 """Test setup: annotated shapes and types are checked in every call, torch uses one thread, caches are temporary."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 jaxtyping.install_import_hook("stablefield", "typechecker.checked")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # they are ignored in background jobs,
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what a process ignores, a run ignores
 torch.set_num_threads(1)  # more threads only wait for each other on tensors this small
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that tests start
 

@@ -167,7 +167,7 @@ def list_kinds(section: str) -> str:
     """The kinds of a section, for help and messages.
 
     >>> list_kinds("target")
-    'stf, dsm, knn, exact'
+    'stf, dsm, knn, exact, stf-published'
 
     Args:
         section: name of the section.

@@ -279,7 +279,7 @@ def test_a_target_as_text_is_the_section_of_a_configuration(text, section):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sft:3", "target.kind: 'sft' is none of stf, dsm, knn, exact; did you mean stf"),
+        ("sft:3", "target.kind: 'sft' is none of stf, dsm, knn, exact, stf-published; did you mean stf"),
         ("dsm:3", "'dsm:3' has a size, but 'dsm' has none"),
         ("exact:3", "'exact:3' has a size, but 'exact' has none"),
         ("stf:", "the size in the target 'stf:' is not a whole number; write for example stf:64"),

@@ -86,9 +86,9 @@ def test_prefetched_targets_of_several_steps_are_computed_in_one_call(examples, 
     seen = []
 
     class Counted(ExactTarget):
-        def estimate(self, noisy, index, label):
+        def average(self, noisy, index, label, seed):
             seen.append(len(noisy))
-            return super().estimate(noisy, index, label)
+            return super().average(noisy, index, label, seed)
 
     state, objective = start(Prefetched(Counted(POOL, missing_mass=0.0), examples), num_classes=0)
     list(train(state, objective, ShuffledBatches(Pool(POOL.data), 16), images=16 * 7))

@@ -337,7 +337,7 @@ def test_no_gain_is_expected_for_sparse_data_at_small_noise():
 
 
 def test_the_python_of_the_page_about_the_study_runs(capsys):
-    page = (Path(__file__).parent.parent / "docs" / "field.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "field.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(code, "field.md", "exec"), {})
     assert "64 references" in capsys.readouterr().out
