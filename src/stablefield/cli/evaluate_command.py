@@ -137,13 +137,14 @@ def evaluate_command(
                 settings=set_ or [],
                 precision=precision,
             )
-        spaces: dict[str, Any] = {"features": features or (), "weights": weights, "trusted": trust_features}
         common: dict[str, Any] = {
             "count": samples,
             "batch_size": batch,
             "ranks": ranks,
             "progress": progress_bar,
-            **spaces,
+            "features": features or (),
+            "weights": weights,
+            "trusted": trust_features,
         }
         if not (run or reference):
             found = feature_statistics(what, **common)

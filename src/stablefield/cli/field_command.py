@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stablefield.cli.options import Allow
+from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
 
@@ -14,10 +14,7 @@ __all__ = ["aligned", "field", "parse_sizes"]
 
 
 def field(
-    source: Annotated[
-        str | None,
-        typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
-    ] = None,
+    source: DataPath = None,
     out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = Path("field"),
     noise_levels: Annotated[int, typer.Option(min=2, help="Number of noise levels, evenly spaced in log.")] = 13,
     low: Annotated[
@@ -38,16 +35,11 @@ def field(
         bool,
         typer.Option("--conditional", help="Measure class-conditional targets: only the source's class is used."),
     ] = False,
-    kind: Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key of the configuration; may be repeated."),
-    ] = None,
+    kind: Kind = None,
+    config: TrainingConfig = None,
+    set_: Set = None,
     allow: Allow = None,
-    device: Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure variance and bias of training targets by noise level, and report what to expect of stable targets."""
     from stablefield.build import choose_device

@@ -3,11 +3,11 @@
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from stablefield.cli.options import Allow
+from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
 
@@ -15,10 +15,7 @@ __all__ = ["floor"]
 
 
 def floor(
-    source: Annotated[
-        str | None,
-        typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
-    ] = None,
+    source: DataPath = None,
     run: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Run or checkpoint to measure too; its data and settings are used."),
@@ -32,16 +29,11 @@ def floor(
     bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
-    kind: Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key of the configuration; may be repeated."),
-    ] = None,
+    kind: Kind = None,
+    config: TrainingConfig = None,
+    set_: Set = None,
     allow: Allow = None,
-    device: Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Measure what a training loss cannot go below on these data, and how far a run is above it."""
     from stablefield.build import choose_device
@@ -68,31 +60,18 @@ def floor(
     names = floor_targets(targets, training, pool)
     print(f"data      {training.make('data')!r}: {len(pool):,} data points of shape {pool.shape}")
     print(f"loss      {loss.process}, times {loss.times}, weight {loss.weight}; mean over the dimensions")
-    label_dropout, chosen = training.training.label_dropout, choose_device(device)
+    points: dict[str, Any] = {
+        "bins": bins,
+        "per_bin": examples,
+        "seed": seed,
+        "label_dropout": training.training.label_dropout,
+        "device": choose_device(device),
+    }
     with progress_bar("measuring") as progress:
-        measured = cached_floor(
-            pool,
-            loss,
-            targets=names,
-            bins=bins,
-            per_bin=examples,
-            seed=seed,
-            label_dropout=label_dropout,
-            device=chosen,
-            progress=progress,
-        )
+        measured = cached_floor(pool, loss, targets=names, progress=progress, **points)
     excess: ByNoise | None = None
     if trained:
-        probes = Probes(
-            pool,
-            loss,
-            bins=bins,
-            per_bin=examples,
-            seed=seed,
-            label_dropout=label_dropout,
-            device=choose_device(device),
-        )
-        excess = probes.excess(trained.denoiser)
+        excess = Probes(pool, loss, **points).excess(trained.denoiser)
     report = FloorReport(measured.floors, loss_of_linear_denoiser(pool, loss), excess)
     print("\n".join(["", *aligned(report.table()), "", *report.lines(), ""]))
     out.mkdir(parents=True, exist_ok=True)
