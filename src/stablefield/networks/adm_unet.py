@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from typing_extensions import override
@@ -107,31 +106,11 @@ class ADM(ResidualUNet):
             nn.init.normal_(self.map_label.weight)  # Kaiming's 1 / sqrt(num_classes), times sqrt(num_classes)
 
     @override
-    def forward(
-        self,
-        x: Float[Tensor, "B C H W"],
-        c_noise: Float[Tensor, " B"],
-        label_one_hot: Float[Tensor, "B _"] | None = None,
-        augment_label: Float[Tensor, "B _"] | None = None,
-    ) -> Float[Tensor, "B _ H W"]:
-        """Output F(x; c_noise) of the network before preconditioning (Karras et al. 2022, eq. 7).
-
-        Args:
-            x: noisy input, scaled to unit variance (c_in x_t).
-            c_noise: noise level as the network sees it, one value per example.
-            label_one_hot: one-hot labels; a row of zeros, or None for all, is the null label.
-            augment_label: augmentation labels; zeros, or None for all, mean that no augmentation was applied.
-
-        Raises:
-            ValueError: a side cannot be halved often enough, or a label has another length than the network was built
-                for.
-        """
-        emb = self._embed(x, c_noise, label_one_hot, augment_label)
-        h, _ = self.decode(self.encode(x, emb), emb)
+    def output(self, h: Tensor, image: Tensor | None) -> Tensor:
         return self.out_conv(silu(self.out_norm(h)))
 
-    def _embed(self, x: Tensor, c_noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Embedding e (B, E)."""
+    @override
+    def embed(self, x: Tensor, c_noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
         label = condition_or_zeros(label, self.num_classes, x, name="label_one_hot", argument="num_classes")
         augment = condition_or_zeros(augment, self.augment_dim, x, name="augment_label", argument="augment_dim")
         emb = self.map_noise(c_noise).to(x.dtype)

@@ -203,6 +203,49 @@ class ResidualUNet(nn.Module, ABC):
             channels: output channels of the block.
         """
 
+    @override
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        c_noise: Float[Tensor, " B"],
+        label_one_hot: Float[Tensor, "B _"] | None = None,
+        augment_label: Float[Tensor, "B _"] | None = None,
+    ) -> Float[Tensor, "B _ H W"]:
+        """Output F(x; c_noise) of the network before preconditioning (Karras et al. 2022, eq. 7).
+
+        Args:
+            x: noisy input, scaled to unit variance (c_in x_t).
+            c_noise: noise level as the network sees it, one value per example.
+            label_one_hot: one-hot labels; a row of zeros, or None for all, is the null label.
+            augment_label: augmentation labels; zeros, or None for all, mean that no augmentation was applied.
+
+        Raises:
+            ValueError: a side cannot be halved often enough, or a label has another length than the network was built
+                for.
+        """
+        emb = self.embed(x, c_noise, label_one_hot, augment_label)
+        return self.output(*self.decode(self.encode(x, emb), emb))
+
+    @abstractmethod
+    def embed(self, x: Tensor, c_noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+        """Embedding e (B, E) of noise level, label and augmentation.
+
+        Args:
+            x: noisy input; its type and device are those of the embedding.
+            c_noise: noise level as the network sees it, one value per example.
+            label: one-hot labels; None is the null label.
+            augment: augmentation labels; None means that no augmentation was applied.
+        """
+
+    @abstractmethod
+    def output(self, h: Tensor, image: Tensor | None) -> Tensor:
+        """Output of the network (B, C, H, W).
+
+        Args:
+            h: features of the decoder at full resolution.
+            image: output of the auxiliary path, if there is one.
+        """
+
     def build(self, block: Callable[..., ResidualBlock], stem: int, widths: Sequence[int]) -> None:
         """Create the encoder `enc` and the decoder `dec`, in the order of EDM's files.
 

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import silu
 from typing_extensions import override
@@ -162,32 +161,13 @@ class SongUNet(ResidualUNet):
                     nn.init.zeros_(layer.bias)
 
     @override
-    def forward(
-        self,
-        x: Float[Tensor, "B C H W"],
-        c_noise: Float[Tensor, " B"],
-        label_one_hot: Float[Tensor, "B _"] | None = None,
-        augment_label: Float[Tensor, "B _"] | None = None,
-    ) -> Float[Tensor, "B _ H W"]:
-        """Output F(x; c_noise) of the network before preconditioning (Karras et al. 2022, eq. 7).
-
-        Args:
-            x: noisy input, scaled to unit variance (c_in x_t).
-            c_noise: noise level as the network sees it, one value per example.
-            label_one_hot: one-hot labels; a row of zeros, or None for all, is the null label.
-            augment_label: augmentation labels; zeros, or None for all, mean that no augmentation was applied.
-
-        Raises:
-            ValueError: a side cannot be halved often enough, or a label has another length than the network was built
-                for.
-        """
-        emb = self._embed(x, c_noise, label_one_hot, augment_label)
-        _, image = self.decode(self.encode(x, emb), emb)
+    def output(self, h: Tensor, image: Tensor | None) -> Tensor:
         assert image is not None
         return image
 
-    def _embed(self, x: Tensor, c_noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """Embedding e (B, E). One-hot labels of L classes are scaled by sqrt(L) to unit variance."""
+    @override
+    def embed(self, x: Tensor, c_noise: Tensor, label: Tensor | None, augment: Tensor | None) -> Tensor:
+        # one-hot labels of L classes are scaled by sqrt(L) to unit variance
         label = condition_or_zeros(label, self.num_classes, x, name="label_one_hot", argument="num_classes")
         augment = condition_or_zeros(augment, self.augment_dim, x, name="augment_label", argument="augment_dim")
         emb = self.map_noise(c_noise).to(x.dtype)
