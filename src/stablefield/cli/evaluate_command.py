@@ -86,18 +86,15 @@ def evaluate_command(
     """Score a run or samples: Frechet and kernel distance, precision and recall, memorisation; with Inception, FID."""
     from stablefield.build import choose_device
     from stablefield.cli.evaluating import TablePrinter, write_statistics
-    from stablefield.cli.sampling import open_guide
-    from stablefield.config import allowed_names
+    from stablefield.cli.sampling import open_plan
     from stablefield.data import guess_kind
     from stablefield.distributed import process_group
     from stablefield.evaluate import evaluate, feature_statistics
     from stablefield.evaluate.inputs import is_run
     from stablefield.generate import SamplingPlan
-    from stablefield.run import open_run
     from stablefield.seeding import parse_seeds
 
     run, first_seeds = is_run(Path(what)), parse_seeds(seeds) if seeds else None
-    allowed = allowed_names([*(set_ or []), *([f"sampler.kind={sampler}"] if sampler else [])], allow)
     if not run:
         guess_kind(what)  # refuses a path that does not exist
     for_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
@@ -125,16 +122,15 @@ def evaluate_command(
     with process_group(choose_device(device)) as ranks, stoppable("evaluation", lambda: _kept(file)):
         subject: str | SamplingPlan = what
         if run:
-            device = str(ranks.device)
-            trained = open_run(what, device=device, allow=allowed)
-            weaker = open_guide(guide, guidance, device, allowed)
-            subject = SamplingPlan.for_run(
-                trained,
-                sampler=sampler,
-                steps=steps,
+            subject = open_plan(
+                what,
+                device=str(ranks.device),
+                guide=guide,
                 guidance=guidance,
-                guide=weaker,
+                sampler=sampler,
                 settings=set_ or [],
+                allow=allow,
+                steps=steps,
                 precision=precision,
             )
         common: dict[str, Any] = {

@@ -64,30 +64,27 @@ def sample(
 ) -> None:
     """Draw samples from a trained run. A sample depends on its seed, not on the batch."""
     from stablefield.build import choose_device
-    from stablefield.cli.sampling import main_bar, open_guide, sample_progress
-    from stablefield.config import allowed_names
+    from stablefield.cli.sampling import main_bar, open_plan, sample_progress
     from stablefield.distributed import process_group
-    from stablefield.generate import SampleStore, SamplingPlan, sample_to
-    from stablefield.run import open_run
+    from stablefield.generate import SampleStore, sample_to
     from stablefield.seeding import parse_seeds
 
     all_seeds = parse_seeds(seeds)
-    allowed = allowed_names([*(set_ or []), *([f"sampler.kind={sampler}"] if sampler else [])], allow)
     with process_group(choose_device(device)) as ranks:
-        device = str(ranks.device)
-        trained = open_run(run, weights=weights, device=device, allow=allowed)
-        weaker = open_guide(guide, guidance, device, allowed)
-        plan = SamplingPlan.for_run(
-            trained,
-            sampler=sampler,
-            steps=steps,
+        plan = open_plan(
+            run,
+            weights=weights,
+            device=str(ranks.device),
+            guide=guide,
             guidance=guidance,
-            guide=weaker,
+            sampler=sampler,
             settings=set_ or [],
+            allow=allow,
+            steps=steps,
             label=class_,
             precision=precision,
         )
-        place = SampleStore.at(out or trained.folder / "samples", plan.images)
+        place = SampleStore.at(out or plan.trained.folder / "samples", plan.images)
         with stoppable("sampling", lambda: sample_progress(place, all_seeds)), main_bar("sampling", ranks) as progress:
             existing = len(all_seeds) - len(place.missing(all_seeds))
             store = sample_to(plan, place.out, seeds=all_seeds, batch_size=batch, ranks=ranks, progress=progress)

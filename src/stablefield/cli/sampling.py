@@ -1,17 +1,18 @@
-"""The work of `stablefield sample`: the guide, and messages of progress."""
+"""The work of `stablefield sample`: opening a run to sample it, and messages of progress."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from stablefield.cli.progress import progress_bar
-from stablefield.config import Allowed, ConfigError
+from stablefield.config import ConfigError, allowed_names
 from stablefield.data import Progress, silent
 from stablefield.distributed import Ranks
-from stablefield.generate import SampleStore
-from stablefield.run import TrainedRun, open_run
+from stablefield.generate import SampleStore, SamplingPlan
+from stablefield.run import open_run
 
-__all__ = ["main_bar", "open_guide", "sample_progress"]
+__all__ = ["main_bar", "open_plan", "sample_progress"]
 
 
 def sample_progress(store: SampleStore, seeds: Sequence[int]) -> str:
@@ -34,22 +35,37 @@ def main_bar(title: str, ranks: Ranks) -> AbstractContextManager[Progress]:
     return progress_bar(title) if ranks.is_main else nullcontext(silent)
 
 
-def open_guide(
-    guide: Path | None, guidance: float | None, device: str, allow: Iterable[Allowed] = ()
-) -> TrainedRun | None:
-    """The weaker run to guide away from, or None if none is given.
+def open_plan(
+    run: str | Path,
+    *,
+    weights: str = "average",
+    device: str,
+    guide: Path | None,
+    guidance: float | None,
+    sampler: str | None,
+    settings: Sequence[str],
+    allow: Sequence[str] | None,
+    **options: Any,
+) -> SamplingPlan:
+    """Open a run, and the weaker run to guide away from, and plan its samples.
 
     Args:
-        guide: its folder or checkpoint.
-        guidance: guidance scale.
-        device: device to load it on.
-        allow: classes outside this package that its network may be.
+        run: the run's folder, or a checkpoint file.
+        weights: name of the weights to use.
+        device: device to load both runs on.
+        guide: folder or checkpoint of the weaker run; None if there is none.
+        guidance: guidance scale; None for no guidance.
+        sampler: kind of the sampler; None for the run's own.
+        settings: settings "SECTION.KEY=VALUE" of the sections sampler and grid.
+        allow: classes outside this package that the runs may name; those of `sampler` and `settings` are allowed, too.
+        **options: other arguments of `SamplingPlan.for_run`.
 
     Raises:
-        ConfigError: a run is given without a guidance scale.
+        ConfigError: a guide is given without a guidance scale, or a class is not allowed.
     """
-    if guide is None:
-        return None
-    if guidance is None:
+    allowed = allowed_names([*settings, *([f"sampler.kind={sampler}"] if sampler else [])], allow)
+    trained = open_run(run, weights=weights, device=device, allow=allowed)
+    if guide and guidance is None:
         raise ConfigError("--guide requires --guidance, for example --guidance 1.5")
-    return open_run(guide, device=device, allow=allow)
+    weaker = open_run(guide, device=device, allow=allowed) if guide else None
+    return SamplingPlan.for_run(trained, sampler=sampler, guidance=guidance, guide=weaker, settings=settings, **options)
