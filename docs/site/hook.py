@@ -56,6 +56,16 @@ def public_names(name: str) -> list[str]:
     raise LookupError(f"stablefield.{name} has no __all__")
 
 
+def summary(module: str, name: str) -> str:
+    """First line of the docstring of a class or function, wherever it is defined below a module."""
+    file = module_file(module)
+    for path in file.parent.rglob("*.py") if file.name == "__init__.py" else [file]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+                return (ast.get_docstring(node) or "").partition("\n")[0].replace("|", "given")
+    raise LookupError(f"stablefield.{module}.{name}")
+
+
 def reference_page(title: str, modules: list[str]) -> str:
     """Markdown of a page of the API reference."""
     parts = [f"# {title}"]
@@ -70,7 +80,9 @@ def reference_index() -> str:
     lines = ["# API reference", "", "## Names of the package", ""]
     lines += ["`import stablefield` gives these; they are imported when they are first used.", ""]
     homes = {name: module for _, modules in PAGES.values() for module in modules for name in public_names(module)}
-    lines += [f"* [`stablefield.{name}`][stablefield.{homes[name]}.{name}]" for name in sorted(public_names(""))]
+    lines += ["| name | description |", "|---|---|"]
+    for name in sorted(public_names(""), key=str.lower):
+        lines.append(f"| [`{name}`][stablefield.{homes[name]}.{name}] | {summary(homes[name], name)} |")
     lines += ["", "## All public names", ""]
     for title, modules in PAGES.values():
         lines += [f"### {title}", ""]
