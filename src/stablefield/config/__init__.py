@@ -14,7 +14,6 @@ from stablefield.config.resolution import Config, resolve
 from stablefield.config.targets import split_targets, target_kind, target_section
 from stablefield.config.text import (
     CHECKSUM_LINE,
-    ConfigError,
     as_setting,
     is_unedited,
     overlay,
@@ -24,6 +23,7 @@ from stablefield.config.text import (
     toml_value,
 )
 from stablefield.config.training import Training
+from stablefield.kinds import ConfigError
 
 __all__ = [
     "CHECKSUM_LINE",

@@ -19,8 +19,6 @@ from stablefield.files import cached
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.targets.isolation import nearest_distances
 
-__all__ = ["MOST_PRODUCTS", "NeighbourDistances"]
-
 MOST_PRODUCTS = 1e11  # of numbers, for all pairs of data points: some seconds on one core
 
 

@@ -21,8 +21,6 @@ from stablefield.evaluate.pairs import check_finite
 from stablefield.kernel.nearest import k_nearest
 from stablefield.pool import NULL_LABEL, Pool
 
-__all__ = ["NearestMatches", "find_nearest", "memorisation_scores"]
-
 _COPY_RATIO = 1 / 3
 
 

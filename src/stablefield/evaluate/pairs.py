@@ -14,8 +14,6 @@ from stablefield.kernel.nearest import k_nearest, rounding
 from stablefield.pool import draw_without_replacement
 from stablefield.seeding import generator
 
-__all__ = ["check_finite", "kernel_distance", "precision_recall"]
-
 _BLOCK = 1024
 
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from stablefield.kernel.accumulator import chunk_size, float64_device
 from stablefield.kernel.matmul import full_precision
 
-__all__ = ["Blocks", "k_nearest", "nearest_candidates", "rounding"]
-
 # (data points per block, device) -> blocks of the data, (m, *D)
 Blocks = Callable[[int, torch.device], Iterable[Tensor]]
 

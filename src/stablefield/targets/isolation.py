@@ -19,8 +19,6 @@ from torch import Tensor
 from stablefield.kernel.nearest import k_nearest
 from stablefield.pool import NULL_LABEL, Pool
 
-__all__ = ["isolation_level", "nearest_distances"]
-
 Progress = Callable[[int, int], None]  # (done, total)
 
 _QUERIES = 4096  # data points whose nearest others are searched together

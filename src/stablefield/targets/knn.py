@@ -24,8 +24,6 @@ from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch, move, per_example
 from stablefield.targets.base import PoolTarget, keep_source
 
-__all__ = ["KNNTarget"]
-
 
 @dataclass(frozen=True)
 class KNNTarget(PoolTarget):
