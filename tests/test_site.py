@@ -44,8 +44,10 @@ MODULES = [module for _, modules in REFERENCE.values() for module in modules]
 def public_names(module: str) -> list[str]:
     path = PACKAGE.joinpath(*module.split("."))
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    listed = re.search(r"^__all__ = (\[.*?\])$", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return ast.literal_eval(listed[1])
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    raise LookupError(module)
 
 
 def entries(nav: list) -> Iterator[tuple[str, str]]:
