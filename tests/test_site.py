@@ -41,13 +41,15 @@ REFERENCE = reference()
 MODULES = [module for _, modules in REFERENCE.values() for module in modules]
 
 
-def public_names(module: str) -> list[str]:
+def public_names(module: str) -> set[str]:
+    """The `__all__` of a package; classes and functions of a module."""
     path = PACKAGE.joinpath(*module.split("."))
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return ast.literal_eval(node.value)
-    raise LookupError(module)
+    body = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text("utf-8")).body
+    listed = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    if listed:
+        return set(ast.literal_eval(listed[0]))
+    defined = {node.name for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    return {name for name in defined if not name.startswith("_")}
 
 
 def entries(nav: list) -> Iterator[tuple[str, str]]:

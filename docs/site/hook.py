@@ -48,12 +48,22 @@ def module_file(name: str) -> Path:
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
+def assigned(node: ast.stmt) -> list[str]:
+    """Names that a statement at the top of a module defines."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
 def public_names(name: str) -> list[str]:
-    """The `__all__` of a module."""
-    for node in ast.parse(module_file(name).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+    """The `__all__` of a package; the names of a module that begin with no underscore."""
+    body = ast.parse(module_file(name).read_text(encoding="utf-8")).body
+    for node in body:
+        if isinstance(node, ast.Assign) and assigned(node) == ["__all__"]:
             return list(ast.literal_eval(node.value))
-    raise LookupError(f"stablefield.{name} has no __all__")
+    names = dict.fromkeys(each for node in body for each in assigned(node) if not each.startswith("_"))
+    return [each for each in names if each not in ("LOGGER", "T")]
 
 
 def summary(module: str, name: str) -> str:
