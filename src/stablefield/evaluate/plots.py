@@ -11,8 +11,6 @@ from torch import Tensor
 from stablefield.files import atomic_path
 from stablefield.floor import ByNoise
 
-__all__ = ["label", "plot_excess", "plot_floor", "save_figure"]
-
 # curves of a loss; they differ in brightness, line style and marker, for prints in grey
 _TRAINING = {"color": "0.75", "linestyle": "-", "label": "training loss"}
 _PARTS: dict[str, dict[str, Any]] = {
