@@ -53,6 +53,7 @@ $(DOCS)/.ready: requirements-docs.txt
 
 docs: $(DOCS)/.ready   ## build the documentation as a website in site/, which needs no network to be read
 	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs build --quiet
+	@echo 'open site/index.html'
 
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .
