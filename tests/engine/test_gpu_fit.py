@@ -1,4 +1,4 @@
-"""A run on a GPU equals one on the CPU: training, measurements, sheets, checkpoints and resuming, on a pretended GPU."""
+"""A run on a pretended GPU equals one on the CPU: training, measurements, sheets, checkpoints and resuming."""
 
 from pathlib import Path
 

@@ -26,7 +26,11 @@ def compare(
     ),
     targets: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help=f"Targets, by default {TARGETS}; knn:32 too. The first is the baseline."),
+        typer.Option(
+            metavar="LIST",
+            help=f"Targets, by default {TARGETS}; knn:32 too. The first is the baseline. dsm+times.kind=adaptive "
+            "changes a setting for that one.",
+        ),
     ] = None,
     objectives: Annotated[
         str | None,

@@ -11,7 +11,13 @@ or the kind. Arguments that are known only at run time, such as the pool or the 
 
 from stablefield.config.classes import Allowed, allowed_names
 from stablefield.config.resolution import Config, resolve
-from stablefield.config.targets import split_targets, target_kind, target_section
+from stablefield.config.targets import (
+    describe_target,
+    split_settings,
+    split_targets,
+    target_kind,
+    target_section,
+)
 from stablefield.config.text import (
     CHECKSUM_LINE,
     ConfigError,
@@ -33,12 +39,14 @@ __all__ = [
     "Training",
     "allowed_names",
     "as_setting",
+    "describe_target",
     "is_unedited",
     "overlay",
     "override",
     "read_toml",
     "refuse_other_format",
     "resolve",
+    "split_settings",
     "split_targets",
     "target_kind",
     "target_section",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from math import exp, isfinite, isnan, log, nan
 from typing import Any
 
+from stablefield.config import describe_target
 from stablefield.studies.compare.statistics import Estimate, area_mean, roughness, spread_ratio, value_at
 
 __all__ = [
@@ -144,7 +145,8 @@ class Finding:
     @property
     def contrast(self) -> str:
         """The two arms that are compared, in words."""
-        return f"{self.objective + ': ' if self.objective else ''}{self.target} against {self.baseline}"
+        target, baseline = map(describe_target, (self.target, self.baseline))
+        return f"{self.objective + ': ' if self.objective else ''}{target} against {baseline}"
 
     @property
     def direction(self) -> str:

@@ -69,7 +69,8 @@ class Worker:
         """
         if arm.objective not in self._evaluators:
             experiment, reference = self.experiment, self.reference(parts)
-            config = experiment.configure(arm, 0)
+            config = experiment.configure(arm.plain, 0)
+            parts = parts if arm.plain == arm else build(config)
             with self.stage_progress(f"exact targets: {arm.objective or 'objective'}"):
                 made = Evaluator.make(config, parts, reference, experiment.samples, experiment.examples)
             self._evaluators[arm.objective] = made
