@@ -1,5 +1,6 @@
 """On a pretended GPU no public computation mixes devices, and its results are those of the CPU."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,8 @@ from stablefield import VE, DSMTarget, KNNTarget, Pool, StableTarget, STFTarget
 from stablefield.denoise import Denoiser, Guided, IdealDenoiser, Preconditioned
 from stablefield.distributed import Ranks
 from stablefield.evaluate import evaluate
+from stablefield.evaluate.features import Pixels
+from stablefield.evaluate.metrics import FeatureSet
 from stablefield.floor import LossFloor, Probes, SquaredError
 from stablefield.likelihood import bits_per_dim
 from stablefield.networks import MLP
@@ -200,3 +203,25 @@ def test_scores_of_samples_are_those_of_the_cpu(there: bool) -> None:
         return [{name: score.mean for name, score in table.scores.items()} for table in found.tables]
 
     same_on_both(scores, 1e-6)
+
+
+class PixelsThere(Pixels):
+    """Pixels on the GPU."""
+
+    device = CUDA
+
+
+def test_features_and_their_sums_stay_on_the_gpu_and_are_those_of_the_cpu() -> None:
+    blocks = [(index, DATA[index]) for index in torch.arange(200).split(60)]
+    here = FeatureSet.compute(Pixels(), blocks, keep=torch.arange(0, 200, 3))
+    with PretendGPU() as gpu:
+        there = FeatureSet.compute(PixelsThere(), blocks, keep=torch.arange(0, 200, 3))
+        assert there.features.is_cuda
+        assert there.accumulator is not None
+        assert there.accumulator.scatter.is_cuda
+        waits = Counter(what for what, _ in gpu.waits.elements())
+        assert waits == {"copy to the GPU": len(blocks), "item, bool or equal": len(blocks)}  # data; finite or not
+        both = there.statistics.covariance, there.features.cpu()
+    assert not gpu.mistakes
+    assert torch.equal(there.index, here.index)
+    torch.testing.assert_close(both, (here.statistics.covariance, here.features), rtol=1e-12, atol=1e-12)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator
-from stablefield.kernel.matmul import MAX_INT32_TERMS, FloatMatmul, Int8Matmul, has_int8_matmul
+from stablefield.kernel.matmul import MAX_INT32_TERMS, FloatMatmul, Int8Matmul, accurate_matmul, has_int8_matmul
 from stablefield.pool import Pool
 from stablefield.process import BatchRecord, NoisyBatch, move
 
@@ -97,12 +97,15 @@ class Query:
         return torch.promote_types(self.like.dtype, torch.float32)
 
     def accumulator(self, energies: torch.dtype = torch.float64) -> PosteriorAccumulator:
-        """An empty accumulator whose inner products are computed in floating point.
+        """An empty accumulator for candidates of any type.
 
         Args:
             energies: data type of the inner products.
         """
-        matmul = partial(FloatMatmul, types=(energies, self.narrow))
+        if energies == torch.float64:
+            matmul = partial(accurate_matmul, narrow=self.narrow)
+        else:
+            matmul = partial(FloatMatmul, types=(energies, self.narrow))
         return PosteriorAccumulator(self.x_t, self.sigma, self.alpha, matmul)
 
     def int8_accumulator(self, digits: int) -> PosteriorAccumulator:
