@@ -135,9 +135,9 @@ def reason_against(
     step, compilation = (after - before for before, after in pairwise(times))
     if seconds <= WORTHWHILE * (compilation - step):
         return f"compiling takes {compilation - step:.0f} s, and the run about {seconds:.0f} s"
-    rounding, error = _distance(eager, reference), _distance(compiled, reference)
-    if not error <= 2 * rounding + ROUNDING:
-        return f"its gradient is off by {error:.1e}, where that of the eager network is off by {rounding:.1e}"
+    rounding, deviation = _distance(eager, reference), _distance(compiled, reference)
+    if not deviation <= 2 * rounding + ROUNDING:
+        return f"its gradient is off by {deviation:.1e}, where that of the eager network is off by {rounding:.1e}"
     return ""
 
 
