@@ -92,6 +92,23 @@ def test_stable_targets_are_those_of_the_cpu(make: Callable[[torch.device], Stab
     same_on_both(lambda device: stable_targets(make(device), labelled, device, range(2)), 1e-6)
 
 
+@pytest.mark.parametrize("references", ["minibatch", "bank", "tensor", "pool", "exact"])
+def test_a_loop_may_make_its_tensors_on_the_gpu_by_default(references: str) -> None:
+    make = REFERENCES[references]
+    here = stable_targets(make(CPU), True, CPU, range(1))
+    with PretendGPU() as gpu:
+        stable = make(CUDA)
+        noisy = noisy_batch(POOL, torch.logspace(-1, 1, 16), labelled=True)
+        noise, x_t, x, sigma = (value.to(CUDA) for value in (noisy.noise, noisy.x_t, noisy.x, noisy.sigma))
+        draws = seeded(0)
+        with torch.device(CUDA):
+            assert torch.ones(1).is_cuda
+            there = stable(noise, x_t, x, alpha=1.0, sigma=sigma, index=noisy.index, label=noisy.label, generator=draws)
+        found = there.cpu().clone()
+    assert not gpu.mistakes
+    torch.testing.assert_close(found, here[0], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("references", ["minibatch", "bank", "tensor", "tensor there", "pool there", "dsm"])
 def test_a_stable_target_waits_once_when_its_arguments_are_checked_no_more(references: str) -> None:
     with PretendGPU() as gpu:
