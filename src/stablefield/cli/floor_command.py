@@ -11,8 +11,6 @@ from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, Training
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
 
-__all__ = ["floor"]
-
 
 def floor(
     source: DataPath = None,

@@ -6,8 +6,6 @@ from typing import Literal
 from stablefield.precision import Precision
 from stablefield.schedule import EMA, Decay, LearningRate, average_names
 
-__all__ = ["MOST_PREFETCHED", "Training"]
-
 MOST_PREFETCHED = 2**16  # examples; memory is allocated for all of them
 _USUAL_SHARE = 0.1  # of a GPU's memory that data may need to be kept there
 _MOST = 2**53  # of images; beyond, floats do not hold every integer

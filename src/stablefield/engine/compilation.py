@@ -22,8 +22,6 @@ from stablefield.precision import arithmetic, autocast
 from stablefield.run import RunFolder
 from stablefield.targets.base import keep_source
 
-__all__ = ["Gradient", "decide_compile", "reason_against"]
-
 WORTHWHILE = 10  # a run must take this many times as long as the compilation
 TOO_SHORT = 120.0  # seconds; for shorter runs nothing is tried
 ROUNDING = 2.0**-14  # relative rounding of a gradient in float32, with a wide margin

@@ -24,8 +24,6 @@ from stablefield.files import atomic_path
 from stablefield.kernel.accumulator import float64_device
 from stablefield.kernel.matmul import has_little_float64
 
-__all__ = ["BLOCK", "Statistics", "StatisticsAccumulator", "frechet_distance", "merge_all"]
-
 BLOCK = 2048  # features added to the running statistics at a time
 
 # Tolerance for asymmetry and negative eigenvalues of a covariance, relative to its largest eigenvalue. Rounding in

@@ -27,8 +27,6 @@ from stablefield.kernel.matmul import (
 from stablefield.pool import Pool
 from stablefield.process import BatchRecord, NoisyBatch, move
 
-__all__ = ["Examples", "Query", "uses_int8"]
-
 
 @dataclass(frozen=True, eq=False)
 class Examples(BatchRecord):
