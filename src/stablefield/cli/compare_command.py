@@ -14,8 +14,6 @@ from stablefield.cli.options import Allow
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import OBJECTIVES
 
-__all__ = ["compare", "parse_duration"]
-
 TARGETS = "dsm,stf:256,exact"
 SAMPLER = {"kind": "dpm", "steps": 12}  # deterministic, and fast enough to evaluate often
 

@@ -20,7 +20,6 @@ from stablefield.config.targets import (
 )
 from stablefield.config.text import (
     CHECKSUM_LINE,
-    ConfigError,
     as_setting,
     is_unedited,
     overlay,
@@ -30,6 +29,7 @@ from stablefield.config.text import (
     toml_value,
 )
 from stablefield.config.training import Training
+from stablefield.kinds import ConfigError
 
 __all__ = [
     "CHECKSUM_LINE",

@@ -13,10 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from stablefield.config.classes import Allowed, component_class, schema
-from stablefield.config.text import ConfigError, override
-from stablefield.kinds import KINDS
-
-__all__ = ["describe_target", "split_settings", "split_targets", "target_kind", "target_section"]
+from stablefield.config.text import override
+from stablefield.kinds import KINDS, ConfigError
 
 
 def split_targets(text: str) -> list[str]:

@@ -20,8 +20,6 @@ from stablefield.files import cache_folder, cached
 from stablefield.pool import Pool
 from stablefield.seeding import derive, generator
 
-__all__ = ["Classifier", "ClassifierNetwork", "cached_classifier", "find_classifier", "train_classifier"]
-
 _RECIPE = "stablefield classifier 1"  # the number must increase when the network or its training changes
 _EPOCHS, _MAX_IMAGES = 30, 300_000
 
@@ -79,6 +77,14 @@ class Classifier(Features):
         self.network, self.accuracy = network.eval().requires_grad_(False), accuracy
         self.device = network.head.weight.device
         self.identity = f"classifier:{checksum(network.state_dict(), {})[:16]}"
+
+    def to(self, device: torch.device) -> "Classifier":
+        """The classifier, whose network is moved to a device.
+
+        Args:
+            device: the device.
+        """
+        return Classifier(self.network.to(device), self.accuracy)
 
     @override
     def compute(self, x: Float[Tensor, "n C H W"]) -> Float[Tensor, "n F"]:

@@ -15,8 +15,6 @@ from stablefield.kernel.nearest import k_nearest, rounding
 from stablefield.pool import draw_without_replacement
 from stablefield.seeding import generator
 
-__all__ = ["check_finite", "kernel_distance", "precision_recall"]
-
 _BLOCK = 1024
 _SPARE = 5  # candidates beyond the k nearest
 
@@ -137,8 +135,10 @@ def _radii(x: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n"]:
     radii = exact.sort(1).values[:, k - 1]
     for start in range(0, len(unsure := near[:, -1].nonzero().squeeze(1)), _BLOCK):  # more may be as near as the last
         rows = unsure[start : start + _BLOCK]
-        blocks, take = (lambda: x.split(4 * _BLOCK)), (lambda at: x[at])
-        radii[rows] = k_nearest(x[rows], blocks, take, k, exclude=rows, dtype=torch.float64)[0][:, -1]
+        found, _ = k_nearest(
+            x[rows], lambda size, _: x.split(size), lambda at: x[at], k, exclude=rows, dtype=torch.float64
+        )
+        radii[rows] = found[:, -1]
     return radii
 
 

@@ -22,17 +22,6 @@ from typing import Any
 from stablefield.config import describe_target
 from stablefield.studies.compare.statistics import Estimate, area_mean, roughness, spread_ratio, value_at
 
-__all__ = [
-    "WEIGHTS",
-    "Curve",
-    "Endpoint",
-    "Finding",
-    "as_percent",
-    "endpoints_hash",
-    "fixed_endpoints",
-    "measure_endpoint",
-]
-
 WEIGHTS = ("average", "raw")
 LEVEL = 0.05
 _DEFINITIONS = "1"  # must increase when the meaning of an endpoint changes

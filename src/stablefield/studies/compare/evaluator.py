@@ -49,8 +49,6 @@ from stablefield.sample import Sampler
 from stablefield.seeding import generator
 from stablefield.studies.compare.gradients import gradient_variance
 
-__all__ = ["Evaluator", "Reference", "Space", "find_spaces"]
-
 BATCH_SIZE = 250
 BLOCK_SIZE = 1024
 GRADIENT_BATCHES, GRADIENT_EXAMPLES = 16, 32

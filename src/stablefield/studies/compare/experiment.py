@@ -36,8 +36,6 @@ from stablefield.pool import Pool
 from stablefield.run import RunFolder, refuse_other_data
 from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
 
-__all__ = ["MIN_EVALUATIONS", "Arm", "Experiment"]
-
 FORMAT = "stablefield comparison 2"
 MIN_EVALUATIONS = 10
 CHANGEABLE_KEYS = RESUMABLE_KEYS - {"training.images"}  # the number of images decides the evaluation points

@@ -20,8 +20,6 @@ from stablefield.studies.compare.endpoints import WEIGHTS, Finding
 from stablefield.studies.compare.experiment import Arm
 from stablefield.studies.compare.statistics import Estimate
 
-__all__ = ["save_figures"]
-
 # darkest first, so that they differ in grey too
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "linestyle": "-", "marker": "o"},

@@ -20,8 +20,6 @@ from stablefield.studies.compare.evaluator import Evaluator, Reference
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.runs import ReportImages, ShouldStop, is_finished, run_arm
 
-__all__ = ["ReportRun", "Worker", "run_all"]
-
 ReportRun = Callable[[Arm, int, int | str], None]  # called with (arm, seed, images seen or what is prepared)
 
 _worker: list[Any] = []  # in a worker process: the worker, the queue of its messages and the event that stops it

@@ -13,8 +13,6 @@ from stablefield.studies.compare.endpoints import Finding, endpoints_hash
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.figures import save_figures
 
-__all__ = ["summarize", "write_page"]
-
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page of a comparison, and its figures beside it.

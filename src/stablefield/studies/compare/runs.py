@@ -19,8 +19,6 @@ from stablefield.studies.compare.endpoints import endpoints_hash
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
 
-__all__ = ["append_line", "is_finished", "read_lines", "run_arm"]
-
 SAVE_INTERVAL = 60.0  # seconds of work that may be lost
 SHEET_SAMPLES = 64
 
@@ -68,7 +66,7 @@ def run_arm(
         session = Session(config, parts, folder)
         state, checkpoints = session.state, session.checkpoints
         experiment.refuse_other_data(parts.data, checkpoints.data_hash)
-        write_text(folder.config, config.toml())
+        write_text(folder.config, session.config.toml())
         record = experiment.record_file(out, arm, seed)
         saved_at = reported_at = perf_counter()
         for images in chain([state.images], (step.images for step in session.steps())):
