@@ -77,7 +77,7 @@ class Training:
     log_every: int = 1_000
     sample_every: int = 0
     probe_every: int = 25_000
-    probes: int = 32
+    probes: int = 16
 
     def __post_init__(self) -> None:
         for name in (
