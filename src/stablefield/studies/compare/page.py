@@ -56,7 +56,7 @@ def summarize(comparison: Comparison) -> list[str]:
 
 
 def _sentence(comparison: Comparison, findings: tuple[Finding, ...]) -> str:
-    """How many endpoints of a contrast change in each direction, and by how much the first endpoints change."""
+    """Numbers of endpoints of a contrast by direction, and the changes of the first two."""
     first = findings[0]
     arm, baseline = Arm(first.objective, first.target), Arm(first.objective, first.baseline)
     words = ("decreases", "increases", "not distinguishable", "not measured")
