@@ -27,17 +27,6 @@ from stablefield.denoise import Denoiser
 from stablefield.files import append, sweep, write_text
 from stablefield.pool import Pool, Values, values_of
 
-__all__ = [
-    "RunFolder",
-    "TrainedRun",
-    "checkpoint_of",
-    "describe",
-    "load",
-    "open_run",
-    "run_folder",
-    "training_data",
-]
-
 _MOST_VALUES = 2**28  # of one data point: an image of 9,459 x 9,459 pixels in color
 
 

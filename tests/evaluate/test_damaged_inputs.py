@@ -80,7 +80,9 @@ def test_samples_of_different_shapes_are_refused_by_name(inputs, tmp_path):
     from PIL import Image
 
     Image.new("L", (3, 3)).save(folder / store.path(1).relative_to(inputs / "samples"))
-    with pytest.raises(ValueError, match=r"000001\.png has the shape \(1, 3, 3\), and not \(1, 8, 8\) as .*000000\.png"):
+    with pytest.raises(
+        ValueError, match=r"000001\.png has the shape \(1, 3, 3\), and not \(1, 8, 8\) as .*000000\.png"
+    ):
         source = open_samples(folder)
         source.take(source.repeats[0])
 

@@ -9,8 +9,6 @@ from stablefield.data.identity import fingerprint, refuse_other_data
 from stablefield.pool import Pool
 from stablefield.run import RunFolder
 
-__all__ = ["configured", "refuse_other_data_than_of_run"]
-
 
 def refuse_other_data_than_of_run(config: Path, training: Config, data: Pool) -> None:
     """Check the data against the run that a configuration belongs to.

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from stablefield.precision import Precision
 from stablefield.schedule import EMA, Decay, LearningRate, average_names
 
-__all__ = ["MOST_PREFETCHED", "Training"]
-
 MOST_PREFETCHED = 2**16  # examples; memory is allocated for all of them
 _MOST = 2**53  # of images; beyond, floats do not hold every integer
 
@@ -79,7 +77,7 @@ class Training:
     log_every: int = 1_000
     sample_every: int = 0
     probe_every: int = 25_000
-    probes: int = 32
+    probes: int = 16
 
     def __post_init__(self) -> None:
         for name in (

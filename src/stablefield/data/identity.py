@@ -13,8 +13,6 @@ from stablefield.data.contents import content_hash
 from stablefield.kinds import ConfigError
 from stablefield.pool import Pool
 
-__all__ = ["DataIdentity", "fingerprint", "is_same", "refuse_other_data"]
-
 _LARGE = 2**28  # bytes of data beyond which a part is hashed first
 _ALL = ", all "
 _WAY_OUT = "put the run's data back, or start a new run with --init-from RUN"
