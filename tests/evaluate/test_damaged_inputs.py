@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_files import damaged, noise
+from PIL import Image
 from short_runs import trained
 
 from stablefield.evaluate.inputs import open_reference, open_samples
@@ -77,13 +78,9 @@ def test_many_damaged_samples_and_statistics_are_read_or_refused(seed, inputs, t
 def test_samples_of_different_shapes_are_refused_by_name(inputs, tmp_path):
     folder = shutil.copytree(inputs / "samples", tmp_path / "samples")
     store = sample_to(inputs / "run", inputs / "samples", seeds=range(2))
-    from PIL import Image
-
     Image.new("L", (3, 3)).save(folder / store.path(1).relative_to(inputs / "samples"))
-    with pytest.raises(
-        ValueError, match=r"000001\.png has the shape \(1, 3, 3\), and not \(1, 8, 8\) as .*000000\.png"
-    ):
-        source = open_samples(folder)
+    source = open_samples(folder)
+    with pytest.raises(ValueError, match=r"000001\.png has the shape \(1, 3, 3\), and not \(1, 8, 8\) as .*000000"):
         source.take(source.repeats[0])
 
 
