@@ -24,7 +24,7 @@ WRITABLE = os.O_WRONLY | os.O_RDWR
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did.
+    """Result of a command.
 
     Attributes:
         status: its exit status; negative for the number of a signal.

@@ -78,7 +78,7 @@ def whole(begin, tmp_path_factory):
 
 
 def results(folder: Path) -> dict[str, object]:
-    """What the files of a folder say; what is added to at each call of a command is a set of lines."""
+    """Contents of the files of a folder; a file that each call of a command adds to is a set of lines."""
     found: dict[str, object] = dict(contents(folder))
     for name in found:
         if name.endswith("evaluations.txt"):
