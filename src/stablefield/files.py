@@ -2,8 +2,8 @@
 
 A file or folder is written under a temporary name beside its final place, `.tmp-` and 12 digits before the final name,
 flushed to the disk and renamed. A reader finds what was there before or what is new, complete, whenever the writer is
-killed. The writer holds a lock on what it writes, so that leftovers of killed processes can be distinguished from files that
-are being written; the next write of the same file removes them, and `sweep` all those in a folder.
+killed. The writer holds a lock on what it writes, so that leftovers of killed processes can be distinguished from
+files that are being written; the next write of the same file removes them, and `sweep` all those in a folder.
 """
 
 import errno
