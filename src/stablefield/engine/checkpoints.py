@@ -51,6 +51,7 @@ RESUMABLE_KEYS = {
     *(f"training.{key}" for key in ("device", "micro_batch_size", "compile", "deterministic")),
     "training.target_prefetch",
     "training.target_sharding",
+    "training.resident",
     "data.path",
     "data.values",
 }

@@ -87,10 +87,11 @@ class _Fit:
         score: CheckpointScore | None,
         stop: StopRequest,
     ) -> None:
-        self.config, self.components, self.folder, self.ranks, self.score = config, components, folder, ranks, score
+        self.session = Session(config, components, folder, ranks)
+        self.config = config = self.session.config
+        self.components, self.folder, self.ranks, self.score = components, folder, ranks, score
         training, objective = config.training, components.objective
         self.stop, self.interruptible = stop, Interruptible(stop, ranks)
-        self.session = Session(config, components, folder, ranks)
         self.state, self.checkpoints = self.session.state, self.session.checkpoints
         ranks.on_main(self._start)
         history = folder.history()

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from stablefield.data.arrays import read_archive
 from stablefield.files import atomic_path
+from stablefield.kernel.accumulator import float64_device
+from stablefield.kernel.matmul import has_little_float64
 
 BLOCK = 2048  # features added to the running statistics at a time
 
@@ -59,11 +61,22 @@ class StatisticsAccumulator:
 
     @classmethod
     def _from_block(cls, features: Float[Tensor, "n F"]) -> "StatisticsAccumulator":
-        features = features.double()
+        features = features.to(float64_device(features.device), torch.float64)
         mean = features.mean(0)
-        centred = (features - mean).cpu().numpy()
+        centred = features - mean
+        if features.device.type == "cuda" and not has_little_float64(features.device):
+            return cls(len(features), mean, centred.T @ centred)
+        half = centred.cpu().numpy()
         # numpy computes half of the product of a matrix with its own transpose, and mirrors it
-        return cls(len(features), mean, torch.from_numpy(centred.T @ centred).to(mean))
+        return cls(len(features), mean, torch.from_numpy(half.T @ half).to(mean))
+
+    def to(self, device: torch.device) -> "StatisticsAccumulator":
+        """The same statistics on another device.
+
+        Args:
+            device: where they go.
+        """
+        return StatisticsAccumulator(self.n, self.mean.to(device), self.scatter.to(device))
 
     def merge(self, other: "StatisticsAccumulator") -> "StatisticsAccumulator":
         """Running statistics of the union.
@@ -77,14 +90,14 @@ class StatisticsAccumulator:
         return StatisticsAccumulator(n, self.mean + difference * (other.n / n), self.scatter + other.scatter + between)
 
     def statistics(self) -> "Statistics":
-        """Mean and covariance.
+        """Mean and covariance, on the CPU.
 
         Raises:
             ValueError: there are fewer than two feature vectors.
         """
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 features, not {self.n}")
-        return Statistics(self.mean, self.scatter / (self.n - 1), self.n)
+        return Statistics(self.mean.cpu(), (self.scatter / (self.n - 1)).cpu(), self.n)
 
 
 def merge_all(parts: Iterable[StatisticsAccumulator]) -> StatisticsAccumulator:

@@ -66,7 +66,7 @@ def run_arm(
         session = Session(config, parts, folder)
         state, checkpoints = session.state, session.checkpoints
         experiment.refuse_other_data(parts.data, checkpoints.identity.found)
-        write_text(folder.config, config.toml())
+        write_text(folder.config, session.config.toml())
         record = experiment.record_file(out, arm, seed)
         saved_at = reported_at = perf_counter()
         for images in chain([state.images], (step.images for step in session.steps())):
