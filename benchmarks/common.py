@@ -53,7 +53,7 @@ def processor_clock() -> Callable[[], float]:
 
 
 def clock_name() -> str:
-    """What `processor_clock` measures, to print above results."""
+    """Name of the time that `processor_clock` measures, to print above results."""
     return "processor time" if processor_clock() is time.process_time else "wall-clock time"
 
 

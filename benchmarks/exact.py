@@ -384,7 +384,7 @@ def main() -> None:
     print(f"load of this machine before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
     cifar = on_device(Store(options.cifar10).load()) if options.cifar10 else None
     if cifar is not None:
-        exact = ExactTarget(cifar)  # as in a run, which does not measure distances of so many data points
+        exact = ExactTarget(cifar)  # as in a run, which would take too long to measure distances between neighbours
         if "neighbours" in only:
             print(f"Distances to the 16 nearest of each, {cifar}")
             measure_distances(cifar)
