@@ -147,7 +147,7 @@ SPOILED = [
     spoiled("sigma must hold real numbers, not complex128", sigma=np.eye(5) + 1j),
     spoiled("mu must hold real numbers, not complex64", mu=np.zeros(5, np.complex64)),
     spoiled("mu must hold real numbers, not <U1", mu=np.array(list("abcde"))),
-    spoiled("Object arrays", mu=np.array([None] * 5)),
+    spoiled("contains Python objects", mu=np.array([None] * 5)),
     spoiled(r"mu \(4,\) and sigma \(5, 5\)", mu=np.zeros(4)),
     spoiled(r"mu \(5, 1\) and sigma", mu=np.zeros((5, 1))),
     spoiled(r"mu \(0,\) and sigma \(0, 0\)", mu=np.zeros(0), sigma=np.zeros((0, 0))),
