@@ -12,26 +12,6 @@ from stablefield.files import atomic_path
 from stablefield.floor import ByNoise
 
 
-def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title: str) -> None:
-    """Plot the training loss against the number of images seen, raw and smoothed.
-
-    Args:
-        path: the file; its suffix decides the format.
-        images: number of images seen at each point.
-        loss: loss at each point.
-        title: title of the plot.
-    """
-    figure = _new_figure((7, 4.2))
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    label(axes, "images seen", "loss (weighted squared error per dimension)")
-    axes.plot(images, loss, color="0.75", linewidth=0.8, label="each kimg")
-    axes.plot(images, _smooth(loss), color="black", linewidth=1.6, label="running mean")
-    axes.set_ylim(0, 1.05 * sorted(loss)[int(0.98 * (len(loss) - 1))])
-    axes.legend(frameon=False)
-    save_figure(figure, path)
-
-
 def _new_figure(size: tuple[float, float]) -> Any:
     from matplotlib.figure import Figure  # not at the top: training imports this module, and rarely plots
 
@@ -145,10 +125,3 @@ def label(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
-    """Centred running mean, over a shorter window at both ends."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    half = window // 2
-    return [float(numbers[max(0, i - half) : i + half + 1].mean()) for i in range(len(numbers))]
