@@ -27,8 +27,7 @@ def demo(
     from stablefield.generate.images import save_sheet
     from stablefield.run import RunFolder
 
-    # a short run measures its excess at the end, so that it has a figure of its loss too
-    settings = [f"training.images={images}", f"training.probe_every={min(images, 25_000)}"] if images else []
+    settings = [] if images is None else [f"training.images={images}"]
     config, folder = resolve(override({}, settings)), RunFolder(out)
     components = build(config)
     if not folder.occupied():
@@ -42,6 +41,7 @@ def demo(
     scores = score_samples(components.data, x.float())
     write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     plot_variance(variance, components.data, config)
+    curve = f"loss and excess    {folder.loss_figure}\n" if folder.loss_figure.exists() else ""
     print(
         f"Frechet distance of {samples} samples to all digits: {scores['samples']:.2f}, "
         f"in {scores['features']} features of a classifier ({scores['accuracy']:.1%} accuracy on held-out digits)\n"
@@ -49,7 +49,7 @@ def demo(
         f"{scores['real_most']:.2f} in 8 draws)\n"
         f"  of {samples} digits to the others: {scores['disjoint']:.2f}, because both sets have sampling error\n"
         "  Samples can be nearer than digits are: with fewer unusual digits among them, sampling error is less.\n"
-        f"samples            {sheet}\nloss, its floor    {folder.loss_figure}\n"
+        f"samples            {sheet}\n{curve}"
         f"target variance    {variance}\nrun                {out}\n"
         f"The same without stable targets: stablefield train --set target.kind=dsm"
     )

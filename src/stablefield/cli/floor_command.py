@@ -15,6 +15,8 @@ from stablefield.kinds import ConfigError
 if TYPE_CHECKING:
     from stablefield.config import Config
 
+_SIZES = {"stf": "size", "knn": "neighbours"}  # the key of the size, by kind of target
+
 
 def floor(
     source: DataPath = None,
@@ -26,7 +28,9 @@ def floor(
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("floor"),
     targets: Annotated[
         str | None,
-        typer.Option(metavar="T,...", help="Targets: dsm, stf:N, exact.", show_default="dsm and that of the settings"),
+        typer.Option(
+            metavar="T,...", help="Targets: dsm, stf:N, knn:K, exact.", show_default="dsm and that of the settings"
+        ),
     ] = None,
     bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
@@ -90,7 +94,7 @@ def floor_targets(text: str | None, config: "Config", data_points: int) -> list[
     """Names of the targets whose floor is measured, as `LossFloor` has them.
 
     Args:
-        text: targets, separated by commas; None for DSM, and the target of the configuration if it is a stable target.
+        text: targets, separated by commas; None for DSM, and the target of the configuration if its floor is another.
         config: configuration of the training.
         data_points: number of data points that are trained on.
 
@@ -100,13 +104,18 @@ def floor_targets(text: str | None, config: "Config", data_points: int) -> list[
     from stablefield.config import split_targets, target_section
 
     if text is None:
-        return ["dsm", *([_floor_name(config["target"], data_points)] if config["target"]["kind"] == "stf" else [])]
+        known = config["target"]["kind"] in _SIZES and config["target"].get("search") != "faiss"
+        return ["dsm", *([_floor_name(config["target"], data_points)] if known else [])]
     chosen = {each: target_section(each, config.allowed) for each in split_targets(text)}
     sections = {each: config.changed(target=section)["target"] for each, section in chosen.items()}
-    if unknown := [each for each, section in sections.items() if section["kind"] not in ("dsm", "stf", "exact")]:
-        raise ConfigError(f"the floor of the target {unknown[0]!r} is not known: choose from dsm, stf:N and exact")
+    for each, section in sections.items():
+        if section.get("search") == "faiss":
+            raise ConfigError(f"the floor of the target {each!r} is not known: it depends on its index")
+        if section["kind"] not in ("dsm", "stf", "knn", "exact"):
+            raise ConfigError(f"the floor of the target {each!r} is not known: choose from dsm, stf:N, knn:K and exact")
     return list(dict.fromkeys(_floor_name(section, data_points) for section in sections.values()))
 
 
 def _floor_name(section: dict[str, Any], data_points: int) -> str:
-    return f"stf:{min(section['size'], data_points)}" if section["kind"] == "stf" else str(section["kind"])
+    kind = str(section["kind"])
+    return f"{kind}:{min(section[_SIZES[kind]], data_points)}" if kind in _SIZES else kind

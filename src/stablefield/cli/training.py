@@ -170,10 +170,10 @@ def progress_text(line: Mapping[str, Any]) -> str:
     """The main metrics in a few words: speed, loss and effective sample size.
 
     Args:
-        line: the latest line of the metrics; may be empty.
+        line: the latest line of the metrics; may be empty or, after a resume, have the excess alone.
     """
-    if not line:
-        return ""
+    if "timing/sec_per_kimg" not in line:
+        return _over_floor(line).removeprefix(", ")
     parts = [f"{1000 / line['timing/sec_per_kimg']:,.0f} img/s"]
     if "loss/loss" in line:
         averaged = f"ESS > 1.01: {line['target/fraction_ess_above_1.01']:.0%}"

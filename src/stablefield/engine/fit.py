@@ -101,6 +101,8 @@ class _Fit:
         held_out = components.held_out
         self.held_out = None if held_out is None else HeldOutLoss(held_out, objective, bins, ranks, batch_size)
         self.probes = RunProbes(config, components, ranks)
+        if last := next((line for line in reversed(history) if "loss/excess" in line), None):
+            self.probes.recall(last)
         self.history, self.figure = history, LossFigure(folder, history)
         self.tensorboard = TensorBoardWriter(folder, self.state.images) if ranks.is_main else None
         self.metrics: dict[str, Any] = {}
