@@ -258,11 +258,15 @@ def test_float_samples_are_not_added_to_a_store_of_clipped_ones(tmp_path):
 
 def test_a_signal_ends_a_command_with_what_is_done_and_how_to_resume_it(capsys):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(typer.Exit) as stopped, stoppable("sampling", lambda: "3 of 4 samples exist"):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
+
+    def interrupted():
+        with stoppable("sampling", lambda: "3 of 4 samples exist"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(typer.Exit) as stopped:
+        interrupted()
     assert stopped.value.exit_code == 128 + signal.SIGTERM
-    assert re.match(
-        r"sampling was stopped by SIGTERM: 3 of 4 .*\nresume it with: stablefield ", capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert re.match(r"sampling was stopped by SIGTERM: 3 of 4 .*\nresume it with: stablefield ", said)
     assert signal.getsignal(signal.SIGTERM) is before
