@@ -12,7 +12,7 @@ and averaged weights:
 Each is answered by Spearman's rank correlation with the distance, for the excess, for the held-out loss, and for the
 training loss that is to be expected, excess + floor of the run's targets: records have no training loss as it was
 printed, whose noise and older weights are in neither. The interval is that of a bootstrap over seeds, with all runs of
-a seed together; it is left out for fewer than 3 seeds.
+a seed together; it is left out for fewer than 5 seeds.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from stablefield.studies.compare import Arm, Comparison
 from stablefield.studies.floor import cached_floor
 
 LOSSES = ("excess", "held-out loss", "excess + floor")
+MIN_SEEDS = 5
 QUESTIONS = ("all runs", "one target", "along training")
 
 Runs = Sequence[tuple[Arm, Mapping[str, np.ndarray]]]  # the curves of each run by the name of the quantity
@@ -74,7 +75,8 @@ def interval(
         seed: seed of their draws.
     """
     draws = np.random.default_rng(seed).integers(len(by_seed), size=(resamples, len(by_seed)))
-    values = [statistic([run for at in draw for run in by_seed[at]]) for draw in draws] if len(by_seed) > 2 else []
+    enough = len(by_seed) >= MIN_SEEDS
+    values = [statistic([run for at in draw for run in by_seed[at]]) for draw in draws] if enough else []
     values = [value for value in values if np.isfinite(value)]
     return tuple(np.percentile(values, [2.5, 97.5])) if values else (float("nan"), float("nan"))
 
@@ -175,7 +177,8 @@ def main() -> None:
     command = f"python {Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}"
     head = (
         "Spearman's rank correlation with the Frechet distance of samples to the training data (95 % interval: "
-        f"bootstrap over seeds). {datetime.date.today()}, `{command}`."
+        "bootstrap over seeds, from 5 seeds on). The records have no training loss as it was printed; excess + floor "
+        f"is its average, without dropout. {datetime.date.today()}, `{command}`."
     )
     blocks = [head, *(block for folder in options.folders for block in section(folder, options.resamples))]
     write_text(options.out, "\n\n".join(blocks) + "\n")

@@ -6,8 +6,9 @@ from pathlib import Path
 from stablefield.cli.progress import progress_bar
 from stablefield.config import Allowed, Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.data import Source, data_section, split
+from stablefield.data.identity import fingerprint, refuse_other_data
 from stablefield.pool import Pool
-from stablefield.run import RunFolder, TrainedRun, fingerprint, refuse_other_data, training_data
+from stablefield.run import RunFolder, TrainedRun, training_data
 
 
 def configured(

@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stablefield.build import Components
 from stablefield.config import Allowed, Config, ConfigError, overlay, read_toml
 from stablefield.data import data_section
+from stablefield.data.identity import fingerprint, is_same
 from stablefield.distributed import Ranks
 from stablefield.engine.checkpoints import latest_config, refuse_changed_config, refuse_edited_config
 from stablefield.engine.fit import OnStep, fit
 from stablefield.recipes import read_recipe
-from stablefield.run import RunFolder, TrainedRun, fingerprint
+from stablefield.run import RunFolder, TrainedRun
 
 
 def allow_option(config: Config) -> str:
@@ -81,7 +82,7 @@ def is_other_data(base: TrainedRun, config: Config, parts: Components) -> bool:
         parts: components of the new run.
     """
     before, now = ({**each["data"], "holdout": 0} for each in (base.config, config))
-    return before == now and fingerprint(parts.data) != base.data
+    return before == now and not is_same(fingerprint(parts.data), base.data)
 
 
 def resumed_config(folder: RunFolder, settings: list[str], allow: Iterable[Allowed] = ()) -> Config:
