@@ -343,18 +343,9 @@ def draw_without_replacement(total: int, n: int, generator: torch.Generator | No
         return torch.randperm(total, generator=generator)[:n]
     seen = torch.empty(0, dtype=torch.int64)
     while len(seen) < n:
-        more = torch.randint(total, (n + 16,), generator=generator)
-        seen = unique_in_order(torch.cat([seen, more]))
+        seen = torch.cat([seen, torch.randint(total, (n + 16,), generator=generator)])
+        seen = seen[first_of(seen)]
     return seen[:n]
-
-
-def unique_in_order(numbers: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
-    """Distinct numbers, in the order of their first occurrence.
-
-    Args:
-        numbers: integers.
-    """
-    return numbers[first_of(numbers)]
 
 
 def first_of(numbers: Int[Tensor, "n"]) -> Bool[Tensor, "n"]:
