@@ -21,7 +21,8 @@ import torch
 from stablefield.build import build_denoiser, choose_device, place
 from stablefield.checkpoint import Checkpoint, CheckpointError, finite, read
 from stablefield.config import Allowed, Config, ConfigError, resolve
-from stablefield.data import Progress, content_hash, silent
+from stablefield.data import Progress, silent
+from stablefield.data.identity import fingerprint, refuse_other_data
 from stablefield.denoise import Denoiser
 from stablefield.files import append, sweep, write_text
 from stablefield.pool import Pool, Values, values_of
@@ -230,7 +231,7 @@ class TrainedRun:
         images: number of images seen in training.
         checksum: checksum of the checkpoint, followed by the name of the weights if they are not the first average.
         path: the folder or checkpoint file that it was opened from.
-        data: hash of the training data (see `fingerprint`); "" if the checkpoint does not have it.
+        data: fingerprint of the training data (see `data.identity`); "" if the checkpoint does not have it.
     """
 
     denoiser: Denoiser
@@ -326,46 +327,6 @@ def _select_weights(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor
     if name not in names:
         raise ValueError(f"there are no weights {name!r} in this checkpoint; choose one of {', '.join(names)}, or best")
     return {key.removeprefix(f"{name}."): t for key, t in checkpoint.tensors.items() if key.startswith(f"{name}.")}
-
-
-def fingerprint(pool: Pool, max_bytes: int = 2**28) -> str:
-    """Hash that identifies the data of a run; for large data, the hash of an evenly spaced part and the total number.
-
-    Args:
-        pool: all data of the source.
-        max_bytes: size of the data beyond which only a part is hashed.
-    """
-    stride = -(-len(pool) * pool.data[0].nbytes // max_bytes)
-    if stride <= 1:
-        return content_hash(pool)
-    return f"{content_hash(pool.subset(torch.arange(0, len(pool), stride)))} of {len(pool)}"
-
-
-def refuse_other_data(data: Pool, found: str, known: str, way_out: str) -> None:
-    """Refuse data that are not those a run was trained on.
-
-    Args:
-        data: the data that were loaded.
-        found: their hash (see `fingerprint`).
-        known: the hash in the run; "" if it has none.
-        way_out: what the user can do, the end of the message.
-
-    Raises:
-        ConfigError: the hashes differ, or the run has none.
-    """
-    if not known:
-        raise ConfigError(f"the checkpoint does not record which data the run was trained on; {way_out}")
-    if found != known:
-        raise ConfigError(
-            f"these are not the data that the run was trained on: {data!r} has the hash {_shorten(found)}, and the "
-            f"run's data {_shorten(known)}; {way_out}"
-        )
-
-
-def _shorten(found: str) -> str:
-    """The first digits of a fingerprint."""
-    digest, of, count = found.partition(" of ")
-    return f"{digest[:16]}{of}{count}"
 
 
 def training_data(trained: TrainedRun, progress: Progress = silent, *, way_out: str) -> Pool:

@@ -66,7 +66,7 @@ def fit(
         ConnectionError: another rank has died.
         OSError: the folder cannot be written.
     """
-    ranks = ranks or Ranks(next(components.denoiser.parameters()).device)
+    ranks = ranks or Ranks(components.denoiser.device)
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(locked(folder)))
         stack.enter_context(deterministic_algorithms(config.training.deterministic))
@@ -126,11 +126,24 @@ class _Fit:
             with suppress(Exception):  # the first of two errors is the one to report
                 self.checkpoints.wait()
             if self.ranks.is_main and self.state.complete:
-                with suppress(OSError):
+                with suppress(Exception):
+                    self._log_alone()
+                with suppress(Exception):
                     self.checkpoints.save(self.state)
             raise
         finally:
             self.checkpoints.wait()
+
+    def _log_alone(self) -> None:
+        """Write the metrics since the last line, of this rank's examples alone: other ranks may have died.
+
+        What else is due at this step is made up for when the run resumes.
+        """
+        if self.logger.steps:
+            self.metrics = self.logger.flush(self.state, Ranks(self.ranks.device))
+        written = {line["progress/kimg"] for line in self.folder.history()}
+        if self.metrics and self.metrics["progress/kimg"] not in written:
+            self._write_metrics(draw=True)
 
     def _train(self, on_step: OnStep | None) -> int:
         self._make_up()

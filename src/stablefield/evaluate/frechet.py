@@ -7,7 +7,6 @@ With Inception features this is FID (Heusel et al. 2017); with any other feature
 
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -20,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield.data.arrays import read_archive
 from stablefield.files import atomic_path
 from stablefield.kernel.accumulator import float64_device
 from stablefield.kernel.matmul import has_little_float64
@@ -197,13 +197,11 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("there is no such file")
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not an .npz archive, or was cut short")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if missing := {"mu", "sigma"} - set(file):
-                raise ValueError(f"{', '.join(sorted(missing))} is missing")
-            return {name: file[name] for name in ("mu", "sigma", "n", "features", "data") if name in file}
-    except (OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"it cannot be read ({error})") from None
+    names = ("mu", "sigma", "n", "features", "data")
+    found = read_archive(path, names)
+    if missing := {"mu", "sigma"} - found.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    return {name: found[name] for name in names if name in found}
 
 
 def _real(name: str, array: np.ndarray) -> Tensor:
