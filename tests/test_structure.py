@@ -145,8 +145,8 @@ def test_no_module_is_shadowed_by_a_name_of_its_package() -> None:
         assert getattr(sys.modules[package], last) is module, f"{package} has another {last} than its module"
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__main__.py"], ids=relative)
-def test_every_module_lists_its_public_names(path: Path) -> None:
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name == "__init__.py"], ids=relative)
+def test_every_package_lists_its_public_names(path: Path) -> None:
     module = import_module(module_name(path))
     listed = module.__all__
     assert len(set(listed)) == len(listed)
@@ -154,6 +154,11 @@ def test_every_module_lists_its_public_names(path: Path) -> None:
     # classes and functions that are defined here and are public by their name
     public = {node.name for node in parsed(path).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     assert {name for name in public if not name.startswith("_")} <= set(listed)
+
+
+@every_module
+def test_public_names_of_a_module_are_those_without_an_underscore(path: Path) -> None:
+    assert path.name == "__init__.py" or "__all__" not in path.read_text(encoding="utf-8")
 
 
 def python(code: str) -> list[str]:

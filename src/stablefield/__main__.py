@@ -4,8 +4,6 @@ import sys
 
 from stablefield.extras import TRAIN, how_to_install
 
-__all__ = ["main"]
-
 
 def main() -> None:
     """Run the command line; if a package of its extra is missing, print one line that says how to install it."""

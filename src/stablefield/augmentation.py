@@ -23,8 +23,6 @@ from torch.nn.functional import grid_sample
 
 from stablefield.process import move, per_example
 
-__all__ = ["DIM", "affine", "flip", "permutes", "warp", "warp_all"]
-
 DIM = 9  # columns of a label
 _FLIPS = ((0, -1), (1, -2))  # columns of the label, and the dimensions that they flip
 

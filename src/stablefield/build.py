@@ -33,8 +33,6 @@ from stablefield.seeding import derive
 from stablefield.targets import ExactTarget, Prefetched, Shard, Sharded, STFTarget, TargetEstimator
 from stablefield.times import Stratified
 
-__all__ = ["Components", "build", "build_denoiser", "build_sampler", "choose_device", "place", "resident"]
-
 LOGGER = logging.getLogger("stablefield")
 
 

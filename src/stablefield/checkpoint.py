@@ -20,19 +20,6 @@ from torch import Tensor
 
 from stablefield.files import atomic_path
 
-__all__ = [
-    "FORMAT",
-    "FORMAT_VERSION",
-    "Checkpoint",
-    "CheckpointError",
-    "checksum",
-    "finite",
-    "other_version",
-    "read",
-    "save",
-    "write_tensors",
-]
-
 FORMAT_VERSION = 2  # of checkpoints and of the configurations in them and beside them
 FORMAT = f"stablefield/{FORMAT_VERSION}"
 _SAFETENSORS_TYPES = {

@@ -20,8 +20,6 @@ from stablefield.preconditioning import NoiseRange, Preconditioning
 from stablefield.process import Process, move, per_example
 from stablefield.targets.exact import ExactTarget
 
-__all__ = ["Denoiser", "Guided", "IdealDenoiser", "Preconditioned", "one_hot"]
-
 
 class Denoiser(nn.Module, ABC):
     """Base class of denoisers.

@@ -27,8 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stablefield.extras import how_to_install
 
-__all__ = ["Ranks", "no_sync", "process_group", "refuse_accelerate_settings"]
-
 LOGGER = logging.getLogger("stablefield")
 
 T = TypeVar("T")

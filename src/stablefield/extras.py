@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import NoReturn
 
-__all__ = ["TRAIN", "how_to_install", "needs_extra"]
-
 TRAIN = frozenset(
     {
         "PIL",

@@ -21,20 +21,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "append",
-    "atomic_folder",
-    "atomic_path",
-    "cache_folder",
-    "cached",
-    "exclusive_lock",
-    "printable",
-    "sweep",
-    "sync",
-    "temporary_folder",
-    "write_text",
-]
-
 T = TypeVar("T")
 _OTHER_CACHE = "set the environment variable STABLEFIELD_CACHE to a folder that can be written"
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f]{12}\..+", re.DOTALL)

@@ -8,17 +8,6 @@ imported, so that this module costs nothing; `stablefield.config` imports those 
 kind, every section accepts `module:Class`, a class of the user's own that is derived from the section's base class.
 """
 
-__all__ = [
-    "BASES",
-    "KINDS",
-    "KIND_DEFAULTS",
-    "OBJECTIVES",
-    "PROCESS_DEFAULTS",
-    "SIGMA_DATA",
-    "ConfigError",
-    "list_kinds",
-]
-
 
 class ConfigError(ValueError):
     """A mistake in a configuration, or several, one per line."""

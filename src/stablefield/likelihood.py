@@ -27,8 +27,6 @@ from stablefield.precision import arithmetic, autocast
 from stablefield.sample.adaptive import integrate
 from stablefield.sample.base import BoundDenoiser
 
-__all__ = ["bits_per_dim"]
-
 
 @torch.no_grad()
 def bits_per_dim(

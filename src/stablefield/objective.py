@@ -24,19 +24,6 @@ from stablefield.process import NoisyBatch, Process, draw_noise, move
 from stablefield.targets import TargetEstimator
 from stablefield.times import TimeDistribution
 
-__all__ = [
-    "DenoiserFunction",
-    "EDMWeight",
-    "LikelihoodWeight",
-    "LossReport",
-    "LossWeight",
-    "MinSNRWeight",
-    "Objective",
-    "PredictionWeight",
-    "SNRWeight",
-    "VelocityWeight",
-]
-
 DenoiserFunction = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]  # as Denoiser.forward
 
 

@@ -22,8 +22,6 @@ from torch import Tensor
 from stablefield.process import move
 from stablefield.seeding import generator
 
-__all__ = ["NULL_LABEL", "Pool", "Values", "draw_without_replacement", "unique_in_order", "values_of"]
-
 Values = Literal["image", "float"]
 
 NULL_LABEL = -1  # the label of an example that is trained without its label: every data point may be its source

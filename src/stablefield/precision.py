@@ -15,8 +15,6 @@ from typing import Any, Literal, get_args
 
 import torch
 
-__all__ = ["PRECISIONS", "Precision", "arithmetic", "autocast", "dtype_of"]
-
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

@@ -22,18 +22,6 @@ from typing_extensions import override
 from stablefield.prediction import canonical_prediction_type, coefficients
 from stablefield.process import VP, Process
 
-__all__ = [
-    "EDMPreconditioning",
-    "IDDPMPreconditioning",
-    "NoPreconditioning",
-    "NoiseRange",
-    "Preconditioning",
-    "Scalings",
-    "VEPreconditioning",
-    "VPPreconditioning",
-    "iddpm_noise_levels",
-]
-
 NoiseRange = tuple[float, float]  # the lowest and the highest noise level sigma / alpha
 Scalings = tuple[Tensor, Tensor, Tensor, Tensor]  # c_skip, c_out, c_in, c_noise
 

@@ -24,19 +24,6 @@ from torch import Tensor
 
 from stablefield.process import NoisyBatch, Process, per_example
 
-__all__ = [
-    "DIFFUSERS_PREDICTION_TYPES",
-    "PREDICTION_TYPES",
-    "Coefficients",
-    "Rates",
-    "canonical_prediction_type",
-    "coefficients",
-    "coefficients_of",
-    "convert",
-    "mixture",
-    "stable_target",
-]
-
 Coefficients = tuple[Tensor, Tensor, Tensor]  # (a, b, c) of a y = b x_t + c x0
 Rates = tuple[Tensor, Tensor]  # (d alpha / dt, d sigma / dt)
 

@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["EMA", "Decay", "LearningRate", "average_names"]
-
 Decay = Literal["none", "cosine", "inverse-sqrt"]
 
 

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["MAX_SEEDS", "check_seeds", "derive", "format_seeds", "generator", "parse_seeds"]
-
 MAX_SEEDS = 10_000_000  # in one list; more is taken for a typing error
 _SEEDS = 2**32  # number of different seeds of a sample
 

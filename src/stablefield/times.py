@@ -19,17 +19,6 @@ from typing_extensions import override
 
 from stablefield.process import VP
 
-__all__ = [
-    "Adaptive",
-    "LogNormal",
-    "LogUniform",
-    "LogitNormal",
-    "Stratified",
-    "TimeDistribution",
-    "Uniform",
-    "VPLevels",
-]
-
 
 class TimeDistribution(ABC):
     """Base class of distributions of t."""

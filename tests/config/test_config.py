@@ -8,11 +8,13 @@ from torch import nn
 from stablefield.config import (
     ConfigError,
     Training,
+    describe_target,
     is_unedited,
     override,
     read_toml,
     refuse_other_format,
     resolve,
+    split_settings,
     split_targets,
     target_kind,
     target_section,
@@ -292,6 +294,15 @@ def test_a_target_as_text_is_the_section_of_a_configuration(text, section):
 def test_a_target_of_another_form_is_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         target_section(text)
+
+
+def test_settings_follow_a_target_and_a_plus_or_a_comma_in_a_value_does_not_end_it():
+    text = "dsm+times.parameters=[0.1, 2.0]+training.learning_rate=1e+1,knn:8,search=faiss + times.kind=adaptive,exact"
+    first, second, third = split_targets(text)
+    assert split_settings(first) == ("dsm", ["times.parameters=[0.1, 2.0]", "training.learning_rate=1e+1"])
+    assert split_settings(second) == ("knn:8,search=faiss", ["times.kind=adaptive"])
+    assert split_settings(third) == ("exact", [])
+    assert describe_target(second) == "knn:8,search=faiss with adaptive times"
 
 
 def test_a_list_of_targets_keeps_the_keys_of_each():

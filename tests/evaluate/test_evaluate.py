@@ -338,7 +338,7 @@ def pool():
 
 
 def test_find_nearest_finds_the_nearest_two_of_all_pairs(pool, monkeypatch):
-    monkeypatch.setattr("stablefield.evaluate.memorisation._BLOCK", 7)
+    monkeypatch.setattr("stablefield.kernel.nearest.chunk_size", lambda x: 7)
     data = pool.take(torch.arange(60)).double().flatten(1)
     x = features(20, 9, seed=15).view(20, 1, 3, 3)
     squares = (x.flatten(1)[:, None].double() - data).square().sum(2)

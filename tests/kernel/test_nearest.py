@@ -29,7 +29,7 @@ def brute_force(x: torch.Tensor, y: torch.Tensor, k: int, exclude: torch.Tensor 
 @pytest.mark.parametrize("block", [7, 64, 1000])
 def test_the_nearest_neighbours_are_those_of_float64(offset, k, block):
     x, y = cloud(60, 0, offset=offset), cloud(200, 1, offset=offset)
-    distance, index = k_nearest(x, lambda: y.split(block), lambda at: y[at], k)
+    distance, index = k_nearest(x, lambda size, device: y.split(block), lambda at: y[at], k)
     assert torch.allclose(distance, brute_force(x, y, k), rtol=1e-12, atol=1e-12)
     assert torch.equal((x.double()[:, None] - y[index].double()).norm(dim=2), distance)
 
@@ -38,10 +38,10 @@ def test_the_nearest_neighbours_are_those_of_float64(offset, k, block):
 def test_excluded_points_are_never_neighbours(block):
     y = cloud(200, 1)
     rows = torch.arange(20, 90)
-    distance, index = k_nearest(y[rows], lambda: y.split(block), lambda at: y[at], 3, exclude=rows)
+    distance, index = k_nearest(y[rows], lambda size, device: y.split(block), lambda at: y[at], 3, exclude=rows)
     assert not (index == rows[:, None]).any()
     assert torch.allclose(distance, brute_force(y[rows], y, 3, rows), rtol=1e-12, atol=1e-12)
-    pair, _ = k_nearest(y[:3], lambda: [y[:3]], lambda at: y[at], 2, exclude=torch.arange(3))
+    pair, _ = k_nearest(y[:3], lambda size, device: [y[:3]], lambda at: y[at], 2, exclude=torch.arange(3))
     assert pair.isfinite().all()
 
 

@@ -17,6 +17,7 @@ from stablefield.checkpoint import read
 from stablefield.cli import app
 from stablefield.cli.compare_command import parse_duration
 from stablefield.config import ConfigError, override, resolve, split_targets
+from stablefield.engine.session import initial_state
 from stablefield.evaluate import EfficientNetLite0
 from stablefield.networks import MLP
 from stablefield.objective import EDMWeight
@@ -152,6 +153,93 @@ def test_finished_runs_are_not_repeated_and_only_targets_objectives_and_seeds_ca
         compare(replace(experiment, config=narrower, samples=9), out)
     with pytest.raises(ConfigError, match="cannot change spaces, endpoints"):
         compare(replace(experiment, spaces=("data",), endpoints=()), out)
+
+
+ADAPTIVE = "dsm+times.kind=adaptive+times.every=32"
+
+
+def test_a_comparison_can_be_extended_by_a_target_with_settings_which_resumes_bit_for_bit(finished, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    shutil.copytree(finished[1], out)
+    before = json.loads((out / "comparison.json").read_text())
+    records = {path: path.read_bytes() for path in (out / "records").glob("*seed*.jsonl")}
+    extended = replace(finished[0], targets=("dsm", ADAPTIVE), seeds=(0,))
+    steps = itertools.count()
+    compare(extended, out, should_stop=lambda: next(steps) >= 17)
+    comparison = compare(extended, out)
+    after = json.loads((out / "comparison.json").read_text())
+    assert after["targets"] == [*before["targets"], ADAPTIVE]
+    assert {**after, "targets": 0, "commands": 0} == {**before, "targets": 0, "commands": 0}  # endpoints and hash too
+    assert all(path.read_bytes() == content for path, content in records.items())
+    compare(extended, again)
+    arm = Arm("", ADAPTIVE)
+    assert comparison.lines[arm, 0] == Comparison.read(again).lines[arm, 0]
+    dsm = comparison.lines[Arm("", "dsm"), 0]
+    assert comparison.lines[arm, 0][0]["raw"] == dsm[0]["raw"]  # nothing is adapted yet
+    assert comparison.lines[arm, 0][-1]["raw"] != dsm[-1]["raw"]
+    assert not comparison.exploratory
+    write_page(comparison, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "**dsm with adaptive times, times.every=32 against dsm** (2 pairs)" in page
+    assert "differs in times.base lognormal, times.every 32, times.kind adaptive, times.parameters [-1.2, 1.2]" in page
+
+
+def test_settings_that_change_nothing_change_no_weight_and_no_score(finished, tmp_path):
+    same = "stf:16+training.adam_eps=1e-8"
+    comparison = compare(replace(finished[0], targets=("dsm", same), seeds=(0,)), tmp_path)
+    assert comparison.lines[Arm("", same), 0] == Comparison.read(finished[1]).lines[Arm("", "stf:16"), 0]
+
+
+def test_every_arm_is_evaluated_with_the_noise_and_the_weight_of_its_objective(tmp_path):
+    other = "dsm+times.kind=adaptive+times.base=uniform+times.parameters=[0.3, 0.9]+weight.kind=snr"
+    experiment = make_experiment(tmp_path, f"dsm,{other}", (0,), objectives=["edm"])
+    experiment.write(tmp_path)
+    found = []
+    for arm in experiment.arms:  # whichever of them is the first to be evaluated
+        parts = build(experiment.configure(arm, 0))
+        evaluator = Worker(tmp_path).evaluator(arm, parts)
+        state = initial_state(experiment.configure(arm, 0), parts)
+        found.append((evaluator.probes.noisy.x_t, evaluator(state, parts, last=False)[0]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+
+
+def test_an_adaptive_distribution_has_the_base_of_its_objective():
+    targets = ["dsm", "dsm+times.kind=adaptive", "stf:8", "stf:8+times.kind=adaptive", "exact+times.kind=adaptive"]
+    experiment = define(resolve({}), targets=targets, seeds=[0], objectives=["flow", "edm", "ve"])
+    u = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
+    for objective in experiment.objectives:
+        own, adaptive = (experiment.configure(Arm(objective, target), 0).make("times") for target in targets[:2])
+        assert adaptive.base_times == own
+        assert torch.equal(adaptive.quantile(u), own.quantile(u))
+    # compared with the same target at default noise, if that is compared too
+    found = {arm.target: baseline.target for arm, baseline in experiment.contrasts if arm.objective == "flow"}
+    assert found == dict(zip(targets[1:], ["dsm", "dsm", "stf:8", "dsm"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.holdout=7", r"data\.holdout cannot differ between targets; they may change times, weight"),
+        ("training.seed=7", r"training\.seed cannot differ"),
+        ("training.images=80", r"training\.images cannot differ"),
+        ("sampler.steps=9", r"sampler\.steps cannot differ"),
+        ("process.kind=flow", r"process\.kind cannot differ"),
+        ("target.kind=exact", r"target\.kind cannot differ"),
+        ("training.learning_rat=9", r"learning_rat"),
+        ("times.kind=adaptive+times.reweight=false", r"reweight=false follows the excess"),
+    ],
+)
+def test_settings_that_all_runs_share_are_refused(setting, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        make_experiment(tmp_path, f"dsm,dsm+{setting}")
+
+
+def test_runs_that_differ_in_the_sign_of_a_setting_have_different_files(tmp_path):
+    targets = [f"dsm+times.mean={mean}" for mean in ("1", "-1", "1e-1", "1e+1")]
+    experiment = make_experiment(tmp_path, ",".join(["dsm", *targets]), (0,))
+    assert len({experiment.record_file(tmp_path, arm, 0) for arm in experiment.arms}) == 5
+    assert len({str(arm) for arm in experiment.arms}) == 5
 
 
 def test_changed_endpoints_are_refused_and_records_of_other_endpoints_are_exploratory(finished, tmp_path):

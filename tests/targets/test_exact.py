@@ -40,7 +40,7 @@ from stablefield.targets.query import Examples, Query
 
 def exact_target(pool: Pool, **options: float) -> ExactTarget:
     """The exact target with the distances between the data points."""
-    return ExactTarget(pool, lambda label: nearest_distances(pool, label, block=64), **options)
+    return ExactTarget(pool, lambda label: nearest_distances(pool, label), **options)
 
 
 def survivors(known: Class, noisy: NoisyBatch, missing_mass: float) -> Tensor:
@@ -134,9 +134,7 @@ def test_mirror_images_are_data_points_and_neighbours(dims: int) -> None:
     pool = images(150)
     both = pool.mirrored()
     copied = Pool(torch.cat([pool.data, pool.data.flip(-1)]), pool.labels.repeat(2))
-    torch.testing.assert_close(
-        nearest_distances(both, block=70), nearest_distances(copied, block=70), rtol=0, atol=1e-4
-    )
+    torch.testing.assert_close(nearest_distances(both), nearest_distances(copied), rtol=0, atol=1e-4)
     noisy = noisy_batch(both, torch.logspace(-2, 1.5, 40), labelled=True)
     found, exact = exact_target(both, projection_dims=dims)(noisy), streamed(copied)(noisy)
     torch.testing.assert_close(found.mean, exact.mean, rtol=0, atol=1e-5)

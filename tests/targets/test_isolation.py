@@ -38,44 +38,34 @@ def test_the_isolation_level_bounds_the_summed_mass_of_all_others() -> None:
 # ---- distances
 
 
-@pytest.mark.parametrize("block", [16, 64, 4096])
 @pytest.mark.parametrize("k", [1, 5, 99, 500])
-def test_nearest_distances_are_those_of_all_differences(block: int, k: int) -> None:
+def test_nearest_distances_are_those_of_all_differences(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stablefield.targets.isolation, "_QUERIES", 40)
     data = torch.randn(100, 6, generator=seeded(0), dtype=torch.float64)
     data[7], data[8] = data[3], data[3] + 1e-7
     wanted = (
         torch.cdist(data, data, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf).sort(1).values
     )
-    found = nearest_distances(Pool(data), k=k, block=block)
-    k = min(k, 99)
-    assert found.shape == (100, k)
-    exact = k if k == 99 else k - 1  # the last column is a bound
-    # of three almost equally near float32 may choose any, but the distance to the chosen one is exact
-    torch.testing.assert_close(found[:, :exact], wanted[:, :exact], rtol=0, atol=1e-6)
-    torch.testing.assert_close(found[[3, 7, 8], :exact][:, :1], wanted[[3, 7, 8], :exact][:, :1], rtol=1e-6, atol=0)
-    assert (found[:, -1] <= wanted[:, k - 1] + 1e-12).all()
-    assert (found[:, -1] >= wanted[:, k - 1] - 1e-3).all()
+    found = nearest_distances(Pool(data), k=k)
+    torch.testing.assert_close(found, wanted[:, : min(k, 99)], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_nearest_distances_of_bytes_are_those_of_all_differences(int8: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stablefield.targets.isolation, "has_int8_matmul", lambda device: int8)
+def test_nearest_distances_of_bytes_are_those_of_all_differences() -> None:
     pool = images(120)
     pool.data[5] = pool.data[9]
     pool.data[7], pool.data[8] = 0, 255  # as far from each other as bytes can be
     x = pool.take(torch.arange(120)).flatten(1).double()
     wanted = (x[:, None] - x).norm(dim=2).fill_diagonal_(math.inf).sort(1).values[:, :10]
-    found = nearest_distances(pool, k=10, block=50)
-    torch.testing.assert_close(found[:, :9], wanted[:, :9], rtol=0, atol=1e-9)
-    assert (found[:, 9] <= wanted[:, 9] + 1e-12).all()
-    assert (found[:, 9] >= wanted[:, 9] * (1 - (1e-6 if int8 else 1e-2))).all()
+    torch.testing.assert_close(nearest_distances(pool, k=10), wanted, rtol=0, atol=1e-9)
 
 
-def test_distances_of_a_class_are_within_it_and_report_progress() -> None:
+def test_distances_of_a_class_are_within_it_and_report_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stablefield.targets.isolation, "_QUERIES", 10)
     pool, reports = images(90), []
     of_class = pool.indices(1)
-    found = nearest_distances(pool, 1, k=3, block=10, progress=lambda done, total: reports.append((done, total)))
-    torch.testing.assert_close(found, nearest_distances(Pool(pool.data[of_class]), k=3), rtol=0, atol=1e-4)
-    assert reports[-1][0] == reports[-1][1] == len(reports)
+    found = nearest_distances(pool, 1, k=3, progress=lambda done, total: reports.append((done, total)))
+    torch.testing.assert_close(found, nearest_distances(Pool(pool.data[of_class]), k=3), rtol=0, atol=1e-9)
+    assert reports[-1] == (len(of_class), len(of_class))
+    assert len(reports) > 1
     classes_of_one = Pool(torch.zeros(2, 3), torch.tensor([0, 1]))
     assert nearest_distances(classes_of_one, 1).shape == (1, 0)

@@ -14,8 +14,6 @@ from stablefield.cli.options import Allow
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import OBJECTIVES
 
-__all__ = ["compare", "parse_duration"]
-
 TARGETS = "dsm,stf:256,exact"
 SAMPLER = {"kind": "dpm", "steps": 12}  # deterministic, and fast enough to evaluate often
 
@@ -26,7 +24,11 @@ def compare(
     ),
     targets: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help=f"Targets, by default {TARGETS}; knn:32 too. The first is the baseline."),
+        typer.Option(
+            metavar="LIST",
+            help=f"Targets, by default {TARGETS}; knn:32 too. The first is the baseline. dsm+times.kind=adaptive "
+            "changes a setting for that one.",
+        ),
     ] = None,
     objectives: Annotated[
         str | None,

@@ -14,8 +14,6 @@ from stablefield.studies.compare import (
 )
 from stablefield.studies.compare import compare as run_comparison
 
-__all__ = ["describe_plan", "objective_names", "print_step_times", "run_with_progress"]
-
 
 def objective_names(experiment: Experiment) -> tuple[str, ...]:
     """Names of the objectives of an experiment; none if all runs share that of the configuration.

@@ -12,8 +12,6 @@ import typer
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import KINDS, ConfigError
 
-__all__ = ["convert", "data", "inspect"]
-
 _KINDS = [kind for kind in KINDS["data"] if kind != "unknown"]
 
 data = typer.Typer(

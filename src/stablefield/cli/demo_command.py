@@ -10,8 +10,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["demo"]
-
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run; an existing run is resumed.")] = Path("runs/demo"),

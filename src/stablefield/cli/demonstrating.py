@@ -15,8 +15,6 @@ from stablefield.seeding import generator
 from stablefield.studies.field import measure
 from stablefield.studies.field.plots import plot_field
 
-__all__ = ["draw_samples", "plot_variance", "score_samples"]
-
 
 def draw_samples(folder: RunFolder, samples: int) -> torch.Tensor:
     """Samples of seeds 0, 1, ... from the trained run.

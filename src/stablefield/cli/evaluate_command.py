@@ -16,8 +16,6 @@ from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, Preci
 from stablefield.cli.stopping import stoppable
 from stablefield.kinds import ConfigError
 
-__all__ = ["evaluate_command"]
-
 
 def evaluate_command(
     what: Annotated[

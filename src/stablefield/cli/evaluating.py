@@ -7,9 +7,6 @@ from typing import Any
 
 from stablefield.evaluate import Estimate, ScoreTable, Statistics
 
-__all__ = ["TablePrinter", "write_statistics"]
-
-
 _TITLES = {
     "fid": "FID",
     "kid": "KID",

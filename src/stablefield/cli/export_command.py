@@ -8,8 +8,6 @@ import typer
 from stablefield.cli.options import Allow
 from stablefield.cli.sample_command import Weights
 
-__all__ = ["export"]
-
 
 def export(
     run: Annotated[Path, typer.Argument(help="The run's folder, or a checkpoint file.")],

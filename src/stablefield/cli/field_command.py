@@ -10,8 +10,6 @@ from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, Training
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
 
-__all__ = ["aligned", "field", "parse_sizes"]
-
 
 def field(
     source: DataPath = None,

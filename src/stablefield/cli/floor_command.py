@@ -12,8 +12,6 @@ from stablefield.cli.progress import progress_bar
 from stablefield.cli.sample_command import Weights
 from stablefield.kinds import ConfigError
 
-__all__ = ["floor"]
-
 
 def floor(
     source: DataPath = None,

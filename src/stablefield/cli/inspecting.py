@@ -14,8 +14,6 @@ from stablefield.pool import Pool
 from stablefield.studies.field import VarianceReport, propose_noise
 from stablefield.studies.field.plots import plot_proposal
 
-__all__ = ["contact_sheet", "describe", "open_source", "propose"]
-
 
 def open_source(source: str, kind: str | None, options: dict[str, Any], settings: list[str]) -> Source:
     """The source of data at a path.

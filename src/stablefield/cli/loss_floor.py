@@ -9,8 +9,6 @@ from stablefield.data import silent, split
 from stablefield.pool import Pool
 from stablefield.run import TrainedRun, training_data
 
-__all__ = ["floor_targets", "training_pool"]
-
 
 def training_pool(config: Config, trained: TrainedRun | None) -> Pool:
     """The data that are trained on.

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["Allow", "DataPath", "Device", "Kind", "Set", "TrainingConfig"]
-
 Allow = Annotated[
     list[str] | None,
     typer.Option(

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["progress_bar"]
-
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:

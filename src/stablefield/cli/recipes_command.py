@@ -4,8 +4,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["recipes"]
-
 
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Recipe to print, with its sources in comments.")] = None,

@@ -13,8 +13,6 @@ from stablefield.cli.options import Allow
 from stablefield.cli.stopping import stoppable
 from stablefield.kinds import list_kinds
 
-__all__ = ["Batch", "Device", "Guidance", "Guide", "Precision", "SamplerKind", "Set", "Steps", "Weights", "sample"]
-
 SamplerKind = Annotated[
     str | None,
     typer.Option(help=f"{list_kinds('sampler')}, or module:Class; by default the run's own."),

@@ -12,8 +12,6 @@ from stablefield.distributed import Ranks
 from stablefield.generate import SampleStore, SamplingPlan
 from stablefield.run import open_run
 
-__all__ = ["main_bar", "open_plan", "sample_progress"]
-
 
 def sample_progress(store: SampleStore, seeds: Sequence[int]) -> str:
     """Number of samples that exist, as text for the user.

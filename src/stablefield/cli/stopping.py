@@ -12,8 +12,6 @@ from types import FrameType
 
 import typer
 
-__all__ = ["Stopped", "command_line", "stoppable"]
-
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 ]  # Windows lacks some

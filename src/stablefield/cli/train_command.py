@@ -15,8 +15,6 @@ import typer
 from stablefield.cli.options import Allow
 from stablefield.kinds import list_kinds
 
-__all__ = ["train"]
-
 
 def train(
     recipe: Annotated[

@@ -19,18 +19,6 @@ from stablefield.engine.fit import OnStep, fit
 from stablefield.recipes import read_recipe
 from stablefield.run import RunFolder, TrainedRun, fingerprint
 
-__all__ = [
-    "allow_option",
-    "init_from_run",
-    "is_other_data",
-    "merge_layers",
-    "progress_text",
-    "resumed_config",
-    "run",
-    "section_of",
-    "summary",
-]
-
 
 def allow_option(config: Config) -> str:
     """The `--allow` options that later commands need for a run with classes of the user's own; else nothing.

@@ -8,8 +8,6 @@ from stablefield.data import guess_kind
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, fingerprint, refuse_other_data
 
-__all__ = ["configured", "refuse_other_data_than_of_run"]
-
 
 def refuse_other_data_than_of_run(config: Path, training: Config, data: Pool) -> None:
     """Check the data against the run that a configuration belongs to.

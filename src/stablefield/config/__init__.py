@@ -11,10 +11,15 @@ or the kind. Arguments that are known only at run time, such as the pool or the 
 
 from stablefield.config.classes import Allowed, allowed_names
 from stablefield.config.resolution import Config, resolve
-from stablefield.config.targets import split_targets, target_kind, target_section
+from stablefield.config.targets import (
+    describe_target,
+    split_settings,
+    split_targets,
+    target_kind,
+    target_section,
+)
 from stablefield.config.text import (
     CHECKSUM_LINE,
-    ConfigError,
     as_setting,
     is_unedited,
     overlay,
@@ -24,6 +29,7 @@ from stablefield.config.text import (
     toml_value,
 )
 from stablefield.config.training import Training
+from stablefield.kinds import ConfigError
 
 __all__ = [
     "CHECKSUM_LINE",
@@ -33,12 +39,14 @@ __all__ = [
     "Training",
     "allowed_names",
     "as_setting",
+    "describe_target",
     "is_unedited",
     "overlay",
     "override",
     "read_toml",
     "refuse_other_format",
     "resolve",
+    "split_settings",
     "split_targets",
     "target_kind",
     "target_section",

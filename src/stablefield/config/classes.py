@@ -24,19 +24,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from stablefield.config.text import ConfigError, override, read_numbers
-from stablefield.kinds import BASES, KINDS, list_kinds
-
-__all__ = [
-    "Allowed",
-    "allowed_names",
-    "close_match",
-    "component_class",
-    "import_name",
-    "runtime_arguments",
-    "runtime_values",
-    "schema",
-]
+from stablefield.config.text import override, read_numbers
+from stablefield.kinds import BASES, KINDS, ConfigError, list_kinds
 
 Allowed = str | type  # `module:Class`, or the class itself
 

@@ -9,11 +9,8 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from stablefield.config.classes import close_match, component_class, import_name, schema
-from stablefield.config.text import ConfigError, toml_value
-from stablefield.kinds import BASES, KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS
-
-__all__ = ["Key", "KindEntry", "describe_config", "list_keys", "markdown_reference", "text_reference"]
-
+from stablefield.config.text import toml_value
+from stablefield.kinds import BASES, KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS, ConfigError
 
 _PREAMBLE = """\
 # All configuration keys

@@ -18,11 +18,9 @@ from stablefield.config.classes import (
     runtime_values,
     schema,
 )
-from stablefield.config.text import ConfigError, add_checksum, kind_of, overlay, override
+from stablefield.config.text import add_checksum, kind_of, overlay, override
 from stablefield.config.training import Training
-from stablefield.kinds import KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS, SIGMA_DATA
-
-__all__ = ["Config", "resolve"]
+from stablefield.kinds import KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS, SIGMA_DATA, ConfigError
 
 
 @dataclass(frozen=True)

@@ -3,35 +3,63 @@
     dsm    stf:256    stf:256,references=recent    knn:32    exact    exact,missing_mass=0    mine:Target,level=3
 
 The number after the kind is the size of the support: the first key of the target, if that takes a whole number. Further
-keys of the section follow after commas.
+keys of the section follow after commas. In a comparison, a target may also bring settings of other sections:
+
+    dsm+times.kind=adaptive    stf:256,references=recent+times.kind=adaptive+times.every=2048
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from stablefield.config.classes import Allowed, component_class, schema
-from stablefield.config.text import ConfigError, override
-from stablefield.kinds import KINDS
-
-__all__ = ["split_targets", "target_kind", "target_section"]
+from stablefield.config.text import override
+from stablefield.kinds import KINDS, ConfigError
 
 
 def split_targets(text: str) -> list[str]:
     """Targets of a list; a part such as `references=recent` belongs to the target before it.
 
-    >>> split_targets("dsm, stf:256,references=recent,exact")
-    ['dsm', 'stf:256,references=recent', 'exact']
+    >>> split_targets("dsm, stf:256,references=recent,dsm+times.kind=adaptive")
+    ['dsm', 'stf:256,references=recent', 'dsm+times.kind=adaptive']
 
     Args:
         text: targets, separated by commas.
     """
     targets: list[str] = []
-    for part in (part.strip() for part in text.split(",")):
-        if "=" in part and targets:
+    for part in (part.strip() for part in re.split(r",(?![^\[]*\])", text)):  # not inside of [1.0, 2.0]
+        if re.match(r"\w+\s*=", part) and targets:
             targets[-1] += f",{part}"
         else:
             targets.append(part)
     return targets
+
+
+def split_settings(text: str) -> tuple[str, list[str]]:
+    """A target, and the settings of other sections that follow it.
+
+    >>> split_settings("stf:256+times.kind=adaptive+training.learning_rate=1e-3")
+    ('stf:256', ['times.kind=adaptive', 'training.learning_rate=1e-3'])
+
+    Args:
+        text: a target as text, with settings `+section.key=value` or without.
+    """
+    target, *settings = re.split(r"\s*\+(?=\s*\w+\.\w+\s*=)\s*", text.strip())  # not the plus of 1e+3
+    return target, settings
+
+
+def describe_target(text: str) -> str:
+    """Name of a target with settings, for titles and legends.
+
+    >>> describe_target("stf:256+times.kind=adaptive+times.every=2048")
+    'stf:256 with adaptive times, times.every=2048'
+
+    Args:
+        text: a target as text, with settings or without.
+    """
+    target, settings = split_settings(text)
+    names = [re.sub(r"^(\w+)\.kind=(.*)$", r"\2 \1", setting) for setting in settings]
+    return f"{target} with {', '.join(names)}" if names else target
 
 
 def target_kind(text: str) -> str:

@@ -18,21 +18,6 @@ import numpy as np
 from stablefield.checkpoint import FORMAT_VERSION, other_version
 from stablefield.kinds import PROCESS_DEFAULTS, ConfigError
 
-__all__ = [
-    "CHECKSUM_LINE",
-    "ConfigError",
-    "add_checksum",
-    "as_setting",
-    "is_unedited",
-    "kind_of",
-    "overlay",
-    "override",
-    "read_numbers",
-    "read_toml",
-    "refuse_other_format",
-    "toml_value",
-]
-
 _CHECKSUM = "SHA-256 of the lines above: "
 CHECKSUM_LINE = f"# stablefield {FORMAT_VERSION}, {_CHECKSUM}"
 

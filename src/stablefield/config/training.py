@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from stablefield.precision import Precision
 from stablefield.schedule import EMA, Decay, LearningRate, average_names
 
-__all__ = ["MOST_PREFETCHED", "Training"]
-
 MOST_PREFETCHED = 2**16  # examples; memory is allocated for all of them
 _MOST = 2**53  # of images; beyond, floats do not hold every integer
 

@@ -19,10 +19,11 @@ from stablefield.data.guess import guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, ImageSource
-from stablefield.data.notices import printable, say
+from stablefield.data.notices import say
 from stablefield.data.ranges import range_question
 from stablefield.data.sources import Digits, Source, UnknownData, split
 from stablefield.data.store import Store, write_store
+from stablefield.files import printable
 
 __all__ = [
     "CIFAR",

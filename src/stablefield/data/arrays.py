@@ -20,11 +20,10 @@ from typing_extensions import override
 from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.labels import Classes, class_labels, number_classes
 from stablefield.data.limits import refuse_unpacked
-from stablefield.data.notices import printable, say
+from stablefield.data.notices import say
 from stablefield.data.sources import Source
+from stablefield.files import printable
 from stablefield.pool import Pool
-
-__all__ = ["Arrays", "as_tensor", "map_array"]
 
 _DATA = ("data", "images", "x", "arr_0")
 _OTHER_LABELS = {"label", "y", "targets"}

@@ -23,18 +23,6 @@ from stablefield.data.batches import Batch, BatchSource
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import move
 
-__all__ = [
-    "KINDS",
-    "Augmentation",
-    "AugmentationParameters",
-    "AugmentedBatches",
-    "EDMAugmentation",
-    "Kind",
-    "LabelDropout",
-    "Mirror",
-    "NoAugmentation",
-]
-
 Kind = Literal["xflip", "yflip", "scale", "rotation", "anisotropy", "translation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

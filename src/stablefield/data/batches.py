@@ -18,8 +18,6 @@ from stablefield.pool import Pool
 from stablefield.process import BatchRecord, move
 from stablefield.seeding import generator
 
-__all__ = ["Batch", "BatchSource", "ShuffledBatches"]
-
 
 @dataclass(frozen=True, eq=False)
 class Batch(BatchRecord):

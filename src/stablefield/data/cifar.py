@@ -19,10 +19,8 @@ from typing_extensions import override
 from stablefield.data.contents import Contents
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.limits import MAX_FILE, LimitError, Unpacked
-from stablefield.data.notices import printable
 from stablefield.data.pickles import NUMPY, Dtype, Record, RefusedError, Stream, Table, expect, refusing, unpickle
-
-__all__ = ["CIFAR", "SPLITS", "read_files", "read_pickle"]
+from stablefield.files import printable
 
 # file names of each split, first those of CIFAR-10 and then those of CIFAR-100
 SPLITS = {

@@ -21,19 +21,6 @@ from stablefield.pool import NULL_LABEL, Pool, Values
 if TYPE_CHECKING:
     from hashlib import _Hash
 
-__all__ = [
-    "Contents",
-    "DataSummary",
-    "Progress",
-    "StageProgress",
-    "begin_hash",
-    "content_hash",
-    "end_hash",
-    "silent",
-    "silent_stage",
-    "slices",
-]
-
 Progress = Callable[[int, int], None]  # called with (done, total)
 StageProgress = Callable[[str], AbstractContextManager[Progress]]  # title of a stage -> its progress callback
 

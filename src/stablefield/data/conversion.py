@@ -11,8 +11,6 @@ from stablefield.data.sources import Source
 from stablefield.data.store import Store, refuse_existing, write_store
 from stablefield.pool import Pool
 
-__all__ = ["Converted", "Inspection", "convert", "inspect"]
-
 
 @dataclass(frozen=True)
 class Converted:

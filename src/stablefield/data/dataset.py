@@ -23,8 +23,6 @@ from stablefield.data.sources import Source
 from stablefield.data.store import Store, write_store
 from stablefield.pool import Pool
 
-__all__ = ["DatasetSource"]
-
 
 @dataclass(frozen=True, eq=False)
 class DatasetSource(Source):

@@ -22,23 +22,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from stablefield.data.limits import MAX_PIXELS
-from stablefield.data.notices import printable
+from stablefield.files import printable
 
 if TYPE_CHECKING:  # Pillow is imported when the first image is decoded
     from PIL import Image
-
-__all__ = [
-    "SUFFIXES",
-    "Decoded",
-    "ImageError",
-    "Mode",
-    "Pixels",
-    "Preprocessing",
-    "Transform",
-    "decode",
-    "largest_window",
-    "parse_size",
-]
 
 # formats that Pillow decodes by itself, and their suffixes; EPS, which runs another program, is not among them
 _FORMATS = {

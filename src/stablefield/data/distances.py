@@ -19,9 +19,7 @@ from stablefield.files import cached
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.targets.isolation import nearest_distances
 
-__all__ = ["MOST_PRODUCTS", "NeighbourDistances"]
-
-MOST_PRODUCTS = 1e11  # of numbers, in the search before a run: about a second on one core
+MOST_PRODUCTS = 1e11  # of numbers, for all pairs of data points: some seconds on one core
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class NeighbourDistances:
         pool: the data.
         k: number of neighbours of each data point.
         device: device that distances are measured on.
-        progress: called with (pairs of blocks done, total) while distances are measured.
+        progress: called with (data points done, total) while distances are measured.
     """
 
     pool: Pool
@@ -66,7 +64,7 @@ class NeighbourDistances:
         """Measure the distances that training needs: within each class, or among all data without labels.
 
         They make exact targets faster by milliseconds per step, but all pairs are compared. So they are measured only
-        if that takes about a second (`MOST_PRODUCTS`); this depends on the data alone, so that a run resumes with the
+        if there are few of them (`MOST_PRODUCTS`); this depends on the data alone, so that a run resumes with the
         same targets.
 
         Args:

@@ -20,8 +20,6 @@ from stablefield.data.images import in_order, to_pil
 from stablefield.data.store import refuse_existing
 from stablefield.files import atomic_path, sweep
 
-__all__ = ["write_npz", "write_zip"]
-
 _ALTERNATIVE = "write a store (DEST without a suffix) or .npz instead"
 
 

@@ -21,9 +21,8 @@ from typing_extensions import override
 
 from stablefield.data.decode import SUFFIXES
 from stablefield.data.limits import MAX_FILE
-from stablefield.data.notices import printable, summarize
-
-__all__ = ["LABELS", "Files", "FolderFiles", "ZipFiles", "normal_name", "open_files"]
+from stablefield.data.notices import summarize
+from stablefield.files import printable
 
 LABELS = "dataset.json"  # the file of labels
 

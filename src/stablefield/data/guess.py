@@ -5,8 +5,6 @@ from pathlib import Path
 
 from stablefield.data.cifar import SPLITS
 
-__all__ = ["HUB_PREFIX", "guess_kind"]
-
 HUB_PREFIX = "hf:"
 
 

@@ -15,10 +15,8 @@ from stablefield.data.contents import Contents
 from stablefield.data.images import ImageFiles, ImageSource
 from stablefield.data.labels import class_labels
 from stablefield.data.limits import MAX_FILE
-from stablefield.data.notices import printable
 from stablefield.extras import how_to_install
-
-__all__ = ["HuggingFace"]
+from stablefield.files import printable
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,8 @@ from stablefield.data.decode import Preprocessing
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.labels import class_labels
 from stablefield.data.limits import refuse_unpacked
-from stablefield.data.notices import printable
+from stablefield.files import printable
 from stablefield.pool import Pool
-
-__all__ = ["IDX", "find_images", "find_labels", "read_idx"]
 
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _NAME = re.compile(r"^(.*)images([-.])idx\d(.*?)(\.gz)?$")

@@ -21,15 +21,14 @@ from stablefield.data.decode import Decoded, ImageError, Mode, Pixels, Preproces
 from stablefield.data.files import open_files
 from stablefield.data.labels import number_classes
 from stablefield.data.listing import list_images
-from stablefield.data.notices import printable, summarize
+from stablefield.data.notices import summarize
 from stablefield.data.sources import Source
 from stablefield.data.store import cached_pool
+from stablefield.files import printable
 from stablefield.pool import Pool
 
 if TYPE_CHECKING:
     from PIL import Image
-
-__all__ = ["CelebA", "ImageFiles", "ImageSource", "Images", "in_order", "preprocess_array", "to_pil"]
 
 S = TypeVar("S")
 T = TypeVar("T")

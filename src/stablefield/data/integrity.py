@@ -14,8 +14,6 @@ from pathlib import Path
 
 from stablefield.files import cache_folder, write_text
 
-__all__ = ["check_once", "remember", "state_of"]
-
 LOGGER = logging.getLogger("stablefield")
 
 _WAIT = 2**32  # bytes of data up to which a comparison is waited for

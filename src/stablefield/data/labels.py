@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from stablefield.data.notices import printable
-
-__all__ = ["Classes", "class_labels", "number_classes"]
+from stablefield.files import printable
 
 
 class Classes(NamedTuple):

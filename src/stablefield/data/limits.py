@@ -10,8 +10,6 @@ Each refusal names the limit and a way out.
 import json
 from typing import Any, BinaryIO
 
-__all__ = ["MAX_FILE", "MAX_PIXELS", "LimitError", "Unpacked", "most_unpacked", "read_json", "refuse_unpacked"]
-
 MAX_FILE = 2**28  # bytes of an image file
 MAX_PIXELS = 2**26  # 8,192 x 8,192
 _FREE, _RATIO = 2**28, 20

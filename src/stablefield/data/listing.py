@@ -19,9 +19,8 @@ from stablefield.data.decode import SUFFIXES
 from stablefield.data.files import LABELS, Files, normal_name
 from stablefield.data.labels import class_labels
 from stablefield.data.limits import read_json
-from stablefield.data.notices import printable, summarize
-
-__all__ = ["ImageList", "list_images"]
+from stablefield.data.notices import summarize
+from stablefield.files import printable
 
 # EDM's layout has folders of a thousand images, which are not classes
 _EDM_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")

@@ -7,8 +7,6 @@ from functools import lru_cache
 
 from stablefield.files import printable
 
-__all__ = ["printable", "say", "summarize"]
-
 LOGGER = logging.getLogger("stablefield")
 
 

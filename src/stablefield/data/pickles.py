@@ -29,20 +29,6 @@ from typing_extensions import override
 
 from stablefield.files import printable
 
-__all__ = [
-    "NUMPY",
-    "Dtype",
-    "Instances",
-    "Name",
-    "Record",
-    "RefusedError",
-    "Stream",
-    "expect",
-    "not_allowed",
-    "refusing",
-    "unpickle",
-]
-
 T = TypeVar("T")
 
 # errors of damaged pickles and archives; RuntimeError includes too deep a recursion

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import UInt8
 
-__all__ = ["encode_png"]
-
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _COLOUR_TYPES = {1: 0, 3: 2}  # number of channels -> grey, RGB
 _LEVEL = 6

@@ -4,8 +4,6 @@ import torch
 
 from stablefield.pool import Pool
 
-__all__ = ["range_question"]
-
 _SAMPLE = 512  # data points that are looked at
 _DEFAULT = 0.5  # sigma_data, the standard deviation that networks and noise levels are made for
 

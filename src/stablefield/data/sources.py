@@ -10,11 +10,9 @@ import torch
 from typing_extensions import override
 
 from stablefield.data.contents import Contents, Progress, silent
-from stablefield.data.notices import printable
+from stablefield.files import printable
 from stablefield.pool import Pool, Values
 from stablefield.seeding import generator
-
-__all__ = ["Digits", "Source", "UnknownData", "split"]
 
 
 @dataclass(frozen=True)

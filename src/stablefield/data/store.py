@@ -26,12 +26,10 @@ from stablefield.data.contents import Contents, Progress, begin_hash, content_ha
 from stablefield.data.integrity import check_once, remember, state_of
 from stablefield.data.labels import class_labels
 from stablefield.data.limits import read_json
-from stablefield.data.notices import printable, say
+from stablefield.data.notices import say
 from stablefield.data.sources import Source
-from stablefield.files import atomic_folder, cached, sweep
+from stablefield.files import atomic_folder, cached, printable, sweep
 from stablefield.pool import Pool
-
-__all__ = ["FORMAT", "Store", "cached_pool", "refuse_existing", "write_store"]
 
 FORMAT = "stablefield store 2"
 

@@ -27,8 +27,6 @@ from stablefield.objective import LossReport, LossWeight
 from stablefield.process import Process
 from stablefield.times import Adaptive, Stratified, TimeDistribution
 
-__all__ = ["RANGES", "Adaptation", "AdaptedTimes"]
-
 RANGES = 8  # as many as the ranges by which a run reports its loss
 LEAST = 0.1  # of the base density everywhere
 SMOOTHING = 0.5  # weight of the newest measurement

@@ -43,16 +43,6 @@ from stablefield.engine.state import TrainState
 from stablefield.files import atomic_path, exclusive_lock, sync
 from stablefield.run import RunFolder, describe, fingerprint, refuse_other_data
 
-__all__ = [
-    "RESUMABLE_KEYS",
-    "CheckpointManager",
-    "latest_config",
-    "locked",
-    "refuse_changed_config",
-    "refuse_edited_config",
-    "saved_weights",
-]
-
 RESUMABLE_KEYS = {
     *(f"training.{key}" for key in ("images", "save_every", "keep_checkpoints", "log_every", "sample_every")),
     "training.probe_every",

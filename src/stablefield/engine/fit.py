@@ -27,12 +27,6 @@ from stablefield.files import write_text
 from stablefield.precision import arithmetic
 from stablefield.run import RunFolder
 
-__all__ = [
-    "CheckpointScore",
-    "OnStep",
-    "fit",
-]
-
 OnStep = Callable[[int, Mapping[str, Any]], object]
 """Called after every step, on every rank, with the images seen and the latest metrics."""
 

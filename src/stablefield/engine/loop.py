@@ -28,8 +28,6 @@ from stablefield.schedule import LearningRate
 from stablefield.seeding import derive, generator
 from stablefield.targets import Prefetched
 
-__all__ = ["Optimization", "Prepare", "StepReport", "TrainingBatch", "perturb", "refuse_unused_parameters", "train"]
-
 TrainingBatch = tuple[NoisyBatch, Posterior]
 """The noisy batch of a training step, and the target of each example."""
 

@@ -27,8 +27,6 @@ from stablefield.seeding import generator
 from stablefield.targets import DSMTarget
 from stablefield.times import TimeDistribution
 
-__all__ = ["ESS_THRESHOLD", "HeldOutLoss", "MetricsLogger", "NoiseBins"]
-
 ESS_THRESHOLD = 1.01
 """Effective sample size above which a target counts as different from its source; the source alone has 1."""
 

@@ -34,8 +34,6 @@ from stablefield.seeding import derive
 from stablefield.targets import DSMTarget, ExactTarget, Prefetched, Sharded, STFTarget, TargetEstimator
 from stablefield.times import LogNormal, Stratified
 
-__all__ = ["LossFigure", "RunProbes", "target_name"]
-
 LOGGER = logging.getLogger("stablefield")
 
 

@@ -15,8 +15,6 @@ from stablefield.engine.state import TrainState
 from stablefield.precision import dtype_of
 from stablefield.run import RunFolder
 
-__all__ = ["Session", "deterministic_algorithms", "initial_state", "make_optimization", "training_steps"]
-
 
 class Session:
     """A run that continues from its newest checkpoint, or from the beginning if there is none.

@@ -13,8 +13,6 @@ from stablefield.denoise import Denoiser
 from stablefield.engine.adaptation import Adaptation
 from stablefield.schedule import EMA, average_names
 
-__all__ = ["TrainState"]
-
 
 class TrainState:
     """State of training: the model, its averages, the optimizer, the loss scale and the number of images seen.

@@ -15,8 +15,6 @@ from typing import TypeVar
 
 from stablefield.distributed import Ranks
 
-__all__ = ["Interruptible", "StopRequest", "Stopped", "stop_signals"]
-
 T = TypeVar("T")
 _SIGNALS = [  # SIGUSR1 is sent by SLURM before a time limit, SIGHUP by a terminal that is closed; Windows lacks them
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)

@@ -19,8 +19,6 @@ from stablefield.generate.images import save_sheet
 from stablefield.run import RunFolder
 from stablefield.sample import Sampler
 
-__all__ = ["TensorBoardWriter", "samples"]
-
 
 def samples(
     denoiser: Denoiser, sampler: Sampler, shape: tuple[int, ...], ranks: Ranks, count: int = 64

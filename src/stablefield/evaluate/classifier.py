@@ -20,8 +20,6 @@ from stablefield.files import cache_folder, cached
 from stablefield.pool import Pool
 from stablefield.seeding import derive, generator
 
-__all__ = ["Classifier", "ClassifierNetwork", "cached_classifier", "find_classifier", "train_classifier"]
-
 _RECIPE = "stablefield classifier 1"  # the number must increase when the network or its training changes
 _EPOCHS, _MAX_IMAGES = 30, 300_000
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 from statistics import fmean, stdev
 
-__all__ = ["Estimate"]
-
 
 @dataclass(frozen=True)
 class Estimate:

@@ -53,8 +53,6 @@ from stablefield.precision import arithmetic
 from stablefield.run import TrainedRun
 from stablefield.seeding import format_seeds, generator
 
-__all__ = ["Evaluation", "evaluate", "feature_statistics"]
-
 _USUAL_SAMPLES = 50_000  # number of samples that papers report FID of
 _SHOWN_PAIRS = 32
 _NEAREST_BLOCK = 1024  # samples whose nearest neighbours are found in one call

@@ -20,8 +20,6 @@ from typing_extensions import override
 
 from stablefield.evaluate.frechet import Statistics
 
-__all__ = ["ExportedNetwork", "Features", "Pixels", "UntrustedFileError"]
-
 _MAX_FEATURES = 12_288  # 64 x 64 pixels in colour: a covariance of 1.1 GiB
 
 

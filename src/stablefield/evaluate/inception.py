@@ -18,8 +18,6 @@ from stablefield.evaluate.features import Features
 from stablefield.evaluate.frechet import Statistics
 from stablefield.generate.images import to_bytes
 
-__all__ = ["NUM_FEATURES", "Inception"]
-
 NUM_FEATURES = 2048
 _ALTERNATIVES = "--features classifier and --features pixels need no download"
 

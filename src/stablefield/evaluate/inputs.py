@@ -22,18 +22,6 @@ from stablefield.generate.plan import fill_store
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, training_data
 
-__all__ = [
-    "Reference",
-    "SampleSource",
-    "Take",
-    "is_run",
-    "open_reference",
-    "open_samples",
-    "sample_run",
-    "take_from",
-    "training_reference",
-]
-
 Take = Callable[[Sequence[int]], Tensor]  # returns the data of some keys, (n, *D)
 
 

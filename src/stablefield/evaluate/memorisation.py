@@ -11,6 +11,7 @@ fraction of copies, and look at the pairs.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,10 +21,7 @@ from stablefield.evaluate.pairs import check_finite
 from stablefield.kernel.nearest import k_nearest
 from stablefield.pool import NULL_LABEL, Pool
 
-__all__ = ["NearestMatches", "find_nearest", "memorisation_scores"]
-
 _COPY_RATIO = 1 / 3
-_BLOCK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,13 +74,7 @@ def find_nearest(x: Float[Tensor, "n *D"], pool: Pool, *, exclude: Int[Tensor, "
     check_finite("samples", x)
     if len(pool) < 2 + (exclude is not None) or pool.shape != tuple(x.shape[1:]):
         raise ValueError(f"there are no two nearest neighbours of samples {tuple(x.shape[1:])} in {pool}")
-    distance, index = k_nearest(
-        x.flatten(1),
-        lambda: (block.flatten(1) for block in pool.blocks(NULL_LABEL, _BLOCK)),
-        lambda index: pool.take(index).flatten(1),
-        2,
-        exclude=exclude,
-    )
+    distance, index = k_nearest(x, partial(pool.blocks, NULL_LABEL), pool.take, 2, exclude=exclude)
     return NearestMatches(distance.cpu(), index.cpu())
 
 

@@ -18,8 +18,6 @@ from stablefield.evaluate.frechet import BLOCK, Statistics, StatisticsAccumulato
 from stablefield.evaluate.pairs import kernel_distance, precision_recall
 from stablefield.kernel.accumulator import float64_device
 
-__all__ = ["MAX_PAIRED", "METRICS", "FeatureSet", "check_metrics", "compute_scores", "sample_size_notes", "summarise"]
-
 MAX_PAIRED = 10_000  # features of each side that scores which compare pairs use
 METRICS = ("frechet", "kernel", "precision_recall", "inception_score", "memorisation")
 _NEIGHBOURS = 3

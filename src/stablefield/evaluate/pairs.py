@@ -14,8 +14,6 @@ from stablefield.kernel.nearest import k_nearest, rounding
 from stablefield.pool import draw_without_replacement
 from stablefield.seeding import generator
 
-__all__ = ["check_finite", "kernel_distance", "precision_recall"]
-
 _BLOCK = 1024
 
 
@@ -109,7 +107,8 @@ def _radii(x: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n"]:
     """Distance of each point to its k-th nearest other point."""
     index, parts = torch.arange(len(x)), []
     for rows in index.split(_BLOCK):
-        parts.append(k_nearest(x[rows], lambda: x.split(4 * _BLOCK), lambda at: x[at], k, exclude=rows)[0][:, -1])
+        found, _ = k_nearest(x[rows], lambda size, _: x.split(size), lambda at: x[at], k, exclude=rows)
+        parts.append(found[:, -1])
     return torch.cat(parts)
 
 

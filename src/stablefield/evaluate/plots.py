@@ -11,8 +11,6 @@ from torch import Tensor
 from stablefield.files import atomic_path
 from stablefield.floor import ByNoise
 
-__all__ = ["label", "plot_excess", "plot_floor", "plot_loss", "save_figure"]
-
 
 def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title: str) -> None:
     """Plot the training loss against the number of images seen, raw and smoothed.

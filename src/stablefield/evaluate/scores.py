@@ -16,8 +16,6 @@ from stablefield.evaluate.frechet import Statistics
 from stablefield.files import append, sweep
 from stablefield.generate.images import save_sheet
 
-__all__ = ["ScoreTable", "Scores"]
-
 
 @dataclass(frozen=True, eq=False)
 class ScoreTable:

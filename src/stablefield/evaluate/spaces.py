@@ -13,8 +13,6 @@ from stablefield.evaluate.image_network import EfficientNetLite0
 from stablefield.evaluate.inception import NUM_FEATURES, Inception
 from stablefield.evaluate.inputs import Reference
 
-__all__ = ["Spaces", "open_features"]
-
 Spaces = str | Path | Features | Sequence[str | Path | Features]
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["ByNoise"]
-
 
 @dataclass(frozen=True, eq=False)
 class ByNoise:

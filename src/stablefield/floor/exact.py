@@ -30,8 +30,6 @@ from stablefield.pool import NULL_LABEL, Pool, draw_without_replacement
 from stablefield.process import BatchRecord, NoisyBatch
 from stablefield.seeding import generator
 
-__all__ = ["MAX_ELEMENTS", "Exact", "Progress", "TargetErrors", "exact_posteriors"]
-
 MAX_ELEMENTS = 2**26  # float64 numbers per tensor; about two such tensors are held at once (1 GB)
 
 Progress = Callable[[int, int], object]

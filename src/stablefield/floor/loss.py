@@ -19,8 +19,6 @@ from stablefield.prediction import canonical_prediction_type, coefficients
 from stablefield.process import VE, Process
 from stablefield.times import LogNormal, TimeDistribution, Uniform
 
-__all__ = ["Levels", "SquaredError", "Steps", "Weight", "edm_loss"]
-
 Weight = Callable[[Process, Tensor], Tensor]
 """Weight of the squared error at each time, such as a `LossWeight`."""
 

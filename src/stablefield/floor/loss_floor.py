@@ -25,8 +25,6 @@ from stablefield.floor.points import draw_points, noise_levels_of_bins
 from stablefield.pool import Pool
 from stablefield.process import NoisyBatch
 
-__all__ = ["LossFloor", "as_pool", "check_loss", "in_units_of_loss", "parse_target"]
-
 
 @dataclass(frozen=True, eq=False)
 class LossFloor:

@@ -14,8 +14,6 @@ from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch, draw_noise
 from stablefield.seeding import generator
 
-__all__ = ["draw_points", "noise_levels_of_bins"]
-
 
 def noise_levels_of_bins(loss: SquaredError, bins: int) -> Float[Tensor, "ends"]:
     """Noise levels sigma / alpha at the ends of ranges that a loss visits equally often, (bins + 1,).

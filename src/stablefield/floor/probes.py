@@ -28,8 +28,6 @@ from stablefield.pool import Pool
 from stablefield.prediction import stable_target
 from stablefield.process import NoisyBatch, per_example
 
-__all__ = ["Prediction", "Probes"]
-
 Prediction = Callable[..., Tensor]
 """Network to examine, called as prediction(x_t, t), or as prediction(x_t, t, label) for data with labels."""
 

@@ -21,15 +21,6 @@ from typing_extensions import override
 from stablefield.kernel.accumulator import PosteriorAccumulator
 from stablefield.process import BatchRecord
 
-__all__ = [
-    "EnergyRecorder",
-    "PosteriorStatistics",
-    "Sources",
-    "draw_sources",
-    "posterior_statistics",
-    "stable_means",
-]
-
 SINGLE_SOURCE = 0.99  # posterior probability from which a data point counts as the only likely source
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 from stablefield.data.png import encode_png
 from stablefield.files import atomic_path
 
-__all__ = ["read_image", "save_sheet", "to_bytes", "to_pixels"]
-
 
 def to_bytes(x: Float[Tensor, "*S"]) -> UInt8[Tensor, "*S"]:
     """Values in [-1, 1] as bytes 0 .. 255: x * 127.5 + 128, clipped and rounded down as EDM does.

@@ -23,8 +23,6 @@ from stablefield.run import TrainedRun, open_run
 from stablefield.sample import Sampler, Samples
 from stablefield.seeding import check_seeds
 
-__all__ = ["SamplingPlan", "fill_store", "generate_samples", "sample_to"]
-
 
 @dataclass(frozen=True, eq=False)
 class SamplingPlan:

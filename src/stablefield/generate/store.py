@@ -31,8 +31,6 @@ from stablefield.files import append, atomic_path, sweep, temporary_folder, writ
 from stablefield.generate.images import read_image, save_sheet, to_pixels
 from stablefield.sample import Samples
 
-__all__ = ["SampleStore"]
-
 _WRITERS = 4  # threads that compress and write; both release the interpreter
 _SHEET = 256  # samples on a sheet
 _OTHER_FORMATS = {".png", ".jpg", ".jpeg", ".gif", ".webp", ".zip", ".tar", ".gz", ".pt", ".pkl", ".safetensors", ".h5"}

@@ -14,8 +14,6 @@ from stablefield.config import ConfigError, resolve
 from stablefield.data.pickles import RefusedError
 from stablefield.interop.edm import EDMCheckpoint
 
-__all__ = ["from_edm", "to_edm"]
-
 # EDM's names of the arguments of its networks, and ours; None for those that do not matter to the weights
 SONG_ARGUMENTS: dict[str, str | None] = {
     "augment_dim": "augment_dim",

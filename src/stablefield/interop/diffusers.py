@@ -16,8 +16,6 @@ from typing_extensions import override
 
 from stablefield.extras import how_to_install
 
-__all__ = ["UNet2D", "scales"]
-
 
 @torch.no_grad()
 def scales(scheduler: Any, timesteps: Tensor, x: Float[Tensor, "B *D"]) -> tuple[Tensor, Tensor]:

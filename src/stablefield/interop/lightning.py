@@ -15,8 +15,6 @@ try:
 except ImportError:  # so that this module can be listed; making a callback says what is missing
     Callback = object
 
-__all__ = ["LossExcessCallback", "StableTargetCallback", "gather"]
-
 
 class StableTargetCallback(Callback):
     """Saves the draws and the bank of a `StableTarget` with Lightning's checkpoints, and logs its effective sizes.

@@ -21,8 +21,6 @@ from torch import Tensor
 from stablefield.process import per_example
 from stablefield.stable import StableTarget
 
-__all__ = ["StableFlow"]
-
 
 class StableFlow:
     """Stable targets for a flow matcher of torchcfm: call it with what its sampling returned.

@@ -25,8 +25,6 @@ from torch import Tensor
 from stablefield.kernel.matmul import FloatMatmul, Matmul
 from stablefield.process import BatchRecord
 
-__all__ = ["Posterior", "PosteriorAccumulator", "chunk_size", "float64_device"]
-
 
 @dataclass(frozen=True, eq=False)
 class Posterior(BatchRecord):

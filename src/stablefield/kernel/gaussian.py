@@ -17,8 +17,6 @@ from torch import Tensor
 
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size
 
-__all__ = ["Block", "check_tensor", "posterior", "stream"]
-
 Block = tuple[Tensor, Tensor | None]
 
 

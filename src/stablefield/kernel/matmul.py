@@ -23,19 +23,6 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 from typing_extensions import override
 
-__all__ = [
-    "INT8_OFFSET",
-    "MAX_INT32_TERMS",
-    "FloatMatmul",
-    "Int8Matmul",
-    "Matmul",
-    "full_precision",
-    "has_int8_matmul",
-    "int8_matmul",
-    "to_int8",
-    "to_int8_digits",
-]
-
 LOGGER = logging.getLogger("stablefield")
 
 INT8_OFFSET = 128  # subtracted from bytes to make them signed

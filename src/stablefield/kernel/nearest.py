@@ -1,7 +1,8 @@
-"""The k nearest data points, streamed: candidates from a float32 product, distances from float64 differences.
+"""The k nearest data points, streamed: candidates from a matrix product, distances from float64 differences.
 
-The product ||x||^2 - 2xy + ||y||^2 around the mean of x rounds by at most `rounding`. A query is searched again in
-float64 if a data point that was passed over could be nearer than its k-th candidate, so the result is that of float64.
+A product ||x||^2 - 2xy + ||y||^2 in float32 around the mean of x rounds by at most `rounding`. A query is searched
+again in float64 if a data point that was passed over could be nearer than its k-th candidate, so the result is that of
+float64.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,9 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stablefield.kernel.accumulator import chunk_size, float64_device
 from stablefield.kernel.matmul import full_precision
 
-__all__ = ["k_nearest", "rounding"]
+# (data points per block, device) -> blocks of the data, (m, *D)
+Blocks = Callable[[int, torch.device], Iterable[Tensor]]
 
 _SPARE = 5  # candidates beyond the k nearest
 
@@ -28,30 +31,28 @@ def rounding(features: int, largest: float) -> float:
 
 
 @full_precision()
-def k_nearest(
-    x: Float[Tensor, "n D"],
-    blocks: Callable[[], Iterable[Float[Tensor, "m D"]]],
-    take: Callable[[Int[Tensor, "i"]], Float[Tensor, "i D"]],
+def nearest_candidates(
+    x: Float[Tensor, "n *D"],
+    blocks: Blocks,
     k: int,
     *,
     exclude: Int[Tensor, "n"] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k nearest data points of each query, and their distances.
-
-    Memory is that of x and of (n, m) distances for blocks of m data points.
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Float[Tensor, "n j"], Int[Tensor, "n j"], Float[Tensor, ""]]:
+    """The k nearest data points of each query as products in some precision tell. The host never waits for a GPU.
 
     Args:
         x: the queries.
-        blocks: returns an iterator over the data, (m, D) each.
-        take: returns the data points of some indices.
-        k: number of neighbours; the data must have as many, besides the excluded ones.
-        exclude: index of a data point that is left out for each query.
-        dtype: precision in which candidates are searched.
+        blocks: returns blocks of the data, of a size and preferably on a device.
+        k: number of candidates; all data where there are fewer.
+        exclude: index of a data point that is left out for each query: at an infinite distance.
+        dtype: precision of the products.
 
     Returns:
-        Euclidean distances, ascending, in float64, and the indices of the data points, on the device of x.
+        Squared distances, ascending, the indices of the data points, and the largest squared norm that was rounded; on
+        the device of x if that supports float64, else on the CPU.
     """
+    x = x.to(float64_device(x.device)).flatten(1)
     centre = x.double().mean(0).float()  # exact in any precision, so that subtracting it rounds the difference only
 
     def centred(z: Tensor) -> Tensor:
@@ -60,26 +61,58 @@ def k_nearest(
     queries = centred(x)
     norm = queries.square().sum(1)
     best, index = queries.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
-    largest, start = float(norm.max()), 0
-    for block in blocks():
-        y = centred(block.to(x.device))
+    largest, start = norm.max(), 0
+    for block in blocks(chunk_size(x), x.device):
+        y = centred(block.to(x.device).flatten(1))
         norms = y.square().sum(1)
-        largest = max(largest, float(norms.max()))
+        largest = torch.maximum(largest, norms.max())
         squares = torch.addmm(norm[:, None] + norms, queries, y.T, alpha=-2)
         if exclude is not None:
-            inside = ((exclude >= start) & (exclude < start + len(y))).to(x.device)
-            squares[inside, exclude.to(x.device)[inside] - start] = torch.inf
-        found, at = squares.topk(min(k + _SPARE, len(y)), largest=False)
+            position = exclude.to(x.device)[:, None] - start
+            squares.masked_fill_(position == torch.arange(len(y), device=x.device), torch.inf)
+        found, at = squares.topk(min(k, len(y)), largest=False)
         both = torch.cat([best, found], 1)
-        best, kept = both.topk(min(k + _SPARE, both.shape[1]), largest=False)
+        best, kept = both.topk(min(k, both.shape[1]), largest=False)
         index = torch.cat([index, at + start], 1).gather(1, kept)
         start += len(y)
-    candidates = take(index.flatten().cpu()).to(x.device).double().unflatten(0, index.shape)
-    exact = (candidates - x.double()[:, None]).norm(dim=2).masked_fill(best.isinf(), torch.inf)
-    distance, order = exact.sort(1)
+    return best, index, largest
+
+
+def k_nearest(
+    x: Float[Tensor, "n *D"],
+    blocks: Blocks,
+    take: Callable[[Int[Tensor, "i"]], Float[Tensor, "i *D"]],
+    k: int,
+    *,
+    exclude: Int[Tensor, "n"] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """The k nearest data points of each query, and their distances.
+
+    Memory is that of x and of some blocks of the data.
+
+    Args:
+        x: the queries.
+        blocks: returns blocks of the data, of a size and preferably on a device.
+        take: returns the data points of some indices.
+        k: number of neighbours; the data must have as many, besides the excluded ones.
+        exclude: index of a data point that is left out for each query.
+        dtype: precision in which candidates are searched.
+
+    Returns:
+        Euclidean distances, ascending, in float64, and the indices of the data points; where `nearest_candidates`
+        returns them.
+    """
+    best, index, largest = nearest_candidates(x, blocks, k + _SPARE, exclude=exclude, dtype=dtype)
+    x = x.to(index.device).flatten(1)
+    parts = []
+    for rows in torch.arange(len(x)).split(max(1, chunk_size(x) // index.shape[1])):
+        candidates = take(index[rows].flatten().cpu()).to(x.device, torch.float64).flatten(1)
+        parts.append((candidates.unflatten(0, (len(rows), -1)) - x[rows].double()[:, None]).norm(dim=2))
+    distance, order = torch.cat(parts).masked_fill(best.isinf(), torch.inf).sort(1)
     distance, index = distance[:, :k], index.gather(1, order)[:, :k]
-    if dtype == torch.float32 and best.shape[1] < start:
-        margin = 2 * rounding(x.shape[1], largest)
+    if dtype == torch.float32 and best.shape[1] == k + _SPARE:
+        margin = 2 * rounding(x.shape[1], float(largest))
         unsure = best[:, -1].double() - margin < distance[:, -1].square()
         if unsure.any():
             left_out = None if exclude is None else exclude[unsure.to(exclude.device)]

@@ -19,8 +19,6 @@ from typing_extensions import override
 from stablefield.networks.layers import PositionalEmbedding, check_counts, condition_or_zeros
 from stablefield.networks.residual_unet import ResidualBlock, ResidualUNet, group_norm
 
-__all__ = ["ADM", "ADMBlock", "adm"]
-
 
 class ADMBlock(ResidualBlock):
     """Residual block of ADM: the embedding scales and shifts the normalised features."""

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from torch.nn.functional import group_norm
 from typing_extensions import override
 
-__all__ = ["GroupNorm", "GroupNormByChannel"]
-
 
 class GroupNorm(nn.GroupNorm):
     """Group normalisation; on a GPU, too, the output has the layout and the type of the input."""

@@ -16,25 +16,6 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, silu
 from typing_extensions import override
 
-__all__ = [
-    "ConvDown",
-    "DownConv",
-    "Embedding",
-    "FilteredConv",
-    "FourierEmbedding",
-    "PositionalEmbedding",
-    "Resample",
-    "Resampling",
-    "UpConv",
-    "check_counts",
-    "condition_or_zeros",
-    "downsample",
-    "resampling_conv",
-    "separable_filter",
-    "sinusoids",
-    "upsample",
-]
-
 Resampling = Literal["up", "down"]
 
 

@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from stablefield.networks.layers import Embedding, check_counts
 
-__all__ = ["MLP", "Layer"]
-
 
 class MLP(nn.Module):
     """Residual layers over the flattened data, each shifted by the embedding.

@@ -27,8 +27,6 @@ from typing_extensions import override
 from stablefield.networks.group_norm import GroupNorm
 from stablefield.networks.layers import Resampling, check_counts, resampling_conv
 
-__all__ = ["ResidualBlock", "ResidualUNet", "group_norm"]
-
 
 def group_norm(channels: int, eps: float) -> GroupNorm:
     """Group normalisation with min(32, C // 4) groups.

@@ -29,8 +29,6 @@ from stablefield.networks.layers import (
 )
 from stablefield.networks.residual_unet import ResidualBlock, ResidualUNet, group_norm
 
-__all__ = ["NCSNPP", "SongBlock", "SongUNet", "ddpmpp", "ncsnpp"]
-
 # The arguments of SongUNet that make NCSN++; its defaults are DDPM++.
 NCSNPP: dict[str, Any] = {
     "embedding": "fourier",

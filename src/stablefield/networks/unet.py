@@ -16,8 +16,6 @@ from typing_extensions import override
 from stablefield.networks.group_norm import GroupNorm
 from stablefield.networks.layers import Embedding, check_counts
 
-__all__ = ["Attention", "Block", "Downsample", "UNet", "Upsample"]
-
 
 class UNet(nn.Module):
     """U-Net for images, square or not.

@@ -9,8 +9,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-__all__ = ["BatchRecord", "NoisyBatch", "Process", "draw_noise", "move", "per_example"]
-
 
 def per_example(value: Shaped[Tensor, "B"], like: Float[Tensor, "B *D"]) -> Tensor:
     """One value per example, reshaped from (B,) to (B, 1, ..., 1) so that it broadcasts against `like`.

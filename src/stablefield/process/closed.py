@@ -10,8 +10,6 @@ from typing_extensions import override
 
 from stablefield.process.base import Process
 
-__all__ = ["VE", "VP", "Cosine", "Flow", "SubVP"]
-
 
 @dataclass(frozen=True)
 class VE(Process):

@@ -14,8 +14,6 @@ from typing_extensions import override
 
 from stablefield.process.base import Process
 
-__all__ = ["Tabulated", "TabulatedVE"]
-
 
 class _Table(Process):
     """Base class of processes with a table of noise levels tan(phi_i) = sigma_i / alpha_i at t_i = i / N, i = 1 .. N.

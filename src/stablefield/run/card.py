@@ -18,8 +18,6 @@ from stablefield.files import printable
 from stablefield.run.folder import RunFolder, run_folder
 from stablefield.run.trained import TrainedRun
 
-__all__ = ["escape", "model_card"]
-
 _MOST_SCORES = 2**26  # bytes of a file of scores
 _MARKUP = re.compile(r"[!#$&*:<>@\[\\\]^_`{|}~]|(?<=[wW])\.")  # the last: "www." makes a link
 

@@ -19,8 +19,6 @@ from stablefield.run.card import model_card
 from stablefield.run.folder import RunFolder
 from stablefield.run.trained import TrainedRun, as_json, open_run
 
-__all__ = ["export_run"]
-
 _FILES = {"model.safetensors", "config.json", "README.md"}
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]{0,63}")
 

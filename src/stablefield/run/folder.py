@@ -9,8 +9,6 @@ from stablefield.checkpoint import Checkpoint, CheckpointError, finite, read
 from stablefield.config import Config, ConfigError
 from stablefield.files import append, sweep, write_text
 
-__all__ = ["RunFolder", "checkpoint_of", "run_folder"]
-
 
 @dataclass(frozen=True)
 class RunFolder:

@@ -10,8 +10,6 @@ from stablefield.checkpoint import CheckpointError
 from stablefield.extras import how_to_install
 from stablefield.files import printable
 
-__all__ = ["download", "is_hub_name"]
-
 _NAME = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 
 

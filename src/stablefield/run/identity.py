@@ -7,8 +7,6 @@ from stablefield.data import Progress, content_hash, silent
 from stablefield.pool import Pool
 from stablefield.run.trained import TrainedRun
 
-__all__ = ["fingerprint", "refuse_other_data", "training_data"]
-
 
 def fingerprint(pool: Pool, max_bytes: int = 2**28) -> str:
     """Hash that identifies the data of a run; for large data, the hash of an evenly spaced part and the total number.

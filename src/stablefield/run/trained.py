@@ -17,8 +17,6 @@ from stablefield.pool import Pool, Values, values_of
 from stablefield.run.folder import RunFolder, checkpoint_of, run_folder
 from stablefield.run.hub import download, is_hub_name
 
-__all__ = ["TrainedRun", "as_json", "describe", "load", "open_run"]
-
 _MOST_VALUES = 2**28  # of one data point: an image of 9,459 x 9,459 pixels in color
 
 

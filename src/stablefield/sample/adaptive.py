@@ -18,8 +18,6 @@ from typing_extensions import override
 from stablefield.extras import how_to_install
 from stablefield.sample.base import BoundDenoiser, DrawNoise, Sampler
 
-__all__ = ["RK45", "integrate", "velocity"]
-
 
 @dataclass(frozen=True)
 class RK45(Sampler):

@@ -19,8 +19,6 @@ from stablefield.pool import NULL_LABEL
 from stablefield.process import Process
 from stablefield.sample.grids import EDMGrid, TimeGrid, check_finite_fields
 
-__all__ = ["MOST_STEPS", "BoundDenoiser", "Callback", "DrawNoise", "Sampler", "Samples"]
-
 MOST_STEPS = 1_000_000  # memory is allocated for all of their times
 
 DrawNoise = Callable[[], Tensor]  # standard normal noise shaped like the state, each sample's from its own generator

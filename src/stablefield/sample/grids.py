@@ -17,8 +17,6 @@ from typing_extensions import override
 from stablefield.preconditioning import NoiseRange, iddpm_noise_levels
 from stablefield.process import VP, Process
 
-__all__ = ["EDMGrid", "GeometricGrid", "IDDPMGrid", "TimeGrid", "UniformGrid", "VPGrid", "check_finite_fields"]
-
 
 class TimeGrid(ABC):
     """Base class of time grids.

@@ -15,8 +15,6 @@ from typing_extensions import override
 
 from stablefield.sample.base import BoundDenoiser, DrawNoise, Sampler
 
-__all__ = ["DPMSolver", "Euler", "Heun"]
-
 
 @dataclass(frozen=True)
 class Euler(Sampler):

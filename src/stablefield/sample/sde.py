@@ -21,8 +21,6 @@ from typing_extensions import override
 from stablefield.process import Process, per_example
 from stablefield.sample.base import BoundDenoiser, DrawNoise, Sampler
 
-__all__ = ["Ancestral", "EulerMaruyama", "PredictorCorrector", "ReverseDiffusion", "transition"]
-
 
 @dataclass(frozen=True)
 class Ancestral(Sampler):

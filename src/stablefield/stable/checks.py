@@ -23,8 +23,6 @@ from stablefield.process import NoisyBatch, per_example
 from stablefield.stable.drawn import Drawn
 from stablefield.stable.references import References, hash_of
 
-__all__ = ["Loop", "check_noise", "check_order", "check_references", "check_target", "rounding"]
-
 ROUNDINGS = 8  # in x_t and in a target: of alpha, sigma, both products, their sum, and the noise itself
 SLACK = 1e-3  # relative: alpha and sigma may have been computed in two ways
 CHANCE = 1e-9

@@ -17,8 +17,6 @@ from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch, move
 from stablefield.stable.references import References, first_of, hash_of, identity, mean_over, shared_blocks
 
-__all__ = ["Drawn", "TensorPool", "WithIndex", "as_tensor"]
-
 GROUP = 4  # labels with at least this many examples each, on average, are averaged one after the other
 
 

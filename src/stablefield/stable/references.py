@@ -26,19 +26,6 @@ from stablefield.pool import NULL_LABEL
 from stablefield.process import NoisyBatch
 from stablefield.targets.base import TargetEstimator
 
-__all__ = [
-    "Bank",
-    "Gather",
-    "Minibatch",
-    "References",
-    "first_of",
-    "gathered",
-    "hash_of",
-    "identity",
-    "mean_over",
-    "shared_blocks",
-]
-
 EMPTY = -(2**63)  # index of a place in a bank that holds no example yet
 Gather = Callable[[Tensor], Tensor]
 

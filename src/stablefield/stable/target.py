@@ -39,8 +39,6 @@ from stablefield.targets.base import TargetEstimator
 from stablefield.targets.dsm import DSMTarget
 from stablefield.targets.exact import ExactTarget
 
-__all__ = ["StableTarget"]
-
 RESOLUTION = 2.0**-22  # of ||x_t||: below it the kernel cannot tell noise levels apart
 
 

@@ -17,8 +17,6 @@ from stablefield.floor import ByNoise, LossFloor, SquaredError
 from stablefield.pool import Pool
 from stablefield.studies.field.linear import LinearDenoiser
 
-__all__ = ["FloorReport", "cached_floor", "loss_of_linear_denoiser"]
-
 
 def cached_floor(
     pool: Pool,

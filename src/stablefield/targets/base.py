@@ -30,8 +30,6 @@ from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch
 from stablefield.targets.query import Examples
 
-__all__ = ["PoolTarget", "TargetEstimator", "indices_of", "keep_source", "labels_of", "refuse_non_finite"]
-
 
 class TargetEstimator(ABC):
     """Estimator of E[x | x_t] for each example of a batch: the regression target of a denoiser."""

@@ -21,8 +21,6 @@ from stablefield.targets.query import Examples, Query, uses_int8
 from stablefield.targets.screening import Projection, Screen, count_true, likely, rounding_bound
 from stablefield.targets.shard import Shard
 
-__all__ = ["Class", "cell_means"]
-
 MOST_DATA = 3 / 4  # of the data points: if more are needed, all are streamed as they are stored, none picked out
 SCREENED_AT_ONCE = 2**25  # energies that are screened together (128 MB)
 JOINING = 1 / 16  # of the data points: the cost of one more example in a pass over all data

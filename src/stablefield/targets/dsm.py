@@ -11,8 +11,6 @@ from stablefield.kernel.accumulator import Posterior
 from stablefield.process import NoisyBatch
 from stablefield.targets.base import TargetEstimator, keep_source
 
-__all__ = ["DSMTarget"]
-
 
 @dataclass(frozen=True)
 class DSMTarget(TargetEstimator):

@@ -37,8 +37,6 @@ from stablefield.targets.query import Examples
 from stablefield.targets.screening import Projection, Screen, principal_directions
 from stablefield.targets.shard import UNSHARDED, Shard
 
-__all__ = ["Distances", "ExactTarget"]
-
 SUMMED_AT_ONCE = 2**27  # mask entries of the examples whose means are computed together (128 MB, and some copies)
 
 Distances = Callable[[int], Float[Tensor, "m k"]]  # label -> distances to the nearest others of that class

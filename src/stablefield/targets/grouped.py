@@ -18,8 +18,6 @@ from stablefield.kernel.accumulator import Posterior, chunk_size
 from stablefield.kernel.gaussian import Block, stream
 from stablefield.process import NoisyBatch, move, per_example
 
-__all__ = ["Take", "mean_over"]
-
 Take = Callable[[Tensor, torch.device], Tensor]  # data points by their indices, as floating data on a device
 
 

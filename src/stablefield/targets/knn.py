@@ -9,6 +9,7 @@ on x_t alone, so the list is a cell too.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -16,14 +17,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size
+from stablefield.kernel.accumulator import Posterior, chunk_size, float64_device
 from stablefield.kernel.gaussian import stream
+from stablefield.kernel.nearest import nearest_candidates
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch, move, per_example
 from stablefield.targets.base import PoolTarget, keep_source
-from stablefield.targets.isolation import keep_smallest
-
-__all__ = ["KNNTarget"]
 
 
 @dataclass(frozen=True)
@@ -88,23 +87,12 @@ class KNNTarget(PoolTarget):
         return self._by_index(noisy, label) if self.search == "faiss" else self._exhaustive(noisy, label)
 
     def _exhaustive(self, noisy: NoisyBatch, label: int) -> Int[Tensor, "B k"]:
-        indices = self.pool.indices(label)
-        k = min(self.neighbours, len(indices))
-        sums = PosteriorAccumulator(noisy.x_t, noisy.sigma, noisy.alpha)
-        best = sums.total.new_empty(len(noisy.x_t), 0)
-        where = best.long()
-        seen = 0
-        for block in self.pool.blocks(label, chunk_size(noisy.x_t), noisy.x_t.device):
-            _, _, energy = sums.compare(block)
-            best, where = keep_smallest(best, where, energy, seen, k)  # of equals the first wins
-            seen += len(block)
-        return where if label == NULL_LABEL else move(indices, where.device)[where]
+        _, position, _ = nearest_candidates(_query(noisy), partial(self.pool.blocks, label), self.neighbours)
+        return position if label == NULL_LABEL else move(self.pool.indices(label), position.device)[position]
 
     def _by_index(self, noisy: NoisyBatch, label: int) -> Int[Tensor, "B k"]:
         indices = self.pool.indices(label)
-        # where alpha is 0 all data are equally near, and any finite query will do
-        query = noisy.x_t / per_example(noisy.alpha.clamp(min=1e-6), noisy.x_t)
-        _, found = self._index_of(label).search(_as_numpy(query), min(self.neighbours, len(indices)))
+        _, found = self._index_of(label).search(_as_numpy(_query(noisy)), min(self.neighbours, len(indices)))
         position = torch.from_numpy(found)
         return torch.where(position >= 0, indices[position.clamp(min=0)], -1)
 
@@ -132,6 +120,12 @@ class KNNTarget(PoolTarget):
         if "IVF" in spelling:
             faiss.extract_index_ivf(index).nprobe = 16 if self.probes is None else self.probes
         return index
+
+
+def _query(noisy: NoisyBatch) -> Float[Tensor, "B *D"]:
+    """x_t / alpha; where alpha is 0, all data are equally near, and any finite query will do."""
+    x_t = noisy.x_t.to(float64_device(noisy.x_t.device), torch.float64)
+    return x_t / per_example(noisy.alpha.to(x_t).clamp(min=1e-6), x_t)
 
 
 def _mean_over(noisy: NoisyBatch, pool: Pool, index: Int[Tensor, "B"], nearest: Int[Tensor, "B k"]) -> Posterior:

@@ -10,8 +10,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Task", "run_together"]
-
 T = TypeVar("T")
 Task = Generator[list[Tensor], list[Tensor], T]
 

@@ -19,8 +19,6 @@ from stablefield.kernel.gaussian import Block, stream
 from stablefield.process import NoisyBatch, move, per_example
 from stablefield.targets.grouped import Take
 
-__all__ = ["mean_through_maps"]
-
 _EXAMPLES = 256  # examples whose references are transformed together
 
 

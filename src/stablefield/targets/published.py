@@ -16,8 +16,6 @@ from stablefield.process import NoisyBatch
 from stablefield.seeding import generator as generator_of
 from stablefield.targets.base import TargetEstimator, indices_of, refuse_non_finite
 
-__all__ = ["ImageAugmentation", "PublishedSTFTarget"]
-
 
 @runtime_checkable
 class ImageAugmentation(Protocol):

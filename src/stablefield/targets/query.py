@@ -19,8 +19,6 @@ from stablefield.kernel.matmul import MAX_INT32_TERMS, FloatMatmul, Int8Matmul, 
 from stablefield.pool import Pool
 from stablefield.process import BatchRecord, NoisyBatch, move
 
-__all__ = ["Examples", "Query", "uses_int8"]
-
 
 @dataclass(frozen=True, eq=False)
 class Examples(BatchRecord):

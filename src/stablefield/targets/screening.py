@@ -27,8 +27,6 @@ from stablefield.seeding import generator
 from stablefield.targets.lockstep import Task
 from stablefield.targets.shard import Shard
 
-__all__ = ["Projection", "Screen", "count_true", "likely", "principal_directions", "rounding_bound"]
-
 CLOSER = (1 / 64, 1 / 2)  # of the data points: if a share between these is left, it pays to drop more by summed mass
 SETUP_BLOCK = 128  # data points that are projected together, such that they stay in a cache
 BINS = 128  # of half a nat, in which their mass is summed

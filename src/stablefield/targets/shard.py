@@ -15,8 +15,6 @@ from torch import Tensor
 from stablefield.kernel.accumulator import PosteriorAccumulator
 from stablefield.pool import Pool
 
-__all__ = ["UNSHARDED", "Shard"]
-
 
 def _identity(values: Tensor) -> Tensor:
     return values

@@ -36,8 +36,6 @@ from stablefield.targets.base import PoolTarget, indices_of, keep_source, labels
 from stablefield.targets.grouped import Take, mean_over
 from stablefield.targets.mapped import mean_through_maps
 
-__all__ = ["ImageOrder", "STFTarget"]
-
 _Mean = Callable[[NoisyBatch, Tensor, Tensor, Tensor, Take], Posterior]  # such as `mean_over`
 
 

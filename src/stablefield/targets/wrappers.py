@@ -20,8 +20,6 @@ from stablefield.targets.base import TargetEstimator
 from stablefield.targets.exact import ExactTarget
 from stablefield.targets.shard import Shard
 
-__all__ = ["Prefetched", "Sharded"]
-
 
 @dataclass(frozen=True)
 class Prefetched(TargetEstimator):

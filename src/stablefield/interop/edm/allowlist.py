@@ -18,19 +18,6 @@ from typing_extensions import override
 from stablefield.data.pickles import NUMPY, Dtype, Instances, Name, Record, RefusedError, Table, expect, not_allowed
 from stablefield.files import printable
 
-__all__ = [
-    "ALLOWED",
-    "LAYERS",
-    "LOSSES",
-    "NETWORKS",
-    "PRECONDITIONERS",
-    "STORAGE_TYPES",
-    "Object",
-    "Storage",
-    "TensorView",
-    "find_storage",
-]
-
 PRECONDITIONERS = frozenset({"VPPrecond", "VEPrecond", "iDDPMPrecond", "EDMPrecond"})
 NETWORKS = frozenset({"SongUNet", "DhariwalUNet"})
 LAYERS = frozenset({"Linear", "Conv2d", "GroupNorm", "UNetBlock", "PositionalEmbedding", "FourierEmbedding"})

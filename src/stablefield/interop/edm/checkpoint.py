@@ -23,8 +23,6 @@ from stablefield.data.pickles import RefusedError, expect, not_allowed, refusing
 from stablefield.interop.edm.allowlist import PRECONDITIONERS, Object, TensorView
 from stablefield.interop.edm.containers import read_file
 
-__all__ = ["Copier", "EDMCheckpoint", "read"]
-
 
 @dataclass(frozen=True)
 class EDMCheckpoint:

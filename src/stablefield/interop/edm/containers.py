@@ -18,8 +18,6 @@ from pathlib import Path
 from stablefield.data.pickles import RefusedError, Stream, Table, expect, not_allowed, unpickle
 from stablefield.interop.edm.allowlist import ALLOWED, STORAGE_TYPES, Storage, find_storage
 
-__all__ = ["read_embedded_storage", "read_file"]
-
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
 

@@ -36,8 +36,6 @@ from stablefield.studies.compare.runs import is_finished, read_lines
 from stablefield.studies.compare.statistics import holm
 from stablefield.studies.compare.steps import step_ratio
 
-__all__ = ["Comparison", "compare", "define", "describe_machine"]
-
 
 @dataclass(frozen=True)
 class Comparison:

@@ -19,18 +19,8 @@ from dataclasses import dataclass
 from math import exp, isfinite, isnan, log, nan
 from typing import Any
 
+from stablefield.config import describe_target
 from stablefield.studies.compare.statistics import Estimate, area_mean, roughness, spread_ratio, value_at
-
-__all__ = [
-    "WEIGHTS",
-    "Curve",
-    "Endpoint",
-    "Finding",
-    "as_percent",
-    "endpoints_hash",
-    "fixed_endpoints",
-    "measure_endpoint",
-]
 
 WEIGHTS = ("average", "raw")
 LEVEL = 0.05
@@ -144,7 +134,8 @@ class Finding:
     @property
     def contrast(self) -> str:
         """The two arms that are compared, in words."""
-        return f"{self.objective + ': ' if self.objective else ''}{self.target} against {self.baseline}"
+        target, baseline = map(describe_target, (self.target, self.baseline))
+        return f"{self.objective + ': ' if self.objective else ''}{target} against {baseline}"
 
     @property
     def direction(self) -> str:

@@ -42,13 +42,12 @@ from stablefield.evaluate import (
 )
 from stablefield.evaluate.frechet import merge_all
 from stablefield.floor import Probes, SquaredError
+from stablefield.objective import LossWeight
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import NoisyBatch
 from stablefield.sample import Sampler
 from stablefield.seeding import generator
 from stablefield.studies.compare.gradients import gradient_variance
-
-__all__ = ["Evaluator", "Reference", "Space", "find_spaces"]
 
 BATCH_SIZE = 250
 BLOCK_SIZE = 1024
@@ -162,7 +161,7 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """Evaluation shared by all runs of an objective.
+    """Evaluation shared by all runs of an objective, with its distribution of t and its weight.
 
     Attributes:
         reference: what samples are compared with.
@@ -170,6 +169,7 @@ class Evaluator:
         samples: number of samples, with seeds 0, 1, ...
         held_out_loss: loss on the held-out data.
         probes: x_t of training data with their exact posterior means.
+        weight: loss weight of the objective.
         gradient_batches: batches for the variance of the gradient, each with its exact posterior means.
     """
 
@@ -178,6 +178,7 @@ class Evaluator:
     samples: int
     held_out_loss: HeldOutLoss
     probes: Probes
+    weight: LossWeight
     gradient_batches: Sequence[tuple[NoisyBatch, Tensor]]
 
     @classmethod
@@ -185,7 +186,7 @@ class Evaluator:
         """Draw the x_t of an objective and compute their exact posterior means; with 50,000 images, in a minute.
 
         Args:
-            config: configuration of a run of the objective.
+            config: configuration of a run of the objective, without settings of an arm.
             parts: its components.
             reference: what samples are compared with.
             samples: number of samples per evaluation.
@@ -206,7 +207,7 @@ class Evaluator:
             noisy = points.noisy.select(rows).map(lambda values: values.to(device))
             step = torch.full((len(rows),), number * len(parts.pool))  # recent references are those of one step
             batches.append((replace(noisy, image_number=step), points.exact.mean[rows].to(device)))
-        return cls(reference, build_sampler(config), samples, held_out_loss, probes, batches)
+        return cls(reference, build_sampler(config), samples, held_out_loss, probes, objective.weight, batches)
 
     def __call__(self, state: TrainState, parts: Components, *, last: bool) -> tuple[dict[str, Any], Tensor]:
         """Scores of a run, and samples of its averaged weights.
@@ -228,7 +229,8 @@ class Evaluator:
                 "excess": self.probes.excess(denoiser, batch_size=BATCH_SIZE).value,
             }
         state.denoiser.train()
-        variance = gradient_variance(parts.denoiser, parts.objective, self.gradient_batches)
+        objective = replace(parts.objective, weight=self.weight)
+        variance = gradient_variance(parts.denoiser, objective, self.gradient_batches)
         line |= {"gradient_variance": variance.total, "gradient_variance_of_target": variance.target}
         return line | {"gradient_squared_mean": variance.squared_mean}, sheet
 

@@ -7,8 +7,9 @@ DIR/comparison.json          the definition, with the hash of its endpoints and 
     README.md, *.png         the page, made from the files above alone
     checkpoints/             weights of the runs: large, not needed by the page, ignored by git
 
-An arm is a target with an objective. Two arms with the same seed start from the same weights and train on the same
-images; with the same objective, also at the same times and noise (`engine.train`).
+An arm is a target with an objective, maybe with settings of its own. Two arms with the same seed start from the same
+weights and train on the same images; with the same objective, also at the same times and noise (`engine.train`), except
+for what their settings change.
 """
 
 import json
@@ -19,18 +20,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stablefield.config import Allowed, Config, ConfigError, resolve, target_section
+from stablefield.config import (
+    Allowed,
+    Config,
+    ConfigError,
+    describe_target,
+    override,
+    resolve,
+    split_settings,
+    target_section,
+)
 from stablefield.engine.checkpoints import RESUMABLE_KEYS
 from stablefield.files import write_text
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, refuse_other_data
 from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
 
-__all__ = ["MIN_EVALUATIONS", "Arm", "Experiment"]
-
 FORMAT = "stablefield comparison 2"
 MIN_EVALUATIONS = 10
 CHANGEABLE_KEYS = RESUMABLE_KEYS - {"training.images"}  # the number of images decides the evaluation points
+ARM_SECTIONS = ("times", "weight", "preconditioning", "network", "training")
+# what pairs runs, what decides the evaluation points, and where all runs are computed
+SHARED_KEYS = {f"training.{key}" for key in ("seed", "images", "batch_size", "conditional", "device")}
 
 
 @dataclass(frozen=True)
@@ -39,14 +50,20 @@ class Arm:
 
     Attributes:
         objective: name of the objective; "" if all runs share that of the configuration.
-        target: the target as text.
+        target: the target as text, with settings of the arm or without.
     """
 
     objective: str
     target: str
 
     def __str__(self) -> str:
-        return f"{self.objective}, {self.target}" if self.objective else self.target
+        name = describe_target(self.target)
+        return f"{self.objective}, {name}" if self.objective else name
+
+    @property
+    def plain(self) -> "Arm":
+        """The arm without settings of its own."""
+        return Arm(self.objective, split_settings(self.target)[0])
 
 
 @dataclass(frozen=True)
@@ -112,8 +129,17 @@ class Experiment:
 
     @cached_property
     def contrasts(self) -> tuple[tuple[Arm, Arm], ...]:
-        """Each arm that is not a baseline, with the baseline of its objective."""
-        return tuple((arm, Arm(arm.objective, self.targets[0])) for arm in self.arms if arm.target != self.targets[0])
+        """Each arm that is not a baseline, with its baseline."""
+        return tuple((arm, baseline) for arm in self.arms if (baseline := self.baseline(arm)) != arm)
+
+    def baseline(self, arm: Arm) -> Arm:
+        """The arm that an arm is compared with: the same without its settings if there is one, else the first target.
+
+        Args:
+            arm: the arm.
+        """
+        first = Arm(arm.objective, self.targets[0])
+        return arm.plain if arm not in (first, arm.plain) and arm.plain in self.arms else first
 
     @cached_property
     def images(self) -> int:
@@ -137,10 +163,22 @@ class Experiment:
         Args:
             arm: the arm.
             seed: training seed of the run.
+
+        Raises:
+            ConfigError: the arm has a setting that all runs share, or one of a wrong form or value.
         """
+        text, settings = split_settings(arm.target)
         # further keys of the shared section apply only to targets of its kind
-        target = target_section(arm.target, self.config.allowed)
-        return self.config.changed(self.objectives[arm.objective], target=target, training={"seed": seed})
+        target = target_section(text, self.config.allowed)
+        config = self.config.changed(self.objectives[arm.objective], target=target, training={"seed": seed})
+        if settings:
+            config = config.changed(**_with_base(config["times"], _own_sections(settings)))
+        if config["times"].get("reweight") is False:
+            raise ConfigError(
+                f"{arm}: times.reweight=false follows the excess that a run measures as it trains, which runs of a "
+                "comparison do not; leave it out"
+            )
+        return config
 
     def extended_by(self, other: "Experiment") -> "Experiment":
         """This experiment with the arms and seeds of another one added.
@@ -255,6 +293,34 @@ class Experiment:
             raise ConfigError(f"{file} is damaged: {error}") from None
 
 
+def _own_sections(settings: list[str]) -> dict[str, Any]:
+    """Sections that the settings of an arm change.
+
+    Raises:
+        ConfigError: a setting that all runs share.
+    """
+    sections = override({}, settings)
+    for section, values in sections.items():
+        for name in (f"{section}.{key}" for key in values):
+            if section not in ARM_SECTIONS or name in SHARED_KEYS:
+                raise ConfigError(
+                    f"{name} cannot differ between targets; they may change {', '.join(ARM_SECTIONS)} (but not "
+                    f"{', '.join(sorted(SHARED_KEYS))}); set it for all runs with --set"
+                )
+    return sections
+
+
+def _with_base(times: Mapping[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """Sections in which an adaptive distribution of t without a base has that of the objective."""
+    own = sections.get("times", {})
+    if own.get("kind") != "adaptive" or "base" in own or times["kind"] == "adaptive":
+        return sections
+    kind, *parameters = times.values()
+    return {**sections, "times": {"base": kind, "parameters": parameters, **own}}
+
+
 def _run_name(arm: Arm, seed: int) -> str:
-    parts = [arm.objective, arm.target, f"seed-{seed}"]
-    return "-".join(re.sub(r"[^\w.]+", "-", part) for part in parts if part)
+    target, settings = split_settings(arm.target)
+    parts = [re.sub(r"[^\w.]+", "-", part) for part in (arm.objective, target) if part]
+    own = "".join("+" + re.sub(r"[^\w.=+-]+", "-", setting) for setting in settings)  # the sign of a number stays
+    return f"{'-'.join(parts)}{own}-seed-{seed}"

@@ -6,19 +6,19 @@ from math import exp, isfinite, isnan, log
 from operator import getitem
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from stablefield.config import describe_target
 from stablefield.files import atomic_path
 from stablefield.studies.compare.comparison import Comparison
 from stablefield.studies.compare.endpoints import WEIGHTS, Finding
 from stablefield.studies.compare.experiment import Arm
 from stablefield.studies.compare.statistics import Estimate
-
-__all__ = ["save_figures"]
 
 # darkest first, so that they differ in grey too
 STYLES: tuple[dict[str, Any], ...] = (
@@ -97,7 +97,7 @@ def _forest(comparison: Comparison) -> Figure:
             _draw_interval(axes, -place, finding)
         names = [f"{finding.endpoint.title} [{finding.endpoint.weights}]" for finding in found]
         axes.set_yticks([-place for place in range(len(found))], names, fontsize=9.5)
-        axes.set_title(found[0].contrast, fontsize=11)
+        axes.set_title(fill(found[0].contrast, 42), fontsize=11)
         axes.set_xscale("symlog", linthresh=5, linscale=0.8)
         spread = [abs(end) for f in found for end in (f.estimate.low, f.estimate.high) if isfinite(end)]
         widest = min(WIDEST, 1.1 * max([0.02, *spread]))
@@ -134,9 +134,9 @@ def _draw_arms(
 ) -> None:
     """Geometric means of all arms over seeds, with the interval of the paired ratio to the baseline around them."""
     experiment = comparison.experiment
-    baseline = Arm(objective, experiment.targets[0])
     for target, style in zip(experiment.targets, STYLES * len(experiment.targets), strict=False):
         arm = Arm(objective, target)
+        baseline = experiment.baseline(arm)
         seeds = comparison.paired_seeds(arm, baseline)
         ours, theirs = (_logs(comparison, each, seeds, value) for each in (arm, baseline))
         if not ours:
@@ -144,7 +144,8 @@ def _draw_arms(
         means = [fmean(at) if all(map(isfinite, at)) else float("nan") for at in zip(*ours, strict=True)]
         width = {"linewidth": 0.9, "markersize": 3, "markerfacecolor": "white"} if thin else {"linewidth": 1.8}
         points = experiment.evaluation_points
-        axes.plot(points, [exp(m) for m in means], **{"markersize": 5, **style, **width}, label="" if thin else target)
+        look = {"markersize": 5, **style, **width, "label": "" if thin else fill(describe_target(target), 26)}
+        axes.plot(points, [exp(m) for m in means], **look)
         if arm == baseline or thin or len(seeds) < 2:
             continue
         bands = [

@@ -20,8 +20,6 @@ from stablefield.objective import Objective
 from stablefield.process import NoisyBatch, per_example
 from stablefield.seeding import generator
 
-__all__ = ["GradientVariance", "gradient_variance"]
-
 
 @dataclass(frozen=True)
 class GradientVariance:

@@ -20,8 +20,6 @@ from stablefield.studies.compare.evaluator import Evaluator, Reference
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.runs import ReportImages, ShouldStop, is_finished, run_arm
 
-__all__ = ["ReportRun", "Worker", "run_all"]
-
 ReportRun = Callable[[Arm, int, int | str], None]  # called with (arm, seed, images seen or what is prepared)
 
 _worker: list[Any] = []  # in a worker process: the worker, the queue of its messages and the event that stops it
@@ -69,7 +67,8 @@ class Worker:
         """
         if arm.objective not in self._evaluators:
             experiment, reference = self.experiment, self.reference(parts)
-            config = experiment.configure(arm, 0)
+            config = experiment.configure(arm.plain, 0)
+            parts = parts if arm.plain == arm else build(config)
             with self.stage_progress(f"exact targets: {arm.objective or 'objective'}"):
                 made = Evaluator.make(config, parts, reference, experiment.samples, experiment.examples)
             self._evaluators[arm.objective] = made

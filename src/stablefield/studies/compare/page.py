@@ -10,10 +10,8 @@ from stablefield.files import write_text
 from stablefield.seeding import format_seeds
 from stablefield.studies.compare.comparison import Comparison
 from stablefield.studies.compare.endpoints import Finding, endpoints_hash
-from stablefield.studies.compare.experiment import Arm
+from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.figures import save_figures
-
-__all__ = ["summarize", "write_page"]
 
 
 def write_page(comparison: Comparison, path: Path) -> None:
@@ -149,10 +147,13 @@ def _methods(comparison: Comparison) -> Iterator[tuple[str, str]]:
     training = config.training
     yield "data", _data_name(comparison)
     for objective in experiment.objectives:
-        sections = experiment.configure(Arm(objective, experiment.targets[0]), 0)
+        sections = experiment.configure(Arm(objective, experiment.targets[0]).plain, 0)
         parts = ("process", "times", "weight", "preconditioning", "sampler", "grid")
         text = "; ".join(f"{name} {_component(sections[name])}" for name in parts)
         yield f"objective {objective}".strip(), text
+    for arm in experiment.arms:
+        if arm != arm.plain:
+            yield f"{arm}", f"differs in {_differences(experiment, arm)}; evaluated as all arms of the objective"
     yield "network", _component(config["network"])
     yield (
         "training",
@@ -177,6 +178,13 @@ def _methods(comparison: Comparison) -> Iterator[tuple[str, str]]:
     yield "seeds", format_seeds(experiment.seeds)
     for day, command in experiment.commands:
         yield f"command of {day}", f"`{command}`"
+
+
+def _differences(experiment: Experiment, arm: Arm) -> str:
+    """Keys that settings of an arm change, with their values."""
+    own, shared = (experiment.configure(each, 0) for each in (arm, arm.plain))
+    changed = (key.split(".", 1) for key in own.differences(shared))
+    return ", ".join(f"{section}.{key} {own[section][key]}" for section, key in changed if key in own[section])
 
 
 def _component(section: dict[str, Any]) -> str:

@@ -19,8 +19,6 @@ from stablefield.studies.compare.endpoints import endpoints_hash
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
 
-__all__ = ["append_line", "is_finished", "read_lines", "run_arm"]
-
 SAVE_INTERVAL = 60.0  # seconds of work that may be lost
 SHEET_SAMPLES = 64
 

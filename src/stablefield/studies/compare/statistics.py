@@ -11,8 +11,6 @@ from itertools import pairwise
 from math import exp, inf, isfinite, isnan, log, nan, sqrt
 from statistics import correlation, fmean, stdev
 
-__all__ = ["Estimate", "area_mean", "holm", "roughness", "spread_ratio", "value_at"]
-
 CONFIDENCE = 0.95
 MIN_PAIRS = 5  # for the spread over seeds
 

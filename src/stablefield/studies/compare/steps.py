@@ -19,8 +19,6 @@ from stablefield.engine.session import initial_state, training_steps
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.runs import append_line
 
-__all__ = ["measure_steps", "step_ratio"]
-
 
 def measure_steps(
     experiment: Experiment,

@@ -16,8 +16,6 @@ from stablefield.pool import NULL_LABEL, Pool
 from stablefield.process import Process
 from stablefield.seeding import generator
 
-__all__ = ["DataDistances"]
-
 
 @dataclass(frozen=True)
 class DataDistances:

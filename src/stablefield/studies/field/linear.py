@@ -19,8 +19,6 @@ from torch import Tensor
 
 from stablefield.pool import Pool
 
-__all__ = ["LinearDenoiser"]
-
 
 @dataclass(frozen=True, eq=False)
 class LinearDenoiser:

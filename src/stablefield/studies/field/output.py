@@ -14,8 +14,6 @@ from stablefield.studies.field.plots import plot_bias, plot_field
 from stablefield.studies.field.report import VarianceReport
 from stablefield.studies.field.study import COLUMNS, VarianceStudy
 
-__all__ = ["write_study"]
-
 
 def write_study(
     folder: Path, study: VarianceStudy, report: VarianceReport, *, name: str, description: Mapping[str, Any]

@@ -15,8 +15,6 @@ from stablefield.studies.field.proposal import NoiseProposal
 from stablefield.studies.field.report import phases_of
 from stablefield.studies.field.study import VarianceStudy
 
-__all__ = ["plot_bias", "plot_field", "plot_proposal"]
-
 STYLES: tuple[Any, ...] = ("--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (6, 3)))
 NOISE_LEVEL = "noise level sigma / alpha (units of the data)"
 

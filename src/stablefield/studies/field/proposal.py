@@ -28,8 +28,6 @@ from stablefield.studies.field.linear import LinearDenoiser
 from stablefield.studies.field.study import VarianceStudy, measure
 from stablefield.times import LogNormal
 
-__all__ = ["MAX_VALUES", "NoiseProposal", "learnable_range", "propose_noise"]
-
 MAX_VALUES = 2 * 10**8  # numbers of the data that are examined
 
 

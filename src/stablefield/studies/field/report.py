@@ -23,8 +23,6 @@ from stablefield.objective import LossWeight
 from stablefield.studies.field.study import VarianceStudy
 from stablefield.times import TimeDistribution
 
-__all__ = ["VarianceReport", "phases_of"]
-
 Range = tuple[float, float]
 POINTS = 8192  # quantiles that represent the distribution of t
 

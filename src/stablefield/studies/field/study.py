@@ -37,8 +37,6 @@ from stablefield.process import VE, Process
 from stablefield.studies.field.distances import DataDistances
 from stablefield.studies.field.linear import LinearDenoiser
 
-__all__ = ["COLUMNS", "SIZES", "STATISTICS", "STFErrors", "VarianceStudy", "measure"]
-
 SIZES = (64, 256, 1024, 4096)  # default sizes of the support
 STATISTICS = {"ess_share": "share of N", "kl": "nats", "divergence": "1", "single_source": "share"}  # and their units
 COLUMNS = ("t", "alpha", "sigma", "quantity", "n", "value", "standard_error", "unit")
