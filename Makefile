@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 INTEROP := .venv-interop
+DOCS := .venv-docs
 # one process per core, each with its own cache; those that have finished take over tests from the others
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 MATHEMATICS := kernel targets stable process test_objective.py test_seeding.py test_views.py
 
-.PHONY: demo check test test-all test-interop lint format bench clean help
+.PHONY: demo check test test-all test-interop docs lint format bench clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,15 @@ $(INTEROP)/.ready: pyproject.toml constraints.txt constraints-interop.txt
 test-interop: $(INTEROP)/.ready   ## run the loops of docs/loops with diffusers, Lightning, torchcfm and sbi
 	$(INTEROP)/bin/python -m pytest tests/interop/test_*.py
 
+$(DOCS)/.ready: requirements-docs.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
+
+docs: $(DOCS)/.ready   ## build the documentation as a website in site/, which needs no network to be read
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs build --quiet
+	@echo 'open site/index.html'
+
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +68,4 @@ bench: $(READY)   ## run the benchmarks, and print times as ratios
 	for script in $(filter-out %/common.py %/compare_checkouts.py, $(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:           ## remove the environment and the caches
-	rm -rf .venv $(INTEROP) build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(INTEROP) $(DOCS) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

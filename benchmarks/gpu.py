@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from common import headline
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from stablefield import VE, Pool
 from stablefield.denoise import Preconditioned
+from stablefield.kernel.matmul import DigitsMatmul, FloatMatmul, accurate_matmul
 from stablefield.networks import SongUNet, ddpmpp
 from stablefield.objective import EDMWeight, Objective
 from stablefield.precision import arithmetic, autocast
@@ -218,6 +220,11 @@ def exact(bench: Bench) -> None:
             t = torch.full((len(x),), sigma, device=bench.device)
             noisy = process.perturb(x, t, torch.randn_like(x), index=index)
             bench.measure(f"exact target, {name}, sigma {sigma:g}", lambda of=target, at=noisy: of(at), len(x))
+    x, y = pool.take(index).flatten(1).double(), pool.take(torch.arange(min(4096, len(pool)))).flatten(1)
+    used = type(accurate_matmul(x))
+    for kind in (FloatMatmul, DigitsMatmul):
+        way, mark = kind(x), " (used)" if kind is used else ""
+        bench.measure(f"products with {len(y)} references, {kind.__name__}{mark}", partial(way.inner, y), len(x))
 
 
 def sampling(bench: Bench) -> None:

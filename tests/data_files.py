@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import random
 import struct
 import tarfile
 import zipfile
@@ -90,3 +91,26 @@ def cifar_files(images: np.ndarray, labels: list[int]) -> dict[str, bytes]:
         files[f"data_batch_{number}"] = pickle.dumps({b"data": flat, b"labels": own, b"batch_label": b"x"}, 2)
     files["test_batch"] = pickle.dumps({b"data": images[:1].reshape(1, -1), b"labels": labels[:1]}, 2)
     return files | {"batches.meta": pickle.dumps({b"label_names": [name.encode() for name in CLASSES]}, 2)}
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """The content with bytes flipped, cut out, repeated or replaced."""
+    changed = bytearray(content)
+    for _ in range(draw.choice([1, 1, 2, 8])):
+        place = draw.randrange(max(1, min(len(changed), draw.choice([64, 512, 10**9]))))
+        what = draw.randrange(6)
+        if what == 0:
+            changed[place : place + 1] = bytes([draw.randrange(256)])
+        elif what == 1:
+            changed[place : place + 4] = draw.choice(
+                [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\1\0\0\0"]
+            )
+        elif what == 2:
+            del changed[place : place + draw.randrange(1, 40)]
+        elif what == 3:
+            changed[place:place] = changed[place : place + draw.randrange(1, 40)]
+        elif what == 4:
+            del changed[place:]
+        else:
+            changed[place : place + 3] = draw.choice([b"-1,", b"1e9", b"[[[", b"\x1b[m", b"'''", b"9L)"])
+    return bytes(changed)

@@ -5,8 +5,8 @@ and `x.device` is cuda:0. `PretendGPU` records what a GPU would refuse (`mistake
 devices, generators of the wrong device, NumPy arrays of its tensors, and int8 products in layouts or shapes that
 cuBLASLt does not take. It also records what makes the host wait (`waits`), with the line of the package that asked:
 item, bool, tolist, nonzero, boolean indices, unique, copies to the CPU, and copies to the GPU that are not
-non_blocking from pinned memory. And it counts operations (`operations`) and multiplications in float64 (`float64`).
-Normalisations have the layout and, under autocast, the type of CUDA's.
+non_blocking from pinned memory. And it counts operations (`operations`), multiplications in float64 (`float64`), and
+bytes copied from the CPU by type (`copied`). Normalisations have the layout and, under autocast, the type of CUDA's.
 """
 
 import contextlib
@@ -143,6 +143,8 @@ class Operations(TorchDispatchMode):
         if there[0] == there[1]:
             return
         target, source = args[:2]
+        if there[0]:
+            self.gpu.copied[source.dtype] += source.nbytes
         non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
         host = source if there[0] else target
         if not (non_blocking and host in PINNED and source.dtype == target.dtype):
@@ -176,6 +178,7 @@ class PretendGPU(TorchFunctionMode):
         self.mistakes: Counter[tuple[str, str]] = Counter()
         self.operations: Counter[str] = Counter()
         self.float64: Counter[str] = Counter()
+        self.copied: Counter[torch.dtype] = Counter()
 
     def wait(self, what: str) -> None:
         self.waits[what, asking_line()] += 1
@@ -262,6 +265,8 @@ class PretendGPU(TorchFunctionMode):
         here, dtype, non_blocking = x in ON_GPU, dtype or x.dtype, kwargs.pop("non_blocking", False)
         if here != there and not (there and non_blocking and x in PINNED and dtype == x.dtype):
             self.wait(f"copy to the {'GPU' if there else 'CPU'}")
+        if there and not here:
+            self.copied[dtype] += x.numel() * dtype.itemsize
         with torch._C.DisableTorchFunction():
             y = x.to(dtype, **kwargs)
             if here != there and y.untyped_storage()._cdata == x.untyped_storage()._cdata:

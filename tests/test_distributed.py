@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from noisy_data import images
 from processes import forked
 
 from stablefield import VE, Objective, Pool, Preconditioned, STFTarget, TrainState
@@ -26,6 +27,8 @@ from stablefield.engine.fit import fit
 from stablefield.engine.loop import refuse_unused_parameters
 from stablefield.engine.probing import RunProbes
 from stablefield.engine.session import initial_state, make_optimization
+from stablefield.evaluate import Reference
+from stablefield.evaluate.spaces import open_features
 from stablefield.networks import UNet
 from stablefield.objective import EDMWeight
 from stablefield.preconditioning import EDMPreconditioning
@@ -435,3 +438,20 @@ def test_settings_of_accelerate_that_would_be_ignored_are_refused(settings, mess
 def test_restarts_with_a_shared_store_are_warned_of_on_one_rank(changed, caplog):
     _warn_of_shared_store({"TORCHELASTIC_MAX_RESTARTS": "2", "RANK": "0"} | changed)
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == (not changed)
+
+
+def shared_classifier(ranks: Ranks, folder: str) -> torch.Tensor:
+    """A hash of each rank's classifier, and the number of ranks that trained one; every rank has its own cache."""
+    os.environ["STABLEFIELD_CACHE"] = f"{folder}/{ranks.rank}"
+    (space,) = open_features("classifier", Reference("images", images(60)), None, ranks)
+    own = int(space.identity.rpartition(":")[2][:12], 16)
+    assert space(images(4).take(torch.arange(4))).shape == (4, 64)
+    ranks.barrier()
+    trained = len(list(Path(folder).rglob("*.safetensors")))
+    return torch.cat([ranks.all_gather_int(own), ranks.all_gather_int(trained)])
+
+
+def test_ranks_with_caches_of_their_own_share_the_classifier_of_the_main_rank(tmp_path):
+    first, second, *trained = on_ranks(2, tmp_path, shared_classifier, folder=str(tmp_path / "caches")).tolist()
+    assert first == second
+    assert trained == [1, 1]

@@ -39,6 +39,22 @@ def test_the_readmes_python_runs(code, monkeypatch, tmp_path):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
+@pytest.mark.parametrize("page", ["index.md", "training.md", pytest.param("compare.md", marks=pytest.mark.slow)])
+def test_the_python_of_a_page_runs_with_fewer_images(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    code = code.replace('"training.images=96000"', ", ".join(f'"{setting}"' for setting in SMALL_RUN))
+    exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+def test_the_python_of_every_page_is_run_by_a_test():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for page in PAGES[1:]:
+        assert "```python\n" not in page.read_text() or f'{page.name}"' in tests, (
+            f"no test runs the code of {page.name}"
+        )
+
+
 def test_the_python_of_the_page_about_the_loss_runs(capsys):
     names: dict[str, object] = {}
     for code in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loss.md").read_text(), re.DOTALL):
@@ -169,10 +185,20 @@ def test_commands_for_eight_gpus_run_end_to_end_on_one_core_with_fewer_images(ro
     assert "means" in result.output
 
 
-def test_linked_images_and_pages_exist():
+def anchors(text: str) -> set[str]:
+    """Anchors of the headings of a page, as GitHub and the website make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+def test_every_link_to_a_page_an_image_or_a_heading_resolves():
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]+))?\)", text):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name} links to {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{page.name} links to {link}#{anchor}"
 
 
 def test_the_readme_and_the_contributors_page_are_short():

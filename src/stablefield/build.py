@@ -96,7 +96,7 @@ def build(
     except ValueError as error:
         raise ConfigError(f"augmentation: {error}") from None
     if not training.target_sharding:
-        pool = resident(pool, ranks.device)
+        pool = resident(pool, ranks.device, training.resident_share)
     times = Stratified(config.make("times")) if training.stratified else config.make("times")
     order = ShuffledBatches(pool, training.batch_size, training.seed, ranks.rank, ranks.world_size, ranks.device)
     target = _build_target(config, order, augmentation, ranks, progress)
@@ -183,11 +183,12 @@ def _prepare_exact(target: ExactTarget, training: Training, ranks: Ranks, progre
     if not training.target_sharding:
         return Prefetched(target, training.target_prefetch)
     # each rank moves only its own part to its device
-    shard = Shard(ranks.rank, ranks.world_size, ranks.all_gather, partial(resident, device=ranks.device))
+    keep = partial(resident, device=ranks.device, share=training.resident_share)
+    shard = Shard(ranks.rank, ranks.world_size, ranks.all_gather, keep)
     return Prefetched(Sharded(target, shard), training.target_prefetch)
 
 
-def resident(pool: Pool, device: torch.device, share: float = 0.1) -> Pool:
+def resident(pool: Pool, device: torch.device, share: float) -> Pool:
     """The pool on a GPU, if its data need only a small share of the memory there; otherwise the pool as it is.
 
     On a CPU it also stays as it is: data mapped from a file are in memory once for all processes of a machine.

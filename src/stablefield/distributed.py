@@ -143,6 +143,24 @@ class Ranks:
         if self.any(failure is not None):
             raise failure or SystemExit(1)
 
+    def from_main(self, function: Callable[[], T]) -> T:
+        """The result of a function that the main rank calls while the others wait; if it fails, all ranks end.
+
+        Args:
+            function: called without arguments; its result must be picklable, with tensors on the CPU.
+
+        Raises:
+            Exception: on the main rank, the exception of `function`.
+            SystemExit: on the others, which end without a message.
+        """
+        made: list[Any] = []
+        self.on_main(lambda: made.append(function()))
+        if self.world_size > 1:
+            made = made or [None]
+            torch.distributed.broadcast_object_list(made, group=_Group.current)
+        result: T = made[0]
+        return result
+
     @contextmanager
     def reraise_lost_rank(self) -> Iterator[None]:
         """Context in which the failure of a collective operation is raised as a clear error.
@@ -167,7 +185,9 @@ class Ranks:
         """
         if self.world_size == 1:
             return module
-        # gradients are views of the buckets that are exchanged, which saves a copy of all of them
+        # Gradients are views of the buckets that are exchanged, which saves a copy of all of them. The graph is not
+        # declared static: this saves a search for unused parameters, of which there are none, and would refuse networks
+        # that use a parameter more often in some steps than in others.
         return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

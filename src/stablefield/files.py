@@ -2,8 +2,8 @@
 
 A file or folder is written under a temporary name beside its final place, `.tmp-` and 12 digits before the final name,
 flushed to the disk and renamed. A reader finds what was there before or what is new, complete, whenever the writer is
-killed. The writer holds a lock on what it writes, so that `sweep` can tell the leftovers of killed processes from files
-that are being written.
+killed. The writer holds a lock on what it writes, so that leftovers of killed processes can be distinguished from
+files that are being written; the next write of the same file removes them, and `sweep` all those in a folder.
 """
 
 import errno
@@ -154,10 +154,7 @@ def sweep(*folders: Path) -> None:
         *folders: the folders to look in, not in the folders inside them; those that do not exist are passed over.
     """
     for folder in folders:
-        for path in folder.glob(".tmp-*"):
-            if _TEMPORARY.fullmatch(path.name):
-                with suppress(OSError):
-                    _remove_abandoned(path)
+        _sweep(folder)
 
 
 @contextmanager
@@ -243,6 +240,7 @@ def _temporary(path: Path, *, folder: bool, durable: bool) -> Iterator[Path]:
     temporary, descriptor = path, -1
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path.parent, path.name)
         temporary, descriptor = _create(path, folder)
         yield temporary
         if durable:
@@ -278,6 +276,14 @@ def _create(path: Path, folder: bool) -> tuple[Path, int]:
                 return temporary, descriptor
         if descriptor >= 0:
             os.close(descriptor)  # `sweep` removed it before it was locked
+
+
+def _sweep(folder: Path, name: str = "") -> None:
+    """Remove temporary files and folders that no process is writing: those of one name, or all."""
+    for path in folder.glob(".tmp-*"):
+        if _TEMPORARY.fullmatch(path.name) and (not name or path.name[18:] == name):
+            with suppress(OSError):
+                _remove_abandoned(path)
 
 
 def _remove_abandoned(path: Path) -> None:

@@ -63,9 +63,9 @@ def test_a_run_has_an_excess_and_a_share_of_noise(tmp_path):
 
 
 def test_targets_are_named_as_for_training(tmp_path):
-    text = invoke("digits", "--out", tmp_path, "--targets", "exact, stf:8,references=dataset, stf:5000", *FEW)
+    text = invoke("digits", "--out", tmp_path, "--targets", "exact, stf:8,references=dataset, stf:5000, knn:8", *FEW)
     written = json.loads((tmp_path / "floor.json").read_text())["floors"]
-    assert list(written) == ["exact", "stf:8", "stf:1797"]
+    assert list(written) == ["exact", "stf:8", "stf:1797", "knn:8"]
     assert written["stf:8"]["value"] > written["exact"]["value"] == written["stf:1797"]["value"] == 0
     assert "a loss with stf:8 targets cannot go below" in text
 
@@ -82,7 +82,8 @@ def test_conditional_settings_have_a_smaller_floor(tmp_path):
     ("arguments", "message"),
     [
         (["digits", "--targets", "huber"], "'huber' is none of stf, dsm"),
-        (["digits", "--targets", "knn:8"], "the floor of the target .knn:8. is not known"),
+        (["digits", "--targets", "stf-published:8"], "the floor of the target .stf-published:8. is not known"),
+        (["digits", "--targets", "knn:8,search=faiss"], "'knn:8,search=faiss' is not known: it depends on its index"),
         (["digits", "--targets", "stf:many"], "not a whole number"),
         ([], "no data given"),
         (["digits", "--run", "missing"], "cannot be combined with DATA"),

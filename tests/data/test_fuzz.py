@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_files import cifar_files, edm_files, make_mnist, make_tar, make_zip, noise, png
+from data_files import cifar_files, damaged, edm_files, make_mnist, make_tar, make_zip, noise, png
 
 from stablefield.config import resolve
 from stablefield.data import Contents, guess_kind, write_store
@@ -50,29 +50,6 @@ def samples(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "labelled/dataset.json").write_bytes(b'{"labels": [["a.png", 3]], "classes": ["a", "b", "c", "d"]}')
     files["dataset.json"] = (folder / "labelled", "labelled/dataset.json")
     return files
-
-
-def damaged(content: bytes, draw: random.Random) -> bytes:
-    """The content with bytes flipped, cut out, repeated or replaced."""
-    changed = bytearray(content)
-    for _ in range(draw.choice([1, 1, 2, 8])):
-        place = draw.randrange(max(1, min(len(changed), draw.choice([64, 512, 10**9]))))
-        what = draw.randrange(6)
-        if what == 0:
-            changed[place : place + 1] = bytes([draw.randrange(256)])
-        elif what == 1:
-            changed[place : place + 4] = draw.choice(
-                [b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\1\0\0\0"]
-            )
-        elif what == 2:
-            del changed[place : place + draw.randrange(1, 40)]
-        elif what == 3:
-            changed[place:place] = changed[place : place + draw.randrange(1, 40)]
-        elif what == 4:
-            del changed[place:]
-        else:
-            changed[place : place + 3] = draw.choice([b"-1,", b"1e9", b"[[[", b"\x1b[m", b"'''", b"9L)"])
-    return bytes(changed)
 
 
 def attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, seed: int) -> None:

@@ -219,6 +219,20 @@ def test_verify_detects_a_single_changed_bit(tmp_path):
     assert store.verify()
 
 
+def test_a_changed_description_is_noticed_and_one_without_a_checksum_is_read(tmp_path):
+    write_store(tmp_path / "x", Contents.from_pool(pool_of(6, 2), ("cat", "dog", "owl")), source="here")
+    file = tmp_path / "x" / "store.json"
+    whole = json.loads(file.read_text())
+    changes = {"classes": ["dog", "cat", "owl"], "values": None, "num_levels": 128, "source": "there", "notes": ["x"]}
+    for name, value in changes.items():
+        assert whole[name] != value
+        file.write_text(json.dumps(whole | {name: value}))
+        with pytest.raises(ValueError, match=r"store\.json is damaged: its checksum differs; convert the data again"):
+            Store(tmp_path / "x").metadata()
+    file.write_text(json.dumps({name: value for name, value in whole.items() if name != "checksum"}))
+    assert Store(tmp_path / "x").metadata()["classes"] == ["cat", "dog", "owl"]
+
+
 def test_a_store_of_another_format_is_refused(tmp_path):
     store_of(tmp_path / "x", pool_of(5, 2))
     metadata = json.loads((tmp_path / "x" / "store.json").read_text())
@@ -381,6 +395,7 @@ def test_the_values_of_a_store_without_a_declaration_follow_from_their_type(tmp_
         store = store_of(tmp_path / name, Pool(torch.from_numpy(data)))
         metadata = json.loads((tmp_path / name / "store.json").read_text())
         assert metadata["values"] == values
+        del metadata["checksum"]
         (tmp_path / name / "store.json").write_text(json.dumps(metadata | {"values": None}))
         assert store.load().values == values
 

@@ -26,15 +26,13 @@ from stablefield.checkpoint import CheckpointError, read
 from stablefield.cli import app
 from stablefield.cli.training import resumed_config
 from stablefield.config import CHECKSUM_LINE, Allowed, Config, ConfigError, is_unedited
-from stablefield.data import content_hash
 from stablefield.distributed import Ranks
 from stablefield.engine import checkpoints
 from stablefield.engine.checkpoints import CheckpointManager, locked, refuse_changed_config
 from stablefield.engine.fit import fit
 from stablefield.engine.session import initial_state
 from stablefield.engine.state import TrainState
-from stablefield.pool import Pool
-from stablefield.run import RunFolder, fingerprint, load
+from stablefield.run import RunFolder, load
 
 HELD_OUT = ("data.holdout=60", "training.keep_checkpoints=3")
 
@@ -502,6 +500,63 @@ def test_events_that_cannot_be_written_raise_an_error_of_one_line(tmp_path, capf
     assert "Traceback" not in capfd.readouterr().err
 
 
+class LastRank(Ranks):
+    """A rank whose companions die: what is exchanged with them fails from then on."""
+
+    dead = False
+
+    def all_gather(self, values: torch.Tensor) -> torch.Tensor:
+        if self.dead:
+            raise ConnectionError("rank 0 of 2 has lost the others")
+        return super().all_gather(values)
+
+
+@pytest.mark.parametrize("log_every", [32, 64])
+def test_the_metrics_of_the_step_in_which_another_rank_dies_are_written(tmp_path, monkeypatch, log_every):
+    settings = (*HELD_OUT, "training.probe_every=0", f"training.log_every={log_every}")
+    assert trained(tmp_path / "whole", *settings) == 0
+    ranks = LastRank(torch.device("cpu"))
+    end_step = TrainState.end_step
+
+    def die(state: TrainState, *arguments: object) -> None:
+        end_step(state, *arguments)
+        ranks.dead = state.images == 192
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainState, "end_step", die)
+        with pytest.raises(ConnectionError, match="lost the others"):
+            trained(tmp_path / "run", *settings, ranks=ranks)
+    assert read(RunFolder(tmp_path / "run").checkpoint).images == 192
+    assert seen(tmp_path / "run")[-1] == 192
+    assert trained(tmp_path / "run", *settings) == 0
+    assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
+    assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_best_checkpoint_that_cannot_be_written_in_the_background_is_reported_and_made_up_for(tmp_path, monkeypatch):
+    add_name = checkpoints._add_name
+    settings = (*HELD_OUT, "training.probe_every=0", "training.keep_checkpoints=1")
+    assert trained(tmp_path / "whole", *settings) == 0
+
+    def full(file: Path, name: Path) -> None:
+        if name.name == "best.safetensors" and threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.ENOSPC, "No space left on device", str(name))
+        add_name(file, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_add_name", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*best\.safetensors'"):
+            trained(tmp_path / "run", *settings)
+    newest = read(RunFolder(tmp_path / "run").checkpoint)
+    assert newest.images >= 64
+    assert newest.config["best"]["images"] <= newest.images
+    assert trained(tmp_path / "run", *settings) == 0
+    for path in (RunFolder.checkpoint, RunFolder.best):
+        mine, theirs = (path.fget(RunFolder(tmp_path / name)).read_bytes() for name in ("run", "whole"))
+        assert mine == theirs
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
 @pytest.fixture
 def arrays(tmp_path) -> list[str]:
     """Settings for a data set in a file."""
@@ -585,14 +640,6 @@ def test_only_temporary_files_of_runs_are_removed(tmp_path):
     with locked(RunFolder(tmp_path)):
         assert {file.name for file in tmp_path.iterdir()} == {*others, "checkpoints"}
         assert not list((tmp_path / "checkpoints").iterdir())
-
-
-def test_a_fingerprint_covers_all_of_small_data_and_an_even_part_of_large_data():
-    data = torch.randint(0, 256, (1000, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert fingerprint(Pool(data)) == content_hash(Pool(data))
-    others = (data, data[:-1], data.flip(0), data.clone().mul_(2))
-    assert len({fingerprint(Pool(d), max_bytes=12_000) for d in others}) == 4
-    assert fingerprint(Pool(data), max_bytes=12_000) == fingerprint(Pool(data.clone()), max_bytes=12_000)
 
 
 def test_sheets_of_samples_are_reproducible_and_removed_with_the_steps_that_are_repeated(tmp_path):

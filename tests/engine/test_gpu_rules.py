@@ -126,6 +126,21 @@ def test_training_on_the_pretended_gpu_equals_training_on_the_cpu(
         torch.testing.assert_close(other, one, rtol=1e-5 if target.startswith(("exact", "knn")) else 0, atol=0)
 
 
+@pytest.mark.parametrize(("resident", "kept"), [("auto", True), ("0.001", False), ("false", False)])
+def test_bytes_are_copied_as_bytes_and_only_those_of_the_batch_unless_they_are_kept_there(
+    resident: str, kept: bool
+) -> None:
+    data = 1797 * 64  # bytes of the digits
+    with PretendGPU(memory=20 * data) as gpu:
+        run = steps(["target.kind=stf", "target.size=32", f"training.resident={resident}"], CUDA)
+        assert gpu.copied[torch.uint8] == (data if kept else 0)
+        next(run)
+        gpu.clear()
+        next(run)
+    assert gpu.copied[torch.uint8] == (0 if kept else (16 + 32 + 1) * 64)  # examples, references, one to compare
+    assert gpu.copied[torch.float32] <= (16 * 64 + 16) * 4  # noise and times
+
+
 # ---- class-conditional targets
 
 

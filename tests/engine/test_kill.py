@@ -167,6 +167,5 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_to_the_same_weights(tmp_p
     assert process.returncode == 0, out + error
     assert out.count("Done: ") == 1
     assert images(tmp_path / "run") == 3200
-    # the line of the step in which the rank died may be missing
-    assert len(set(seen(tmp_path / "whole")) - set(seen(tmp_path / "run"))) <= 1
+    assert set(seen(tmp_path / "whole")) <= set(seen(tmp_path / "run"))
     assert same(tmp_path / "run", tmp_path / "whole")

@@ -1,6 +1,7 @@
 """A run measures the excess of its network, and training does not notice."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,12 +123,26 @@ def test_the_progress_line_names_excess_and_floor(tmp_path):
     assert lines[-1].index("loss") < lines[-1].index("excess") < lines[-1].index("floor")
 
 
+def test_the_first_progress_line_after_a_resume_has_the_excess_that_was_measured_last(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    lines: list[str] = []
+    longer = (*PROBED, "training.images=384")
+    trained(tmp_path / "run", *longer, on_step=lambda images, metrics: lines.append(progress_text(metrics)))
+    last, new = measured(whole)[320], measured(tmp_path / "run")[384]
+    for line, metrics in ((lines[0], last), (lines[-1], new)):
+        assert f"excess {metrics['loss/excess']:.4f}, floor {metrics['loss/floor_target']:.4f} (stf:16)" in line
+    assert lines[0] != lines[-1]
+
+
 def test_targets_have_the_names_of_the_command_line():
     pool = Pool(torch.zeros(8, 2))
     assert target_name(DSMTarget()) == "dsm"
     assert target_name(STFTarget(pool, 4)) == "stf:4"
     assert target_name(Prefetched(ExactTarget(pool), 8)) == "exact"
-    assert target_name(KNNTarget(pool, 2)) is None
+    assert target_name(KNNTarget(pool, 2)) == "knn:2"
+    approximate = KNNTarget(pool, 2)
+    object.__setattr__(approximate, "search", "faiss")  # which need not be installed
+    assert target_name(approximate) is None
 
 
 def test_two_ranks_measure_what_one_measures(tmp_path):

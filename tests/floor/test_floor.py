@@ -7,7 +7,7 @@ import torch
 from analytic import PROCESSES
 from torch import Tensor, nn
 
-from stablefield import VE, DSMTarget, ExactTarget, Flow, IdealDenoiser, Pool, STFTarget
+from stablefield import VE, DSMTarget, ExactTarget, Flow, IdealDenoiser, KNNTarget, Pool, STFTarget
 from stablefield.denoise import Denoiser
 from stablefield.floor import ByNoise, Levels, LossFloor, Probes, SquaredError, edm_loss
 from stablefield.floor.exact import exact_posteriors
@@ -84,6 +84,27 @@ def test_the_floor_of_stable_targets_equals_the_enumeration_of_all_draws(size):
     found = LossFloor.measure(data, loss, targets=[f"stf:{size}"], bins=1, per_bin=8, draws=300).floors[f"stf:{size}"]
     error = found.values.mean((0, 1)).std() / 300**0.5
     assert abs(found.value - float(wanted.mean())) <= 4 * float(error) + 1e-12
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 39, 40])
+@pytest.mark.parametrize("labels", [None, torch.arange(40) % 2])
+def test_the_floor_of_knn_targets_is_the_mean_of_their_squared_errors_over_all_sources(neighbours, labels):
+    pool, loss = Pool(cloud(), labels), SquaredError(Flow(), Uniform(0.2, 0.8), reduction="sum")
+    noisy = draw_points(pool, loss, bins=2, per_bin=4, label_dropout=0.5)
+    name = f"knn:{neighbours}"
+    found = LossFloor.measure(pool, loss, targets=[name], bins=2, per_bin=4, label_dropout=0.5).floors[name]
+    wanted = []
+    for row in range(8):
+        one = noisy.select(torch.tensor([row]))
+        label = -1 if one.label is None else int(one.label)
+        subset = cloud() if label == -1 else cloud()[labels == label]
+        t, alpha, sigma = (each.expand(len(subset)) for each in (one.t, one.alpha, one.sigma))
+        noise, x_t = one.noise.expand_as(subset), one.x_t.expand_as(subset)
+        of_every_source = NoisyBatch(subset, noise, t, alpha, sigma, x_t, index=torch.arange(len(subset)))
+        target = KNNTarget(Pool(subset), min(neighbours, len(subset)))(of_every_source).mean
+        w = torch.softmax(-(x_t - alpha[:, None] * subset).square().sum(1) / (2 * sigma**2), 0)
+        wanted.append((w * (target - enumerated(subset, one)[0]).square().sum(1)).sum())
+    torch.testing.assert_close(found.values.flatten(), torch.stack(wanted), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dim", [1, 2])
@@ -300,6 +321,7 @@ def test_standard_errors_count_draws_that_all_points_share():
         (lambda: SquaredError(prediction_type="x1"), "x1"),
         (lambda: SquaredError(reduction="max"), "reduction must be"),
         (lambda: LossFloor.measure(cloud(), targets=["stf"]), "stf:256"),
+        (lambda: LossFloor.measure(cloud(), targets=["knn:0"]), "the k nearest, not 'knn:0'"),
         (lambda: LossFloor.measure(Pool(cloud()), labels=torch.zeros(40)), "a Pool has its own"),
         (lambda: LossFloor.measure([1, 2]), "not list"),
         (lambda: LossFloor.measure(cloud()).by_class(), "unconditional"),

@@ -145,6 +145,14 @@ def all_repeats_kept(source: Tensor, sigma: float) -> Tensor:
     return total
 
 
+def a_drawn_set_with_the_source_twice(source: Tensor, sigma: float) -> Tensor:
+    """Three distinct references, and the source beside them, whether or not it is one of them."""
+    total = torch.zeros_like(QUERIES)
+    for draw in combinations(range(6), 3):
+        total += posterior(QUERIES, SIX[list(draw)], sigma=sigma, source=SIX[source]).mean / 20
+    return total
+
+
 def test_some_of_the_six_points_are_isolated_and_some_are_not() -> None:
     assert isolated().any()
     assert not isolated().all()
@@ -168,6 +176,7 @@ def test_a_cell_that_does_not_depend_on_the_source_is_unbiased(
         (source_if_isolated_else_all, 0.05),
         (nearest_and_the_source, 0.05),
         (repeats_of_the_source_dropped, 0.005),
+        (a_drawn_set_with_the_source_twice, 0.005),
         (references_only, 0.2),
     ],
 )

@@ -146,7 +146,7 @@ def test_ranks_that_share_a_mapped_file_copy_none_of_it(exact: Callable[[Pool], 
     noisy = noisy_batch(pool, torch.logspace(-2, 1.5, 12))
 
     def compute(shard: Shard) -> tuple[ExactTarget, torch.Tensor]:
-        shard = replace(shard, keep=partial(resident, device=CPU))
+        shard = replace(shard, keep=partial(resident, device=CPU, share=0.1))
         target = exact(pool).over(shard)
         return target, Sharded(exact(pool), shard)(own_part(shard, noisy)).mean
 

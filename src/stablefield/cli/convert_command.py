@@ -18,6 +18,8 @@ def convert(
     """Convert a published checkpoint of EDM or STF to a run, without running code from it, or a run to EDM's names."""
     from stablefield.checkpoint import read, save
     from stablefield.config import Config, ConfigError
+    from stablefield.data.store import refuse_existing
+    from stablefield.files import atomic_folder
     from stablefield.interop.convert import from_edm, to_edm
     from stablefield.interop.edm import read as read_edm
     from stablefield.run import RunFolder, checkpoint_of
@@ -32,14 +34,12 @@ def convert(
         return
     if to != "stablefield":
         raise ConfigError(f"--to must be stablefield or edm, not {to!r}")
-    folder = RunFolder(out)
-    folder.refuse_if_occupied()
+    RunFolder(out).refuse_if_occupied()
+    refuse_existing(out)
     checkpoint = from_edm(read_edm(source))
-    folder.claim(Config(checkpoint.config["config"]))
-    try:
+    with atomic_folder(out) as temporary:
+        folder = RunFolder(temporary)
+        folder.claim(Config(checkpoint.config["config"]))
         save(folder.checkpoint, checkpoint.tensors, config=checkpoint.config, images=checkpoint.images)
-    except OSError:
-        folder.config.unlink(missing_ok=True)  # without a checkpoint this would look like a run that has not started
-        raise
     numbers = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     print(f"Wrote {numbers:,} numbers of {source.name} to {out}. Sample with: stablefield sample {out} --seeds 0-15")

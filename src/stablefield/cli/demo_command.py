@@ -23,7 +23,6 @@ def demo(
     from stablefield.cli.demonstrating import draw_samples, plot_variance, score_samples
     from stablefield.cli.training import run, summary
     from stablefield.config import override, resolve
-    from stablefield.evaluate.plots import plot_loss
     from stablefield.files import write_text
     from stablefield.generate.images import save_sheet
     from stablefield.run import RunFolder
@@ -36,16 +35,13 @@ def demo(
     print(summary(config, components, folder))
     if stopped := run(config, components, folder):
         raise typer.Exit(128 + stopped)
-    sheet, loss, variance = (out / name for name in ("samples.png", "loss.png", "variance.png"))
-    history = folder.history()
-    images_seen = [1000 * record["progress/kimg"] for record in history]
-    losses = [record["loss/loss"] for record in history]
-    plot_loss(loss, images_seen, losses, "Training on the digits with stable targets")
+    sheet, variance = out / "samples.png", out / "variance.png"
     x = draw_samples(folder, samples)
     save_sheet(sheet, x[:100])
     scores = score_samples(components.data, x.float())
     write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
     plot_variance(variance, components.data, config)
+    curve = f"loss and excess    {folder.loss_figure}\n" if folder.loss_figure.exists() else ""
     print(
         f"Frechet distance of {samples} samples to all digits: {scores['samples']:.2f}, "
         f"in {scores['features']} features of a classifier ({scores['accuracy']:.1%} accuracy on held-out digits)\n"
@@ -53,7 +49,7 @@ def demo(
         f"{scores['real_most']:.2f} in 8 draws)\n"
         f"  of {samples} digits to the others: {scores['disjoint']:.2f}, because both sets have sampling error\n"
         "  Samples can be nearer than digits are: with fewer unusual digits among them, sampling error is less.\n"
-        f"samples            {sheet}\nloss curve         {loss}\n"
+        f"samples            {sheet}\n{curve}"
         f"target variance    {variance}\nrun                {out}\n"
         f"The same without stable targets: stablefield train --set target.kind=dsm"
     )

@@ -23,7 +23,9 @@ def floor(
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("floor"),
     targets: Annotated[
         str | None,
-        typer.Option(metavar="T,...", help="Targets: dsm, stf:N, exact.", show_default="dsm and that of the settings"),
+        typer.Option(
+            metavar="T,...", help="Targets: dsm, stf:N, knn:K, exact.", show_default="dsm and that of the settings"
+        ),
     ] = None,
     bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
     examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,

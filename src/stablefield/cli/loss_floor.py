@@ -9,6 +9,8 @@ from stablefield.data import silent, split
 from stablefield.pool import Pool
 from stablefield.run import TrainedRun, training_data
 
+_SIZES = {"stf": "size", "knn": "neighbours"}  # the key of the size, by kind of target
+
 
 def training_pool(config: Config, trained: TrainedRun | None) -> Pool:
     """The data that are trained on.
@@ -36,7 +38,7 @@ def floor_targets(text: str | None, config: Config, pool: Pool) -> list[str]:
     """Names of the targets whose floor is measured, as `LossFloor` has them.
 
     Args:
-        text: targets, separated by commas; None for DSM, and the target of the configuration if it is a stable target.
+        text: targets, separated by commas; None for DSM, and the target of the configuration if its floor is another.
         config: configuration of the training.
         pool: the data that are trained on.
 
@@ -44,13 +46,18 @@ def floor_targets(text: str | None, config: Config, pool: Pool) -> list[str]:
         ConfigError: the floor of one of the targets is not known.
     """
     if text is None:
-        return ["dsm", *([_floor_name(config["target"], pool)] if config["target"]["kind"] == "stf" else [])]
+        known = config["target"]["kind"] in _SIZES and config["target"].get("search") != "faiss"
+        return ["dsm", *([_floor_name(config["target"], pool)] if known else [])]
     chosen = {each: target_section(each, config.allowed) for each in split_targets(text)}
     sections = {each: config.changed(target=section)["target"] for each, section in chosen.items()}
-    if unknown := [each for each, section in sections.items() if section["kind"] not in ("dsm", "stf", "exact")]:
-        raise ConfigError(f"the floor of the target {unknown[0]!r} is not known: choose from dsm, stf:N and exact")
+    for each, section in sections.items():
+        if section.get("search") == "faiss":
+            raise ConfigError(f"the floor of the target {each!r} is not known: it depends on its index")
+        if section["kind"] not in ("dsm", "stf", "knn", "exact"):
+            raise ConfigError(f"the floor of the target {each!r} is not known: choose from dsm, stf:N, knn:K and exact")
     return list(dict.fromkeys(_floor_name(section, pool) for section in sections.values()))
 
 
 def _floor_name(section: dict[str, Any], pool: Pool) -> str:
-    return f"stf:{min(section['size'], len(pool))}" if section["kind"] == "stf" else str(section["kind"])
+    kind = str(section["kind"])
+    return f"{kind}:{min(section[_SIZES[kind]], len(pool))}" if kind in _SIZES else kind

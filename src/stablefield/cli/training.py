@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stablefield.build import Components
 from stablefield.config import Allowed, Config, ConfigError, overlay, read_toml
 from stablefield.data import guess_kind
+from stablefield.data.identity import fingerprint, is_same
 from stablefield.distributed import Ranks
 from stablefield.engine.checkpoints import latest_config, refuse_changed_config, refuse_edited_config
 from stablefield.engine.fit import OnStep, fit
 from stablefield.recipes import read_recipe
-from stablefield.run import RunFolder, TrainedRun, fingerprint
+from stablefield.run import RunFolder, TrainedRun
 
 
 def allow_option(config: Config) -> str:
@@ -81,7 +82,7 @@ def is_other_data(base: TrainedRun, config: Config, parts: Components) -> bool:
         parts: components of the new run.
     """
     before, now = ({**each["data"], "holdout": 0} for each in (base.config, config))
-    return before == now and fingerprint(parts.data) != base.data
+    return before == now and not is_same(fingerprint(parts.data), base.data)
 
 
 def resumed_config(folder: RunFolder, settings: list[str], allow: Iterable[Allowed] = ()) -> Config:
@@ -177,10 +178,10 @@ def progress_text(line: Mapping[str, Any]) -> str:
     """The main metrics in a few words: speed, loss and effective sample size.
 
     Args:
-        line: the latest line of the metrics; may be empty.
+        line: the latest line of the metrics; may be empty or, after a resume, have the excess alone.
     """
-    if not line:
-        return ""
+    if "timing/sec_per_kimg" not in line:
+        return _over_floor(line).removeprefix(", ")
     parts = [f"{1000 / line['timing/sec_per_kimg']:,.0f} img/s"]
     if "loss/loss" in line:
         averaged = f"ESS > 1.01: {line['target/fraction_ess_above_1.01']:.0%}"

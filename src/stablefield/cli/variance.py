@@ -5,8 +5,9 @@ from pathlib import Path
 
 from stablefield.config import Allowed, Config, ConfigError, overlay, override, read_toml, resolve
 from stablefield.data import guess_kind
+from stablefield.data.identity import fingerprint, refuse_other_data
 from stablefield.pool import Pool
-from stablefield.run import RunFolder, fingerprint, refuse_other_data
+from stablefield.run import RunFolder
 
 
 def refuse_other_data_than_of_run(config: Path, training: Config, data: Pool) -> None:

@@ -1,11 +1,13 @@
 """The section `training`: length, batch size, optimisation, averages, precision, and how often a run writes."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from stablefield.precision import Precision
 from stablefield.schedule import EMA, Decay, LearningRate, average_names
 
 MOST_PREFETCHED = 2**16  # examples; memory is allocated for all of them
+_USUAL_SHARE = 0.1  # of a GPU's memory that data may need to be kept there
 _MOST = 2**53  # of images; beyond, floats do not hold every integer
 
 
@@ -32,7 +34,12 @@ class Training:
         target_prefetch: examples of a rank whose exact targets are computed in one call, from as many steps as fit;
             other targets are computed step by step.
         target_sharding: shards the data of an exact target over the ranks.
-        compile: compiles the network with `torch.compile` (a minute or more at the start).
+        resident: data that are kept on a GPU: "auto" (those that need at most a tenth of its memory), another share of
+            its memory, or false for none. Other data are copied to it as they are stored, bytes as bytes, batch by
+            batch.
+        compile: compiles the network with `torch.compile` (a minute or more at the start). "auto" compiles in new runs
+            on CUDA that take ten times as long as the compilation, if a trial step agrees with the eager one; the
+            decision replaces "auto" in the run's configuration.
         deterministic: restricts torch to deterministic operations, so that a GPU repeats results bit for bit.
         stratified: spreads the times of a batch evenly over the distribution of t.
         conditional: gives the network the class of each image.
@@ -65,7 +72,8 @@ class Training:
     precision: Precision = "float32"
     target_prefetch: int = 1024
     target_sharding: bool = False
-    compile: bool = False
+    resident: Literal["auto", False] | float = "auto"
+    compile: bool | Literal["auto"] = False
     deterministic: bool = False
     stratified: bool = False
     conditional: bool = False
@@ -77,7 +85,7 @@ class Training:
     log_every: int = 1_000
     sample_every: int = 0
     probe_every: int = 25_000
-    probes: int = 32
+    probes: int = 16
 
     def __post_init__(self) -> None:
         for name in (
@@ -108,12 +116,19 @@ class Training:
                 raise ValueError(f"ema_half_life must not be negative, but is {half_life}")
         if not 1 <= self.target_prefetch <= MOST_PREFETCHED:
             raise ValueError(f"target_prefetch must be between 1 and {MOST_PREFETCHED:,}, not {self.target_prefetch}")
+        if not 0 <= self.resident_share <= 1:
+            raise ValueError(f'resident is "auto", false or a share of memory, from 0 to 1, not {self.resident}')
         if not 0 <= self.label_dropout <= 1:
             raise ValueError(f"label_dropout is a probability between 0 and 1, not {self.label_dropout}")
         if self.label_dropout and not self.conditional:
             raise ValueError(f"label_dropout={self.label_dropout} needs labels to drop: set conditional=true")
         average_names(self.half_lives)
         self.rate  # noqa: B018 (it checks the decay)
+
+    @property
+    def resident_share(self) -> float:
+        """Largest share of a GPU's memory that data may need to be kept there."""
+        return _USUAL_SHARE if self.resident == "auto" else float(self.resident)
 
     @property
     def half_lives(self) -> tuple[float, ...]:

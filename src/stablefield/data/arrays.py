@@ -67,7 +67,7 @@ class Arrays(Source):
         if begin[:2] != b"PK":
             arrays: dict[str, np.ndarray] = {"data": map_array(self.path)}
         else:
-            arrays = _read_archive(self.path)
+            arrays = read_archive(self.path, ("labels", "num_levels", "values", "classes"), _DATA)
         name = next((name for name in _DATA if name in arrays), None)
         if name is None:
             raise ValueError(
@@ -185,22 +185,33 @@ def _describe(begin: bytes, error: Exception) -> str:
     return f"it begins with the bytes {begin[:6].hex(' ') or '(none)'}; .npy and .npz files are read"
 
 
-def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file that have a meaning here, and empty ones in place of all others."""
-    known = {*_DATA, "labels", "num_levels", "values", "classes"}
+def read_archive(path: Path, names: Sequence[str], choices: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """Arrays of an `.npz` file.
+
+    Args:
+        path: the file.
+        names: names of the arrays to read, as far as they exist.
+        choices: further names, of which the first that exists is read.
+
+    Returns:
+        All arrays by name; those that are not read are empty.
+
+    Raises:
+        ValueError: the file is damaged, contains Python objects, or expands beyond the limit.
+    """
     where = printable(path)
     try:
         with zipfile.ZipFile(path) as archive:
             entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
-            data = next((name for name in _DATA if name in entries), "")
-            used = {name for name in entries if name in known and (name not in _DATA or name == data)}
+            chosen = next((name for name in choices if name in entries), "")
+            used = {name for name in entries if name in names or name == chosen}
             packed, unpacked = path.stat().st_size, sum(entries[name].file_size for name in used)
             refuse_unpacked(where, packed, unpacked, _SAVE_AGAIN)
             return {
                 name: _read_member(archive, entry, f"{printable(name)} in {where}") if name in used else np.empty(0)
                 for name, entry in entries.items()
             }
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
         raise ValueError(f"{where} is damaged, or cut short as by a download that broke off: {error}") from None
 
 

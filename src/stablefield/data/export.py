@@ -18,7 +18,7 @@ from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.decode import Pixels
 from stablefield.data.images import in_order, to_pil
 from stablefield.data.store import refuse_existing
-from stablefield.files import atomic_path, sweep
+from stablefield.files import atomic_path
 
 _ALTERNATIVE = "write a store (DEST without a suffix) or .npz instead"
 
@@ -114,6 +114,5 @@ def _labels_json(names: list[str], contents: Contents) -> str:
 def _new_file(path: Path) -> Iterator[BinaryIO]:
     """New file that appears at its path when it is complete."""
     refuse_existing(path)
-    sweep(path.parent)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         yield file

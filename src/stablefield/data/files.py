@@ -81,7 +81,7 @@ class ZipFiles(Files):
             self._archive = self._open_files.enter_context(zipfile.ZipFile(path))
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise ValueError(f"{path} is not a ZIP file, or was cut short: {printable(error)}") from None
-        named = [(_zip_name(entry), entry) for entry in self._archive.infolist() if not entry.is_dir()]
+        named = [(_zip_name(entry), entry) for entry in self._archive.infolist() if not entry.filename.endswith("/")]
         used = [(name, entry) for name, entry in named if _is_used(name)]
         if doubled := [name for name, count in Counter(name for name, _ in used).items() if count > 1]:
             raise ValueError(summarize(f"{path} contains two files of one name", doubled))

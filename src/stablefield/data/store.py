@@ -2,8 +2,8 @@
 
     faces/data.npy      (N, *D), uint8 or float32
           labels.npy    (N,), int64, if there are labels
-          store.json    shape, type, num_levels, values ("image" or "float"), names of the classes, source, and a hash
-                        of the data and labels
+          store.json    shape, type, num_levels, values ("image" or "float"), names of the classes, source, a hash
+                        of the data and labels, and a checksum of all these entries
 
 A store is complete or absent: it is written to a folder beside its final path, flushed to the disk, and renamed. Images
 that are used directly from a ZIP file or a folder are decoded into such a store in a cache.
@@ -11,7 +11,7 @@ that are used directly from a ZIP file or a folder are decoded into such a store
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,7 @@ from stablefield.data.labels import class_labels
 from stablefield.data.limits import read_json
 from stablefield.data.notices import say
 from stablefield.data.sources import Source
-from stablefield.files import atomic_folder, cached, printable, sweep
+from stablefield.files import atomic_folder, cached, printable
 from stablefield.pool import Pool
 
 FORMAT = "stablefield store 2"
@@ -127,6 +127,8 @@ class Store(Source):
             ) from None
         if wrong := [name for name, valid in _ENTRIES.items() if not valid(entries[name])]:
             raise ValueError(f"{printable(file)} is damaged: its {wrong[0]} is not valid; convert the data again")
+        if metadata.get("checksum", found := _checksum(metadata)) != found:  # stores of before have none
+            raise ValueError(f"{printable(file)} is damaged: its checksum differs; convert the data again")
         return entries | {name: list(map(printable, entries[name])) for name in ("classes", "notes")}
 
     def _compare_hash(self, pool: Pool, expected: str) -> None:
@@ -170,10 +172,10 @@ def write_store(path: Path, contents: Contents, *, source: str, progress: Progre
         OSError: the disk is full or cannot be written; nothing is left behind.
     """
     refuse_existing(path)
-    sweep(path.parent)
     with atomic_folder(path) as temporary:
         metadata = _fill(temporary, contents, progress) | {"source": source}
-        (temporary / "store.json").write_text(json.dumps(metadata, indent=2))
+        text = json.dumps(metadata | {"checksum": _checksum(metadata)}, indent=2)
+        (temporary / "store.json").write_text(text)
     remember(path, state_of(path))
     return Store(path)
 
@@ -219,6 +221,12 @@ def cached_pool(recipe: str, contents: Callable[[], Contents], *, source: str, p
         write_store(path, contents(), source=source, progress=progress)
 
     return cached(hashlib.sha256(f"{FORMAT} {recipe}".encode()).hexdigest()[:32], find, make)
+
+
+def _checksum(metadata: Mapping[str, Any]) -> str:
+    """SHA-256 of the entries of `store.json`, without the checksum itself."""
+    entries = {name: value for name, value in metadata.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any]:

@@ -38,10 +38,11 @@ from stablefield.config import (
     resolve,
     toml_value,
 )
+from stablefield.data.identity import DataIdentity
 from stablefield.distributed import Ranks
 from stablefield.engine.state import TrainState
 from stablefield.files import atomic_path, exclusive_lock, sync
-from stablefield.run import RunFolder, describe, fingerprint, refuse_other_data
+from stablefield.run import RunFolder, describe
 
 RESUMABLE_KEYS = {
     *(f"training.{key}" for key in ("images", "save_every", "keep_checkpoints", "log_every", "sample_every")),
@@ -50,6 +51,7 @@ RESUMABLE_KEYS = {
     *(f"training.{key}" for key in ("device", "micro_batch_size", "compile", "deterministic")),
     "training.target_prefetch",
     "training.target_sharding",
+    "training.resident",
     "data.path",
     "data.values",
 }
@@ -250,8 +252,7 @@ class CheckpointManager:
         folder: folder of the run.
         config: configuration of the run.
         keep: number of checkpoints to keep, including the newest.
-        pool: all data of the run, including held-out images.
-        data_hash: hash of the data (see `run.fingerprint`).
+        identity: fingerprint of all data of the run, including held-out images.
         metadata: what checkpoints store besides tensors (see `run.describe`).
         best: score and images of the best checkpoint; empty if none was scored.
         newest_images: images seen by the newest checkpoint; -1 if there is none.
@@ -259,7 +260,7 @@ class CheckpointManager:
 
     def __init__(self, folder: RunFolder, config: Config, components: Components) -> None:
         self.folder, self.config, self.keep = folder, config, config.training.keep_checkpoints
-        self.pool, self.data_hash = components.data, fingerprint(components.data)
+        self.identity = DataIdentity(components.data)
         self.metadata = describe(config, components.pool)
         self.best: dict[str, Any] = {}
         self.newest_images = -1
@@ -290,7 +291,7 @@ class CheckpointManager:
             raise ConfigError(
                 f"the ranks see different files in {self.folder.path}; use a folder that all of them share"
             )
-        if len(ranks.all_gather_int(int(self.data_hash[:15], 16)).unique()) > 1:
+        if len(ranks.all_gather_int(int(self.identity.found[:15], 16)).unique()) > 1:
             raise ConfigError("the ranks see different data; give all of them the same files")
 
     def save(self, state: TrainState, score: float | None = None, *, background: bool = False) -> None:
@@ -300,9 +301,10 @@ class CheckpointManager:
             state: the state.
             score: score of the first average; None if it was not scored.
             background: True to write a copy of the state in a thread while training continues; `raise_failure` and
-                `wait` report an error.
+                `wait` report an error. The thread, and the end of the run, wait until all data are hashed.
 
         Raises:
+            ConfigError: the data are not those that the run was started with.
             OSError: this checkpoint could not be written, or the one before in the background; earlier ones are
                 unchanged.
         """
@@ -311,7 +313,7 @@ class CheckpointManager:
             self.best = {"score": score, "images": state.images}
         tensors, images = state.tensors(), state.images
         if not background:
-            self._write(tensors, images)
+            self._write(tensors, images, self.identity.checked(wait=images >= self.config.training.images))
             return
         copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._writer = threading.Thread(target=self._try_to_write, args=(copied, images), name="checkpoint")
@@ -340,17 +342,17 @@ class CheckpointManager:
 
     def _try_to_write(self, tensors: Mapping[str, Tensor], images: int) -> None:
         try:
-            self._write(tensors, images)
+            self._write(tensors, images, self.identity.checked(wait=True))
         except Exception as error:  # it is raised again in the training loop
             self._failure = error
 
-    def _write(self, tensors: Mapping[str, Tensor], images: int) -> None:
+    def _write(self, tensors: Mapping[str, Tensor], images: int, data: str) -> None:
         """Write a checkpoint, and give it and the one before their other names."""
         if self.folder.metrics.exists():
             sync(self.folder.metrics)
         if self.keep > 1 and 0 <= self.newest_images != images:
             _add_name(self.folder.checkpoint, self.folder.older_checkpoint(self.newest_images))
-        metadata = self.metadata | {"data": self.data_hash} | ({"best": self.best} if self.best else {})
+        metadata = self.metadata | {"data": data} | ({"best": self.best} if self.best else {})
         save(self.folder.checkpoint, tensors, config=metadata, images=images)
         self.newest_images = images
         if self.best.get("images") == images:
@@ -362,8 +364,7 @@ class CheckpointManager:
     def _check(self, metadata: dict[str, Any], images: int) -> None:
         """Refuse a checkpoint of another configuration, of other data, or beyond the end of the run."""
         refuse_changed_config(resolve(metadata["config"], allow=self.config.allowed), self.config)
-        way_out = "put the run's data back, or start a new run with --init-from RUN"
-        refuse_other_data(self.pool, self.data_hash, metadata.get("data", ""), way_out)
+        self.identity.compare(metadata.get("data", ""))
         training = self.config.training
         if images > training.images + training.batch_size:
             raise ConfigError(

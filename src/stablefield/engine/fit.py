@@ -87,10 +87,11 @@ class _Fit:
         score: CheckpointScore | None,
         stop: StopRequest,
     ) -> None:
-        self.config, self.components, self.folder, self.ranks, self.score = config, components, folder, ranks, score
+        self.session = Session(config, components, folder, ranks)
+        self.config = config = self.session.config
+        self.components, self.folder, self.ranks, self.score = components, folder, ranks, score
         training, objective = config.training, components.objective
         self.stop, self.interruptible = stop, Interruptible(stop, ranks)
-        self.session = Session(config, components, folder, ranks)
         self.state, self.checkpoints = self.session.state, self.session.checkpoints
         ranks.on_main(self._start)
         history = folder.history()
@@ -101,6 +102,8 @@ class _Fit:
         held_out = components.held_out
         self.held_out = None if held_out is None else HeldOutLoss(held_out, objective, bins, ranks, batch_size)
         self.probes = RunProbes(config, components, ranks)
+        if last := next((line for line in reversed(history) if "loss/excess" in line), None):
+            self.probes.recall(last)
         self.history, self.figure = history, LossFigure(folder, history)
         self.tensorboard = TensorBoardWriter(folder, self.state.images) if ranks.is_main else None
         self.metrics: dict[str, Any] = {}
@@ -123,11 +126,24 @@ class _Fit:
             with suppress(Exception):  # the first of two errors is the one to report
                 self.checkpoints.wait()
             if self.ranks.is_main and self.state.complete:
-                with suppress(OSError):
+                with suppress(Exception):
+                    self._log_alone()
+                with suppress(Exception):
                     self.checkpoints.save(self.state)
             raise
         finally:
             self.checkpoints.wait()
+
+    def _log_alone(self) -> None:
+        """Write the metrics since the last line, of this rank's examples alone: other ranks may have died.
+
+        What else is due at this step is made up for when the run resumes.
+        """
+        if self.logger.steps:
+            self.metrics = self.logger.flush(self.state, Ranks(self.ranks.device))
+        written = {line["progress/kimg"] for line in self.folder.history()}
+        if self.metrics and self.metrics["progress/kimg"] not in written:
+            self._write_metrics(draw=True)
 
     def _train(self, on_step: OnStep | None) -> int:
         self._make_up()

@@ -113,45 +113,47 @@ class MetricsLogger:
         """Exclude the time since the last step (for saving, scoring, sampling) from the time of training."""
         self.last = perf_counter()
 
-    def flush(self, state: TrainState) -> dict[str, Any]:
-        """Metrics of the steps since the last call, which are then forgotten; must be called on all ranks.
+    def flush(self, state: TrainState, ranks: Ranks | None = None) -> dict[str, Any]:
+        """Metrics of the steps since the last call, which are then forgotten unless a rank has died.
 
         Args:
             state: state after the last of the steps.
+            ranks: ranks whose examples are averaged over, all of which must call this; by default all ranks.
         """
-        steps, seconds, images = self.steps, self.seconds, self.images
-        self.steps, self.seconds, self.images = [], 0.0, 0
-        return {
+        metrics = {
             "progress/kimg": state.images / 1000,
-            **self._means([step for step in steps if step.step_taken]),
-            "loss/learning_rate": steps[-1].learning_rate,
+            **self._means([step for step in self.steps if step.step_taken], ranks or self.ranks),
+            "loss/learning_rate": self.steps[-1].learning_rate,
             "steps/skipped": state.skipped,
-            "timing/sec_per_kimg": seconds / images * 1000,
+            "timing/sec_per_kimg": self.seconds / self.images * 1000,
             "timing/total_sec": perf_counter() - self.start,
             **_resources(state.device),
             "timestamp": time.time(),
         }
+        self.steps, self.seconds, self.images = [], 0.0, 0
+        return metrics
 
-    def _means(self, steps: Sequence[StepReport]) -> dict[str, float]:
+    def _means(self, steps: Sequence[StepReport], ranks: Ranks) -> dict[str, float]:
         """Means over steps that were taken; the losses of skipped steps need not be finite."""
         if not steps:
             return {}
         own = torch.cat(
             [torch.stack([s.report.losses, s.report.t, s.report.ess.to(s.report.t), _importance(s)], 1) for s in steps]
         )
-        losses, t, ess, importance = self.ranks.all_gather(own.float()).double().cpu().unbind(1)
+        losses, t, ess, importance = ranks.all_gather(own.float()).double().cpu().unbind(1)
         fractions = [step.fraction_dsm for step in steps if step.fraction_dsm is not None]
         return {
             **self.bins.means("loss", self.bins.sums(t, losses)),
-            **({} if steps[0].importance is None else {"loss/loss": float((importance * losses).mean())}),
-            "loss/gradient_norm": float(torch.stack([step.gradient_norm for step in steps]).double().mean()),
-            "target/ess": float(ess.mean()),
-            "target/fraction_ess_above_1.01": float((ess > ESS_THRESHOLD).double().mean()),
-            **({"target/fraction_dsm": self._mean_over_ranks(fractions)} if fractions else {}),
+            **({} if steps[0].importance is None else {"loss/loss": _mean(importance * losses)}),
+            "loss/gradient_norm": _mean(torch.stack([step.gradient_norm for step in steps])),
+            "target/ess": _mean(ess),
+            "target/fraction_ess_above_1.01": _mean(ess > ESS_THRESHOLD),
+            **({"target/fraction_dsm": _mean(ranks.all_gather(torch.stack(fractions)))} if fractions else {}),
         }
 
-    def _mean_over_ranks(self, values: Sequence[Tensor]) -> float:
-        return float(self.ranks.all_gather(torch.stack(list(values))).double().mean())
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
 
 
 def _importance(step: StepReport) -> Float[Tensor, "B"]:

@@ -31,14 +31,16 @@ from stablefield.objective import Objective
 from stablefield.process import VE, Process
 from stablefield.run import RunFolder
 from stablefield.seeding import derive
-from stablefield.targets import DSMTarget, ExactTarget, Prefetched, Sharded, STFTarget, TargetEstimator
+from stablefield.targets import DSMTarget, ExactTarget, KNNTarget, Prefetched, Sharded, STFTarget, TargetEstimator
 from stablefield.times import LogNormal, Stratified
 
 LOGGER = logging.getLogger("stablefield")
 
 
 def target_name(target: TargetEstimator) -> str | None:
-    """The name of a target whose floor is known: "dsm", "stf:n" or "exact"; None for others.
+    """The name of a target whose floor is known: "dsm", "stf:n", "knn:k" or "exact"; None for others.
+
+    An approximate search for the nearest is one of the others: what it finds depends on its index.
 
     Args:
         target: the estimator of a run.
@@ -50,6 +52,8 @@ def target_name(target: TargetEstimator) -> str | None:
             return "dsm"
         case STFTarget(size=size):
             return f"stf:{size}"
+        case KNNTarget(neighbours=neighbours, search="exhaustive"):
+            return f"knn:{neighbours}"
         case ExactTarget():
             return "exact"
         case _:
@@ -126,10 +130,18 @@ class RunProbes:
                 metrics |= self._excess(groups, network, suffix)
             if held_out is not None:
                 metrics |= self._held_out(groups[0], held_out, state.average)
-        name = "floor_target" if self.target else "floor_dsm"
-        self.latest = {"loss/excess": metrics["loss/excess"], "loss/floor": metrics[f"loss/{name}"]}
-        self.latest["target/name"] = self.target or "dsm"
+        self.recall(metrics)
         return metrics | {"timing/probe_sec": perf_counter() - start}
+
+    def recall(self, metrics: Mapping[str, Any]) -> None:
+        """Take what was measured last from metrics, which `latest` then has.
+
+        Args:
+            metrics: metrics of a measurement, such as the last line of a run that is resumed.
+        """
+        name, target = ("floor_target", self.target) if "loss/floor_target" in metrics else ("floor_dsm", "dsm")
+        self.latest = {"loss/excess": metrics["loss/excess"], "loss/floor": metrics[f"loss/{name}"]}
+        self.latest["target/name"] = target or "dsm"
 
     def _excess(self, groups: list[_Group], network: Callable[..., Tensor], suffix: str) -> dict[str, float]:
         metrics: dict[str, float] = {}

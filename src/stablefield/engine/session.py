@@ -10,6 +10,7 @@ from stablefield.config import Config, ConfigError, Training
 from stablefield.distributed import Ranks
 from stablefield.engine.adaptation import Adaptation
 from stablefield.engine.checkpoints import CheckpointManager
+from stablefield.engine.compilation import decide_compile
 from stablefield.engine.loop import Optimization, Prepare, StepReport, train
 from stablefield.engine.state import TrainState
 from stablefield.precision import dtype_of
@@ -26,7 +27,7 @@ class Session:
         ranks: this process and those it trains with; by default a single process.
 
     Attributes:
-        config: the configuration.
+        config: the configuration, in which "auto" for `training.compile` has been decided.
         components: the parts of the run.
         ranks: this process and those it trains with.
         state: the state of training.
@@ -38,9 +39,9 @@ class Session:
     """
 
     def __init__(self, config: Config, components: Components, folder: RunFolder, ranks: Ranks | None = None) -> None:
-        self.config, self.components = config, components
-        self.state = initial_state(config, components)
-        self.ranks = ranks or Ranks(self.state.device)
+        self.ranks = ranks or Ranks(next(components.denoiser.parameters()).device)
+        self.config = config = decide_compile(config, components, folder, self.ranks)
+        self.components, self.state = components, initial_state(config, components)
         self.checkpoints = CheckpointManager(folder, config, components)
         self.checkpoints.restore(self.state, self.ranks)
 
@@ -66,15 +67,15 @@ def training_steps(
 
     Args:
         config: configuration of the run.
-        components: the parts of the run; the network is compiled in place if `training.compile` is set, so the names of
-            its weights do not change.
+        components: the parts of the run; the network is compiled in place if `training.compile` is true, so the names
+            of its weights do not change.
         state: the state, trained in place.
         images: images to see in the whole run; those of the configuration by default.
         ranks: this process and those it trains with; a single process by default.
         prepare: calls the function that makes the batch of a step, as for `train`.
     """
     training = config.training
-    if training.compile:
+    if training.compile is True:
         for network in components.denoiser.children():
             network.compile()
     return train(

@@ -78,6 +78,14 @@ class Classifier(Features):
         self.device = network.head.weight.device
         self.identity = f"classifier:{checksum(network.state_dict(), {})[:16]}"
 
+    def to(self, device: torch.device) -> "Classifier":
+        """The classifier, whose network is moved to a device.
+
+        Args:
+            device: the device.
+        """
+        return Classifier(self.network.to(device), self.accuracy)
+
     @override
     def compute(self, x: Float[Tensor, "n C H W"]) -> Float[Tensor, "n F"]:
         return torch.cat([self.network.body(part) for part in x.split(512)])

@@ -192,7 +192,9 @@ class Evaluation:
 
         with self._stage(title) as progress:
             part = FeatureSet.compute(features, blocks(progress), keep=keep)
-        parts = self.ranks.gather_objects(part)
+        if self.ranks.world_size == 1:
+            return part
+        parts = self.ranks.gather_objects(part.to(torch.device("cpu")))  # other ranks may have other devices
         return reduce(FeatureSet.merge, parts) if parts else None
 
     def _nearest(

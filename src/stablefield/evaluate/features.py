@@ -42,7 +42,7 @@ class Features(ABC):
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "n *D"]) -> Float[Tensor, "n F"]:
-        """Features of data, float32 on the CPU.
+        """Features of data, float32 on the device of the features.
 
         Args:
             x: the data, (n, *D).
@@ -51,7 +51,7 @@ class Features(ABC):
             ValueError: the data have the wrong shape, there are too many features for a covariance, or some are not
                 finite.
         """
-        features = self.compute(x.float().to(self.device)).flatten(1).float().cpu()
+        features = self.compute(x.float().to(self.device)).flatten(1).float()
         if features.shape[1] > _MAX_FEATURES:
             raise ValueError(
                 f"{features.shape[1]:,} features ({self.name}) are too many for a covariance; use at most "

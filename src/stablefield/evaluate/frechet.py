@@ -7,7 +7,6 @@ With Inception features this is FID (Heusel et al. 2017); with any other feature
 
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -20,7 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield.data.arrays import read_archive
 from stablefield.files import atomic_path
+from stablefield.kernel.accumulator import float64_device
+from stablefield.kernel.matmul import has_little_float64
 
 BLOCK = 2048  # features added to the running statistics at a time
 
@@ -59,11 +61,22 @@ class StatisticsAccumulator:
 
     @classmethod
     def _from_block(cls, features: Float[Tensor, "n F"]) -> "StatisticsAccumulator":
-        features = features.double()
+        features = features.to(float64_device(features.device), torch.float64)
         mean = features.mean(0)
-        centred = (features - mean).cpu().numpy()
+        centred = features - mean
+        if features.device.type == "cuda" and not has_little_float64(features.device):
+            return cls(len(features), mean, centred.T @ centred)
+        half = centred.cpu().numpy()
         # numpy computes half of the product of a matrix with its own transpose, and mirrors it
-        return cls(len(features), mean, torch.from_numpy(centred.T @ centred).to(mean))
+        return cls(len(features), mean, torch.from_numpy(half.T @ half).to(mean))
+
+    def to(self, device: torch.device) -> "StatisticsAccumulator":
+        """The same statistics on another device.
+
+        Args:
+            device: where they go.
+        """
+        return StatisticsAccumulator(self.n, self.mean.to(device), self.scatter.to(device))
 
     def merge(self, other: "StatisticsAccumulator") -> "StatisticsAccumulator":
         """Running statistics of the union.
@@ -77,14 +90,14 @@ class StatisticsAccumulator:
         return StatisticsAccumulator(n, self.mean + difference * (other.n / n), self.scatter + other.scatter + between)
 
     def statistics(self) -> "Statistics":
-        """Mean and covariance.
+        """Mean and covariance, on the CPU.
 
         Raises:
             ValueError: there are fewer than two feature vectors.
         """
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 features, not {self.n}")
-        return Statistics(self.mean, self.scatter / (self.n - 1), self.n)
+        return Statistics(self.mean.cpu(), (self.scatter / (self.n - 1)).cpu(), self.n)
 
 
 def merge_all(parts: Iterable[StatisticsAccumulator]) -> StatisticsAccumulator:
@@ -184,13 +197,11 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError("there is no such file")
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not an .npz archive, or was cut short")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if missing := {"mu", "sigma"} - set(file):
-                raise ValueError(f"{', '.join(sorted(missing))} is missing")
-            return {name: file[name] for name in ("mu", "sigma", "n", "features", "data") if name in file}
-    except (OSError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"it cannot be read ({error})") from None
+    names = ("mu", "sigma", "n", "features", "data")
+    found = read_archive(path, names)
+    if missing := {"mu", "sigma"} - found.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    return {name: found[name] for name in names if name in found}
 
 
 def _real(name: str, array: np.ndarray) -> Tensor:

@@ -69,7 +69,7 @@ class Inception(Features):
         from torch_fidelity.metric_isc import isc_features_to_metric
 
         # the logits without bias are linear in the features
-        score = isc_features_to_metric(features @ self.network.fc.weight.T.cpu())
+        score = isc_features_to_metric(features.cpu() @ self.network.fc.weight.T.cpu())
         return {"inception_score": score["inception_score_mean"], "inception_score_std": score["inception_score_std"]}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stablefield.config import ConfigError, resolve
 from stablefield.data import Source, StageProgress, content_hash, guess_kind, range_question, say, silent_stage, split
+from stablefield.data.arrays import map_array, read_archive
 from stablefield.distributed import Ranks
 from stablefield.evaluate.frechet import Statistics
 from stablefield.generate import SampleStore, SamplingPlan
@@ -189,7 +190,8 @@ def open_samples(samples: object, progress: StageProgress = silent_stage) -> Sam
     found = SampleStore.at(location, pool.images)
     store = found if found.out == location and not found.png and found.identity_file.is_file() else None
     metadata = {"name": path} | ({} if store is None else store.metadata())
-    seeds = [np.load(location)["seeds"].tolist()] if store and "seeds.npy" in _arrays(location) else None
+    stored = read_archive(location, ["seeds"]) if store and "seeds.npy" in _arrays(location) else {}
+    seeds = [stored["seeds"].tolist()] if stored else None
     return SampleSource([range(len(pool))], take_from(pool), pool.shape, metadata, pool.images, pool, seeds)
 
 
@@ -237,15 +239,21 @@ def take_from(pool: Pool) -> Take:
 
 def _load(source: Source, progress: StageProgress) -> Pool:
     """Load a data set, with a progress bar if images must be decoded."""
-    with progress("decoding") as watch:
-        pool = source.load(watch)
+    try:
+        with progress("decoding") as watch:
+            pool = source.load(watch)
+    except ValueError as error:
+        if "set data." not in str(error):
+            raise
+        convert = f"stablefield data convert {source.where} STORE --set data.KEY=VALUE"
+        raise ConfigError(f"{error}. Data to evaluate have no keys; convert them first: {convert}") from None
     if question := range_question(pool):
         say(f"{source.where}: {question}")
     return pool
 
 
 def _data_source(path: str) -> Source:
-    """The data set at a path; archives of samples (`arr_0`) have channels last."""
+    """The data set at a path; arrays of images as bytes have channels last, as other programs write them."""
     kind, found = guess_kind(path)
     section: dict[str, Any] = {"kind": kind, **({"path": found} if found else {})}
     if kind == "arrays" and _channels_last(Path(found)):
@@ -266,17 +274,26 @@ def _open_folder(folder: Path) -> SampleSource:
 
 def _arrays(path: Path) -> set[str]:
     """Names of the files in an `.npz` archive; empty for anything else."""
-    if not (path.is_file() and path.suffix == ".npz" and zipfile.is_zipfile(path)):
+    if not (path.is_file() and path.suffix == ".npz"):
         return set()
-    with zipfile.ZipFile(path) as archive:
-        return set(archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return set(archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return set()  # what reads the data says what is wrong
 
 
 def _channels_last(path: Path) -> bool:
-    """True for archives of images as bytes, (N, H, W, C), in `arr_0`."""
-    if "arr_0.npy" not in _arrays(path):
+    """True for images as bytes, (N, H, W, C), in `arr_0` of an archive, or in an array if no other axis fits."""
+    try:
+        if path.suffix == ".npy":
+            array = map_array(path)
+            shape, dtype = array.shape, array.dtype
+        else:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                np.lib.format.read_magic(file)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception:  # there is no such array, or what reads the data says what is wrong
         return False
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    return dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3)
+    images = dtype == np.uint8 and len(shape) == 4 and shape[-1] in (1, 3)
+    return images and (path.suffix != ".npy" or shape[1] not in (1, 3))

@@ -17,6 +17,7 @@ from stablefield.evaluate.features import Features
 from stablefield.evaluate.frechet import BLOCK, Statistics, StatisticsAccumulator, frechet_distance, merge_all
 from stablefield.evaluate.pairs import kernel_distance, precision_recall
 from stablefield.kernel.accumulator import float64_device
+from stablefield.process import move
 
 MAX_PAIRED = 10_000  # features of each side that scores which compare pairs use
 METRICS = ("frechet", "kernel", "precision_recall", "inception_score", "memorisation")
@@ -29,8 +30,8 @@ class FeatureSet:
 
     Attributes:
         accumulator: running statistics of all features; None for an empty set.
-        features: the features that are kept, (m, F).
-        index: index of the data point of each kept feature vector, (m,), ascending.
+        features: the features that are kept, (m, F), on the device that they were computed on.
+        index: index of the data point of each kept feature vector, (m,), ascending, on the CPU.
     """
 
     accumulator: StatisticsAccumulator | None
@@ -61,10 +62,20 @@ class FeatureSet:
                 done = [merge_all([*done, StatisticsAccumulator.from_features(torch.cat(waiting))])]
                 waiting = []
             is_kept = torch.isin(index, keep) if keep is not None else torch.ones_like(index, dtype=torch.bool)
-            kept.append(block[is_kept])
-            kept_index.append(index[is_kept])
+            position = is_kept.nonzero().flatten()
+            kept.append(block.index_select(0, move(position, block.device)))
+            kept_index.append(index[position])
         done += [StatisticsAccumulator.from_features(torch.cat(waiting))] if waiting else []
         return _ordered(merge_all(done) if done else None, kept, kept_index)
+
+    def to(self, device: torch.device) -> "FeatureSet":
+        """The set on another device.
+
+        Args:
+            device: where the features and their statistics go.
+        """
+        sums = self.accumulator and self.accumulator.to(device)
+        return FeatureSet(sums, self.features.to(device), self.index)
 
     def merge(self, other: "FeatureSet") -> "FeatureSet":
         """The union of two sets.
@@ -91,9 +102,8 @@ class FeatureSet:
 def _ordered(accumulator: StatisticsAccumulator | None, features: list[Tensor], index: list[Tensor]) -> FeatureSet:
     """A feature set whose kept features are sorted by index."""
     order, nonempty = torch.cat(index).argsort(), [part for part in features if len(part)]
-    return FeatureSet(
-        accumulator, torch.cat(nonempty)[order] if nonempty else torch.empty(0, 0), torch.cat(index)[order]
-    )
+    kept = torch.cat(nonempty) if nonempty else torch.empty(0, 0)
+    return FeatureSet(accumulator, kept.index_select(0, move(order, kept.device)), torch.cat(index)[order])
 
 
 def check_metrics(metrics: Collection[str]) -> None:

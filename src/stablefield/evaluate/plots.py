@@ -11,25 +11,21 @@ from torch import Tensor
 from stablefield.files import atomic_path
 from stablefield.floor import ByNoise
 
-
-def plot_loss(path: Path, images: Sequence[float], loss: Sequence[float], title: str) -> None:
-    """Plot the training loss against the number of images seen, raw and smoothed.
-
-    Args:
-        path: the file; its suffix decides the format.
-        images: number of images seen at each point.
-        loss: loss at each point.
-        title: title of the plot.
-    """
-    figure = _new_figure((7, 4.2))
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    label(axes, "images seen", "loss (weighted squared error per dimension)")
-    axes.plot(images, loss, color="0.75", linewidth=0.8, label="each kimg")
-    axes.plot(images, _smooth(loss), color="black", linewidth=1.6, label="running mean")
-    axes.set_ylim(0, 1.05 * sorted(loss)[int(0.98 * (len(loss) - 1))])
-    axes.legend(frameon=False)
-    save_figure(figure, path)
+# curves of a loss; they differ in brightness, line style and marker, for prints in grey
+_TRAINING = {"color": "0.75", "linestyle": "-", "label": "training loss"}
+_PARTS: dict[str, dict[str, Any]] = {
+    "floor_dsm": {"color": "black", "linestyle": ":", "label": "floor with DSM targets"},
+    "floor_target": {"color": "black", "linestyle": "--", "label": "floor with the targets of this run"},
+    "excess": {"color": "tab:red", "linestyle": "-", "marker": "o", "ms": 4, "label": "excess over the floor"},
+    "excess_average": {
+        "color": "#0b3a66",
+        "linestyle": "-.",
+        "marker": "s",
+        "ms": 4,
+        "markerfacecolor": "white",
+        "label": "excess of the averaged weights",
+    },
+}
 
 
 def _new_figure(size: tuple[float, float]) -> Any:
@@ -63,31 +59,21 @@ def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> N
     label(above, "images seen", "loss (weighted squared error)")
     if all(line.get("loss/floor_target") == line.get("loss/floor_dsm") for line in lines):  # a run with DSM targets
         lines = [{key: value for key, value in line.items() if "floor_target" not in key} for line in lines]
-    curves = (
-        ("loss/loss", "0.75", "-", "training loss"),
-        ("loss/floor_dsm", "black", ":", "floor with DSM targets"),
-        ("loss/floor_target", "black", "--", "floor with the targets of this run"),
-        ("loss/excess", "tab:red", "-", "excess: distance from the best prediction"),
-        ("loss/excess_average", "tab:blue", "-", "excess of the averaged weights"),
-    )
-    for key, color, style, name in curves:
-        points = [(line["progress/kimg"] * 1000, line[key]) for line in lines if _is_positive(line.get(key))]
+    for key, style in {"loss": _TRAINING, **_PARTS}.items():
+        points = [(line["progress/kimg"] * 1000, x) for line in lines if _is_positive(x := line.get(f"loss/{key}"))]
         if points:
-            marker = "o" if len(points) < 30 and "excess" in key else ""
-            above.plot(*zip(*points, strict=True), color=color, linestyle=style, marker=marker, ms=3, label=name)
+            marked = style if len(points) < 30 else {**style, "marker": ""}
+            above.plot(*zip(*points, strict=True), **marked)
     above.set_yscale("log")
     above.legend(loc="best", framealpha=0.8, edgecolor="none", fontsize=8)
     last = next(line for line in reversed(lines) if "loss/excess" in line)
-    label(below, "noise level sigma / alpha: ranges that training visits equally often", "part of the loss")
-    for key, color, style, name in (
-        ("floor_dsm", "black", ":", "floor with DSM targets"),
-        ("floor_target", "black", "--", "floor with the targets of this run"),
-        ("excess", "tab:red", "-", "excess"),
-        ("excess_average", "tab:blue", "-", "excess of the averaged weights"),
-    ):
+    label(
+        below, "noise level sigma / alpha: ranges that training visits equally often", "part of the loss (same units)"
+    )
+    for key, style in _PARTS.items():
         ranges = {k.partition("/")[2]: v for k, v in last.items() if k.startswith(f"{key}_by_noise/")}
         if ranges:
-            below.plot(list(ranges), list(ranges.values()), color=color, linestyle=style, marker="o", ms=3, label=name)
+            below.plot(list(ranges), list(ranges.values()), **style)
     below.tick_params(axis="x", labelrotation=30, labelsize=8)
     below.set_ylim(bottom=0)
     below.legend(frameon=False, fontsize=8)
@@ -145,10 +131,3 @@ def label(axes: Any, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _smooth(values: Sequence[float], window: int = 9) -> list[float]:
-    """Centred running mean, over a shorter window at both ends."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    half = window // 2
-    return [float(numbers[max(0, i - half) : i + half + 1].mean()) for i in range(len(numbers))]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stablefield.evaluate.estimate import Estimate
 from stablefield.evaluate.frechet import Statistics
-from stablefield.files import append, sweep
+from stablefield.files import append
 from stablefield.generate.images import save_sheet
 
 
@@ -62,7 +62,6 @@ class ScoreTable:
             OSError: the file cannot be written.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent)
         append(path, json.dumps(self.record()) + "\n")
 
     def save_pairs(self, path: Path) -> None:

@@ -1,8 +1,9 @@
 """Feature spaces by name, and those that suit a reference."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
+
+import torch
 
 from stablefield.config import ConfigError
 from stablefield.data import StageProgress, silent_stage
@@ -13,6 +14,7 @@ from stablefield.evaluate.image_network import EfficientNetLite0
 from stablefield.evaluate.inception import NUM_FEATURES, Inception
 from stablefield.evaluate.inputs import Reference
 
+CPU = torch.device("cpu")
 Spaces = str | Path | Features | Sequence[str | Path | Features]
 
 
@@ -89,10 +91,9 @@ def _open_features(
         return EfficientNetLite0(ranks.device)
     if name != "classifier":
         return ExportedNetwork(Path(name), ranks.device, trusted=trusted)
-    if base.pool is None:
-        return find_classifier(base.hash, device=ranks.device)
-    load = partial(cached_classifier, base.pool, device=ranks.device)
-    trained: list[Features] = []
+    pool, device = base.pool, ranks.device
+    if pool is None:
+        return ranks.from_main(lambda: find_classifier(base.hash, device=device).to(CPU)).to(device)
+    # the others get the classifier itself: the caches of several machines may hold different ones
     with progress("training the classifier") as watch:
-        ranks.on_main(lambda: trained.append(load(progress=watch)))  # the others then find it in the cache
-    return trained[0] if trained else load()
+        return ranks.from_main(lambda: cached_classifier(pool, device=device, progress=watch).to(CPU)).to(device)

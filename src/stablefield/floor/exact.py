@@ -2,11 +2,12 @@
 
     V_DSM = Tr Cov[x | x_t],      V_STF(n) = E ||T_n - E[x | x_t]||^2,      over sources and references, given x_t
 
-(Xu et al. 2023, eq. 3 and 7.) One pass over the data gives the weight of every data point for an x_t, from which all
-follows without further passes. With the references of draw r, the target of an example has the error vector
-e_r = T_r - E[x | x_t]. The mean of <e_r, e_s> over pairs of different draws is ||E[T | x_t] - E[x | x_t]||^2, the
-squared bias, without the Monte-Carlo variance that the square of a mean would add. It may be negative, by about its
-standard error.
+(Xu et al. 2023, eq. 3 and 7.) The target over the k nearest data points A keeps the source where it is not in A. By the
+law of total variance, V_kNN = V_DSM - P(A | x_t) Tr Cov[x | x_t, A]. One pass over the data gives the weight of every
+data point for an x_t, from which all follows without further passes. With the references of draw r, the STF target of
+an example has the error vector e_r = T_r - E[x | x_t]. The mean of <e_r, e_s> over pairs of different draws is
+||E[T | x_t] - E[x | x_t]||^2, the squared bias, without the Monte-Carlo variance that the square of a mean would add.
+It may be negative, by about its standard error.
 """
 
 import math
@@ -64,12 +65,14 @@ class Exact:
         mean: E[x | x_t], (B, *D).
         dsm: variance of the DSM target, Tr Cov[x | x_t], (B,).
         stf: errors of stable targets by the size of their support.
+        knn: variance of the target over the k nearest data points by k, (B,).
         statistics: statistics of the posteriors; None unless they are asked for.
     """
 
     mean: Float[Tensor, "B *D"]
     dsm: Float[Tensor, "B"]
     stf: dict[int, TargetErrors]
+    knn: dict[int, Float[Tensor, "B"]]
     statistics: PosteriorStatistics | None = None
 
     @classmethod
@@ -84,6 +87,7 @@ class Exact:
             torch.cat([part.mean for part in parts]),
             torch.cat([part.dsm for part in parts]),
             {size: TargetErrors.concatenate([part.stf[size] for part in parts]) for size in parts[0].stf},
+            {k: torch.cat([part.knn[k] for part in parts]) for k in parts[0].knn},
             PosteriorStatistics.concatenate(statistics) if statistics else None,
         )
 
@@ -94,7 +98,8 @@ class Exact:
             index: their positions.
         """
         stf = {size: errors.select(index) for size, errors in self.stf.items()}
-        return Exact(self.mean[index], self.dsm[index], stf, self.statistics and self.statistics.select(index))
+        knn = {k: variance[index] for k, variance in self.knn.items()}
+        return Exact(self.mean[index], self.dsm[index], stf, knn, self.statistics and self.statistics.select(index))
 
 
 def exact_posteriors(
@@ -102,6 +107,7 @@ def exact_posteriors(
     noisy: NoisyBatch,
     *,
     sizes: Sequence[int] = (),
+    neighbours: Sequence[int] = (),
     draws: int = 8,
     seed: int = 0,
     details: bool = False,
@@ -115,6 +121,7 @@ def exact_posteriors(
         noisy: the examples, as `draw_points` returns them.
         sizes: sizes of the support for which the variance of stable targets is measured too. A support as large as the
             data (of the label) is exact.
+        neighbours: numbers k of nearest data points for which the variance of the target over them is measured too.
         draws: number of reference batches for it, shared by all examples.
         seed: seed of these draws.
         details: True for statistics of the posterior, biases, and supports without the source too; `draws` must be 3
@@ -123,7 +130,7 @@ def exact_posteriors(
         progress: called with (done, total).
     """
     device = float64_device(torch.device(device) if device is not None else pool.data.device)
-    measurement = _Measurement(pool, tuple(sizes), draws, seed, details, device)
+    measurement = _Measurement(pool, tuple(sizes), tuple(neighbours), draws, seed, details, device)
     parts = [
         (label, part) for label, index in _by_label(noisy) for part in index.split(measurement.examples_at_once(label))
     ]
@@ -150,15 +157,21 @@ class _Measurement:
 
     pool: Pool
     sizes: tuple[int, ...]
+    neighbours: tuple[int, ...]
     draws: int
     seed: int
     details: bool
     device: torch.device
 
+    @property
+    def weighted(self) -> bool:
+        """True if the weight of every data point is needed."""
+        return bool(self.sizes or self.neighbours or self.details)
+
     def examples_at_once(self, label: int) -> int:
         """Number of examples whose weights and errors fit into memory."""
         dim = math.prod(self.pool.shape)
-        weights = len(self.pool.indices(label)) if self.sizes or self.details else 1
+        weights = len(self.pool.indices(label)) if self.weighted else 1
         errors = 2 * self.draws * dim if self.details else self.draws
         return max(1, MAX_ELEMENTS // max(weights, 4 * dim, errors))
 
@@ -170,12 +183,11 @@ class _Measurement:
     def measure(self, noisy: NoisyBatch, label: int, advance: Callable[[int], None]) -> Exact:
         x_t, sigma, alpha = (value.to(self.device, torch.float64) for value in (noisy.x_t, noisy.sigma, noisy.alpha))
         count = len(self.pool.indices(label))
-        weighted = bool(self.sizes) or self.details
-        sums = EnergyRecorder(x_t, sigma, alpha, count) if weighted else PosteriorAccumulator(x_t, sigma, alpha)
+        sums = EnergyRecorder(x_t, sigma, alpha, count) if self.weighted else PosteriorAccumulator(x_t, sigma, alpha)
         for block in self.pool.blocks(label, chunk_size(x_t)):
             sums.add(block.to(self.device))
             advance(len(block))
-        posterior, stf, statistics = sums.finish(), {}, None
+        posterior, stf, knn, statistics = sums.finish(), {}, {}, None
         if isinstance(sums, EnergyRecorder):
             assert noisy.image_number is not None
             generators = (generator(self.seed, "floor", "sources", number) for number in noisy.image_number.tolist())
@@ -183,7 +195,8 @@ class _Measurement:
             log_w, mean = sums.log_weights(), posterior.mean.flatten(1)
             sources, statistics = self._sources(log_w, uniform.to(self.device))
             stf = {size: self._errors(label, mean, log_w, sources, size, advance) for size in self.sizes}
-        return Exact(posterior.mean.cpu(), posterior.variance.cpu(), stf, statistics)
+            knn = {k: self._variance_of_knn(label, posterior.variance, log_w, k) for k in self.neighbours}
+        return Exact(posterior.mean.cpu(), posterior.variance.cpu(), stf, knn, statistics)
 
     def _sources(
         self, log_w: Float[Tensor, "B N"], uniform: Float[Tensor, "B R"]
@@ -195,6 +208,21 @@ class _Measurement:
             statistics += [posterior_statistics(part, w).map(Tensor.cpu)] if self.details else []
             sources.append(draw_sources(w, u))
         return Sources.concatenate(sources), PosteriorStatistics.concatenate(statistics) if statistics else None
+
+    def _variance_of_knn(
+        self, label: int, dsm: Float[Tensor, "B"], log_w: Float[Tensor, "B N"], k: int
+    ) -> Float[Tensor, "B"]:
+        """Variance of the target over the k nearest data points, those with the largest weights."""
+        index = self.pool.indices(label)
+        if k >= len(index):
+            return torch.zeros_like(dsm).cpu()
+        found = []
+        for rows in torch.arange(len(dsm)).split(max(1, MAX_ELEMENTS // (4 * k * math.prod(self.pool.shape)))):
+            log_inside, nearest = log_w[rows.to(log_w.device)].topk(k)
+            x = self.pool.take(index[nearest.flatten().cpu()]).to(self.device, torch.float64).reshape(len(rows), k, -1)
+            mean = log_inside.softmax(1)[:, None] @ x
+            found.append((log_inside.exp() * (x - mean).square().sum(2)).sum(1))
+        return (dsm - torch.cat(found)).clamp(min=0).cpu()
 
     def _errors(
         self,

@@ -10,7 +10,7 @@ The floor is that of the finite training set. Below the distance of neighbouring
 the distribution the data were drawn from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class LossFloor:
     """The floor of a loss by noise level, for several kinds of targets.
 
     Attributes:
-        floors: the floor by the name of the target: "dsm", "stf:n" and "exact".
+        floors: the floor by the name of the target: "dsm", "stf:n", "knn:k" and "exact".
         label: class of each point, (K, m); None for an unconditional floor.
     """
 
@@ -69,7 +69,8 @@ class LossFloor:
                 network which is given the class. Mirrored training is `Pool(data).mirrored()`.
             loss: the loss, a `SquaredError`; EDM's noise and a weight of 1 on errors of x by default.
             labels: class of each data point, for a tensor; a pool has its own.
-            targets: kinds of targets: "dsm", "stf:n" (n candidates with the source) and "exact".
+            targets: kinds of targets: "dsm", "stf:n" (n candidates with the source), "knn:k" (the k nearest data
+                points if the source is among them, else the source) and "exact".
             bins: number of ranges of the noise level, which the loss visits equally often.
             per_bin: number of x_t in each of them.
             draws: number of reference batches for stable targets.
@@ -82,9 +83,11 @@ class LossFloor:
             ValueError: the loss is not a squared error, the target is unknown, or the data do not fit.
         """
         pool, loss = as_pool(data, labels), check_loss(SquaredError() if loss is None else loss)
-        sizes = sorted({size for target in targets if (size := parse_target(target)) is not None})
+        sizes, neighbours = supports(targets)
         noisy = draw_points(pool, loss, bins=bins, per_bin=per_bin, seed=seed, label_dropout=label_dropout)
-        exact = exact_posteriors(pool, noisy, sizes=sizes, draws=draws, seed=seed, device=device, progress=progress)
+        exact = exact_posteriors(
+            pool, noisy, sizes=sizes, neighbours=neighbours, draws=draws, seed=seed, device=device, progress=progress
+        )
         ends, values = noise_levels_of_bins(loss, bins), in_units_of_loss(exact, noisy, loss)
         floors = {name: ByNoise(values[name].unflatten(0, (bins, per_bin)), ends) for name in dict.fromkeys(targets)}
         return cls(floors, None if noisy.label is None else noisy.label.reshape(bins, per_bin))
@@ -122,28 +125,37 @@ def in_units_of_loss(exact: Exact, noisy: NoisyBatch, loss: SquaredError) -> dic
     """
     factor = loss.factor_of_x0(noisy.t.double(), noisy.x[0].numel())[:, None]
     zero = torch.zeros_like(exact.dsm)[:, None]
-    variances = {"dsm": exact.dsm[:, None], "exact": zero} | {
-        f"stf:{n}": errors.variance for n, errors in exact.stf.items()
+    variances = {
+        "dsm": exact.dsm[:, None],
+        "exact": zero,
+        **{f"stf:{n}": errors.variance for n, errors in exact.stf.items()},
+        **{f"knn:{k}": variance[:, None] for k, variance in exact.knn.items()},
     }
     # a weight may be infinite where the variance is 0, at the very end of the noise levels
     return {name: torch.where(values == 0, 0.0, factor * values) for name, values in variances.items()}
 
 
-def parse_target(target: str) -> int | None:
-    """The size of the support of a stable target; None for "dsm" and "exact".
+def supports(targets: Iterable[str]) -> tuple[list[int], list[int]]:
+    """Sizes n of the targets "stf:n" of a list, and k of its "knn:k", sorted.
 
     Args:
-        target: "dsm", "stf:n" or "exact".
+        targets: kinds of targets, as for `LossFloor.measure`.
 
     Raises:
         ValueError: an unknown target.
     """
-    if target in ("dsm", "exact"):
-        return None
-    kind, _, size = target.partition(":")
-    if kind != "stf" or not size.isdigit() or int(size) < 1:
-        raise ValueError(f'a target is "dsm", "exact", or "stf:n" with n candidates, such as "stf:256"; not {target!r}')
-    return int(size)
+    sizes: dict[str, set[int]] = {"stf": set(), "knn": set()}
+    for target in targets:
+        kind, _, size = target.partition(":")
+        if target in ("dsm", "exact"):
+            continue
+        if kind not in sizes or not size.isdigit() or int(size) < 1:
+            raise ValueError(
+                'a target is "dsm", "exact", "stf:n" with n candidates, such as "stf:256", or "knn:k" with the k '
+                f"nearest, not {target!r}"
+            )
+        sizes[kind].add(int(size))
+    return sorted(sizes["stf"]), sorted(sizes["knn"])
 
 
 def check_loss(loss: Any) -> SquaredError:

@@ -22,7 +22,7 @@ from torch import Tensor
 from stablefield.floor.estimate import ByNoise
 from stablefield.floor.exact import Exact, exact_posteriors
 from stablefield.floor.loss import Levels, SquaredError
-from stablefield.floor.loss_floor import as_pool, check_loss, in_units_of_loss, parse_target
+from stablefield.floor.loss_floor import as_pool, check_loss, in_units_of_loss, supports
 from stablefield.floor.points import draw_points, noise_levels_of_bins
 from stablefield.pool import Pool
 from stablefield.prediction import stable_target
@@ -51,8 +51,8 @@ class Probes:
         labels: class of each data point, for a tensor; a pool has its own.
         sources: data that the examples are made from, such as held-out data (a pool or tensor); the training data by
             default. Labels as those of `data`.
-        target: kind of the targets that the network is trained with, whose floor is measured too: "dsm", "stf:n" or
-            "exact".
+        target: kind of the targets that the network is trained with, whose floor is measured too: "dsm", "stf:n",
+            "knn:k" or "exact".
         bins: number of ranges of the noise level, which the loss visits equally often.
         per_bin: number of examples in each of them.
         draws: number of reference batches for the floor of stable targets.
@@ -95,7 +95,7 @@ class Probes:
             raise ValueError(f"sources have the shape {self.sources.shape}, but the data {self.pool.shape}")
         if (self.sources.labels is None) != (self.pool.labels is None):
             raise ValueError("sources need labels if and only if the data have labels")
-        self.target, self._size = target, parse_target(target)
+        self.target, self._supports = target, supports([target])
         self.bins, self.per_bin, self.draws, self.seed = bins, per_bin, draws, seed
         self.label_dropout, self.part, self.device = label_dropout, part, device
         self.noise_levels = noise_levels_of_bins(self.loss, bins)
@@ -123,9 +123,15 @@ class Probes:
     @cached_property
     def exact(self) -> Exact:
         """Exact posteriors of the examples of this part."""
-        sizes = () if self._size is None or self.sources is not self.pool else (self._size,)
+        sizes, neighbours = self._supports if self.sources is self.pool else ((), ())
         return exact_posteriors(
-            self.pool, self.noisy, sizes=sizes, draws=self.draws, seed=self.seed, device=self.device
+            self.pool,
+            self.noisy,
+            sizes=sizes,
+            neighbours=neighbours,
+            draws=self.draws,
+            seed=self.seed,
+            device=self.device,
         )
 
     @cached_property

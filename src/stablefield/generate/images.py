@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
 from torch import Tensor
 
+from stablefield.data.decode import Preprocessing, decode
 from stablefield.data.png import encode_png
 from stablefield.files import atomic_path
 
@@ -39,11 +39,11 @@ def read_image(path: Path) -> Float[Tensor, "C H W"]:
 
     Args:
         path: the file.
+
+    Raises:
+        ValueError: the file is damaged.
     """
-    with Image.open(path) as image:
-        pixels = np.asarray(image).astype(np.float32)
-    x = torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels).movedim(-1, 0)
-    return x / 127.5 - 1
+    return torch.from_numpy(decode(path.read_bytes(), str(path), Preprocessing()).pixels).float() / 127.5 - 1
 
 
 def save_sheet(path: Path, x: Float[Tensor, "n C H W"], *, columns: int | None = None, side: int = 48) -> None:

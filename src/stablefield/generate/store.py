@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from stablefield.config import ConfigError
+from stablefield.data.arrays import read_archive
 from stablefield.data.png import encode_png
 from stablefield.files import append, atomic_path, sweep, temporary_folder, write_text
 from stablefield.generate.images import read_image, save_sheet, to_pixels
@@ -131,8 +132,8 @@ class SampleStore:
             ConfigError: the file is damaged.
         """
         try:
-            return json.loads(self.identity_file.read_text())
-        except ValueError:
+            return {**json.loads(self.identity_file.read_text())}
+        except (ValueError, TypeError, RecursionError):
             raise ConfigError(
                 f"{self.identity_file} is damaged; remove {self.folder}, and its samples will be made again"
             ) from None
@@ -210,7 +211,12 @@ class SampleStore:
         Args:
             seeds: seeds of samples in the store.
         """
-        return torch.stack([read_image(self.path(seed)) if self.png else self._read_array(seed) for seed in seeds])
+        samples = [self._read(seed) for seed in seeds]
+        for seed, sample in zip(seeds, samples, strict=True):
+            if sample.shape != samples[0].shape:
+                shapes = f"{tuple(sample.shape)}, and not {tuple(samples[0].shape)} as {self.path(seeds[0])}"
+                raise ConfigError(f"{self.path(seed)} has the shape {shapes}; remove the one that is wrong")
+        return torch.stack(samples)
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """Class of each sample; None if the run has no classes.
@@ -218,7 +224,7 @@ class SampleStore:
         Args:
             seeds: seeds of samples in the store.
         """
-        found = [_png_label(self.path(seed)) if self.png else int(np.load(self.path(seed))["label"]) for seed in seeds]
+        found = [_png_label(self.path(seed)) if self.png else int(self._part(seed)["label"]) for seed in seeds]
         return None if all(label < 0 for label in found) else found
 
     def finish(self, seeds: Sequence[int]) -> None:
@@ -237,7 +243,7 @@ class SampleStore:
             write_text(self.folder / "dataset.json", json.dumps({"labels": pairs}))
             save_sheet(self.sheet, self.take(seeds[:_SHEET]))
             return
-        parts = [np.load(self.path(seed)) for seed in seeds]
+        parts = [self._part(seed) for seed in seeds]
         x, classes = np.stack([part["x"] for part in parts]), np.array([int(part["label"]) for part in parts])
         arrays: dict[str, Any] = {"arr_0": x, "seeds": np.asarray(seeds)}
         arrays |= {"labels": classes} if (classes >= 0).any() else {}
@@ -247,9 +253,19 @@ class SampleStore:
             else:
                 np.savez(file, **arrays)
 
-    def _read_array(self, seed: int) -> Tensor:
-        array = torch.from_numpy(np.load(self.path(seed))["x"])
+    def _read(self, seed: int) -> Tensor:
+        """A sample as it was written: an image in [-1, 1], or float32."""
+        if self.png:
+            return read_image(self.path(seed))
+        array = torch.from_numpy(self._part(seed)["x"])
         return array.movedim(-1, 0).float() / 127.5 - 1 if array.dtype == torch.uint8 else array
+
+    def _part(self, seed: int) -> dict[str, np.ndarray]:
+        """The arrays `x` and `label` of a sample."""
+        found = read_archive(self.path(seed), ("x", "label"))
+        if not {"x", "label"} <= found.keys():
+            raise ConfigError(f"{self.path(seed)} is not a sample; remove it, and it will be made again")
+        return found
 
 
 def _is_complete(path: Path) -> bool:
@@ -265,5 +281,8 @@ def _is_complete(path: Path) -> bool:
 
 def _png_label(path: Path) -> int:
     """Class in the text chunk of a PNG file; -1 if there is none."""
-    with Image.open(path) as image:
-        return int(image.info.get(_LABEL, -1))
+    try:
+        with Image.open(path) as image:
+            return int(image.info.get(_LABEL, -1))
+    except Exception as error:  # the decoders of damaged files fail in any way
+        raise ConfigError(f"{path} is damaged ({error}); remove it, and it will be made again") from None

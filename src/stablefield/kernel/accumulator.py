@@ -8,7 +8,8 @@ parts merge, so that blocks, the source that joins a shared batch, and shards of
 
 Precision: products and sums are float64. Near-duplicates at small sigma are why: at sigma = 0.002 and D = 3072 one
 float32 rounding of ||x||^2 is worth 40 nats. Float64 products have no reduced mode, so neither TF32 nor autocast can
-reach the weights, and on a CPU with its memory reused they cost about twice the float32 ones. A caller who knows that
+reach the weights, and on a CPU with its memory reused they cost about twice the float32 ones. GPUs on which float64 is
+slow multiply digits in integers instead (`matmul.DigitsMatmul`). A caller who knows that
 other products suffice (`matmul`: float32 where sigma is large, integers for bytes) can ask for those; the sums stay
 float64.
 """
@@ -22,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stablefield.kernel.matmul import FloatMatmul, Matmul
+from stablefield.kernel.matmul import Matmul, accurate_matmul
 from stablefield.process import BatchRecord
 
 
@@ -54,7 +55,7 @@ class PosteriorAccumulator:
         x_t: noisy data, (B, *D).
         sigma: noise level, a number or (B,).
         alpha: scale of the data in x_t, a number or (B,).
-        matmul: how candidates are multiplied; float64 by default.
+        matmul: how candidates are multiplied; as accurately as in float64 by default.
 
     Attributes:
         like: x_t as it was given.
@@ -75,7 +76,7 @@ class PosteriorAccumulator:
         x_t: Float[Tensor, "B *D"],
         sigma: float | Tensor,
         alpha: float | Tensor = 1.0,
-        matmul: Callable[[Float[Tensor, "B D"]], Matmul] = FloatMatmul,
+        matmul: Callable[[Float[Tensor, "B D"]], Matmul] = accurate_matmul,
     ) -> None:
         self.like = x_t
         self.query = x_t.detach().to(float64_device(x_t.device), torch.float64).flatten(1)

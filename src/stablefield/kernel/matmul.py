@@ -27,6 +27,7 @@ LOGGER = logging.getLogger("stablefield")
 
 INT8_OFFSET = 128  # subtracted from bytes to make them signed
 MAX_INT32_TERMS = 2**17 - 1  # products of a digit and a byte whose sum is certain to fit 32 bits
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}  # compute capabilities: half as fast as float32
 NEGLIGIBLE = 2.0**-38  # a weight that even a million times over cannot be seen beside a weight of 1
 FEW_ROWS = 5  # up to this many rows are multiplied one by one
 FEW_CANDIDATES = 1 / 3  # of a block: up to this share is picked out before the weighted sum
@@ -135,6 +136,44 @@ class FloatMatmul(Matmul):
         return self.buffers[dtype][: candidates.numel()].view(candidates.shape).copy_(candidates)
 
 
+class DigitsMatmul(FloatMatmul):
+    """Inner products by integers, for GPUs on which float64 is slow: both factors are rounded to digits.
+
+    Seven digits hold float64's precision, and five round a candidate to 2^-40 of its largest entry. Weighted sums are
+    float32, which rounds them to 1e-7 of the candidates, whatever sigma is. Candidates in float64, and those that are
+    not shared by all examples, are multiplied in float64.
+
+    Args:
+        examples: the examples of the batch, (B, D), float64.
+    """
+
+    EXAMPLE_DIGITS, CANDIDATE_DIGITS = 7, 5
+
+    def __init__(self, examples: Float[Tensor, "B D"]) -> None:
+        assert examples.shape[1] <= MAX_INT32_TERMS
+        super().__init__(examples, (torch.float64, torch.float32))
+        self.in_float64 = FloatMatmul(examples)
+        self.digits, self.scale = to_int8_digits(examples, self.EXAMPLE_DIGITS)
+
+    @override
+    def inner(self, candidates: Tensor) -> Float[Tensor, "B n"]:
+        if candidates.ndim == 3 or candidates.dtype == torch.float64:
+            return super().inner(candidates)
+        digits, scale = to_int8_digits(self.converted(candidates), self.CANDIDATE_DIGITS)
+        found = _digits_matmul(self.digits, self.scale, digits[0].T)
+        for digit in digits[1:]:
+            found.mul_(256).add_(_digits_matmul(self.digits, self.scale, digit.T))
+        return found.mul_(scale.T)
+
+    @override
+    def add_weighted_sum(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], candidates: Tensor) -> None:
+        if candidates.dtype == torch.float64:
+            self.in_float64.add_weighted_sum(sums, weight, candidates)
+            return
+        with full_precision():
+            super().add_weighted_sum(sums, weight, candidates)
+
+
 class Int8Matmul(Matmul):
     """Exact integer products of bytes less 128 with examples and weights, which are rounded to digits.
 
@@ -217,6 +256,28 @@ def to_int8_digits(x: Float[Tensor, "B D"], digits: int) -> tuple[Int8[Tensor, "
         digit.copy_(whole)  # its last byte
         whole.bitwise_right_shift_(8)
     return found, scale
+
+
+def accurate_matmul(examples: Float[Tensor, "B D"], narrow: torch.dtype = torch.float64) -> Matmul:
+    """Products with float64 inner products, or by digits where float64 is slow.
+
+    Args:
+        examples: the examples of the batch, (B, D), float64.
+        narrow: type of the weighted sums.
+    """
+    device = examples.device
+    if has_little_float64(device) and examples.shape[1] <= MAX_INT32_TERMS and has_int8_matmul(device):
+        return DigitsMatmul(examples)
+    return FloatMatmul(examples, (torch.float64, narrow))
+
+
+def has_little_float64(device: torch.device) -> bool:
+    """True for GPUs that are 32 or 64 times slower in float64 than in float32: all but those of data centres.
+
+    Args:
+        device: where to multiply.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) not in FAST_FLOAT64
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A run on disk: the files of its folder, the denoiser in its checkpoints, the identity of its data, and its export.
+"""A run on disk: the files of its folder, the denoiser in its checkpoints, and its export.
 
 runs/digits/config.toml               the resolved configuration
             checkpoint.safetensors    the newest checkpoint: weights, their averages, state of the optimiser
@@ -14,8 +14,7 @@ An export is a folder of three files, which `load` reads as it reads a run (see 
 
 from stablefield.run.export import export_run
 from stablefield.run.folder import RunFolder, checkpoint_of, run_folder
-from stablefield.run.identity import fingerprint, refuse_other_data, training_data
-from stablefield.run.trained import TrainedRun, describe, load, open_run
+from stablefield.run.trained import TrainedRun, describe, load, open_run, training_data
 
 __all__ = [
     "RunFolder",
@@ -23,10 +22,8 @@ __all__ = [
     "checkpoint_of",
     "describe",
     "export_run",
-    "fingerprint",
     "load",
     "open_run",
-    "refuse_other_data",
     "run_folder",
     "training_data",
 ]

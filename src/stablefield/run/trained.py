@@ -12,6 +12,8 @@ import torch
 from stablefield.build import build_denoiser, choose_device, place
 from stablefield.checkpoint import FORMAT, Checkpoint, CheckpointError, read
 from stablefield.config import Allowed, Config, ConfigError, resolve
+from stablefield.data import Progress, silent
+from stablefield.data.identity import fingerprint, refuse_other_data
 from stablefield.denoise import Denoiser
 from stablefield.pool import Pool, Values, values_of
 from stablefield.run.folder import RunFolder, checkpoint_of, run_folder
@@ -51,7 +53,7 @@ class TrainedRun:
         checksum: checksum of the checkpoint, followed by the name of the weights if they are not the first average.
         path: the folder, checkpoint file or name of the hub that it was opened from.
         weights: name of the weights: "average", "average-HALFLIFE" or "model".
-        data: hash of the training data (see `fingerprint`); "" if the checkpoint does not have it.
+        data: fingerprint of the training data (see `data.identity`); "" if the checkpoint does not have it.
     """
 
     denoiser: Denoiser
@@ -187,3 +189,19 @@ def _select_weights(checkpoint: Checkpoint, name: str | None) -> tuple[str, dict
         raise ValueError(f"there are no weights {name!r} in this checkpoint; choose one of {', '.join(names)}, or best")
     weights = {key.removeprefix(f"{name}."): t for key, t in checkpoint.tensors.items() if key.startswith(f"{name}.")}
     return name, weights
+
+
+def training_data(trained: TrainedRun, progress: Progress = silent, *, way_out: str) -> Pool:
+    """Load all data of a run again, those that were held out included.
+
+    Args:
+        trained: the run, as `open_run` returns it.
+        progress: called with (done, total) while data are decoded.
+        way_out: what the user can do if the data have changed, the end of the message.
+
+    Raises:
+        ConfigError: the data are no longer those of the run, or the run does not record which they were.
+    """
+    data: Pool = trained.config.make("data").load(progress)
+    refuse_other_data(data, fingerprint(data), trained.data, way_out)
+    return data

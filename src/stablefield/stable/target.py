@@ -18,7 +18,8 @@ It is exactly the loop's target where the mean is x, and loses no digits at smal
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal
@@ -40,6 +41,13 @@ from stablefield.targets.dsm import DSMTarget
 from stablefield.targets.exact import ExactTarget
 
 RESOLUTION = 2.0**-22  # of ||x_t||: below it the kernel cannot tell noise levels apart
+
+
+@contextmanager
+def _cpu_by_default() -> Iterator[None]:
+    """Context in which tensors are made on the CPU if no device is named, whatever `torch.set_default_device` says."""
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
 
 
 class StableTarget:
@@ -165,6 +173,7 @@ class StableTarget:
         self.generator.set_state(state["generator"].cpu())
 
     @torch.no_grad()
+    @_cpu_by_default()
     def _target(
         self,
         target: Tensor,

@@ -7,6 +7,7 @@ data points have in common.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator
-from stablefield.kernel.matmul import MAX_INT32_TERMS, FloatMatmul, Int8Matmul, has_int8_matmul
+from stablefield.kernel.matmul import (
+    MAX_INT32_TERMS,
+    FloatMatmul,
+    Int8Matmul,
+    Matmul,
+    accurate_matmul,
+    has_int8_matmul,
+)
 from stablefield.pool import Pool
 from stablefield.process import BatchRecord, NoisyBatch, move
 
@@ -95,12 +103,14 @@ class Query:
         return torch.promote_types(self.like.dtype, torch.float32)
 
     def accumulator(self, energies: torch.dtype = torch.float64) -> PosteriorAccumulator:
-        """An empty accumulator whose inner products are computed in floating point.
+        """An empty accumulator for candidates of any type.
 
         Args:
             energies: data type of the inner products.
         """
-        matmul = partial(FloatMatmul, types=(energies, self.narrow))
+        matmul: Callable[[Tensor], Matmul] = partial(FloatMatmul, types=(energies, self.narrow))
+        if energies == torch.float64:
+            matmul = partial(accurate_matmul, narrow=self.narrow)
         return PosteriorAccumulator(self.x_t, self.sigma, self.alpha, matmul)
 
     def int8_accumulator(self, digits: int) -> PosteriorAccumulator:

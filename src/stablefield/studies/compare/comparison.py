@@ -17,10 +17,11 @@ import torch
 from stablefield.build import build, choose_device
 from stablefield.config import Allowed, Config, ConfigError
 from stablefield.data import Progress, StageProgress, silent, silent_stage
+from stablefield.data.identity import fingerprint
 from stablefield.engine.checkpoints import locked
 from stablefield.files import write_text
 from stablefield.kinds import OBJECTIVES
-from stablefield.run import RunFolder, fingerprint
+from stablefield.run import RunFolder
 from stablefield.studies.compare.endpoints import (
     WEIGHTS,
     Curve,

@@ -30,10 +30,11 @@ from stablefield.config import (
     split_settings,
     target_section,
 )
+from stablefield.data.identity import refuse_other_data
 from stablefield.engine.checkpoints import RESUMABLE_KEYS
 from stablefield.files import write_text
 from stablefield.pool import Pool
-from stablefield.run import RunFolder, refuse_other_data
+from stablefield.run import RunFolder
 from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
 
 FORMAT = "stablefield comparison 2"
@@ -80,7 +81,7 @@ class Experiment:
         samples: number of samples per evaluation.
         examples: number of x_t that the excess is measured on.
         commands: date and command line of the start and of every later extension.
-        data_hash: hash of the data (see `run.fingerprint`); "" before they are loaded.
+        data_hash: hash of the data (see `data.identity`); "" before they are loaded.
         endpoints: the endpoints; by default all of `fixed_endpoints`.
 
     Raises:

@@ -54,16 +54,27 @@ def save_figures(comparison: Comparison, prefix: Path) -> dict[str, Path]:
 
 def _distances(comparison: Comparison) -> Figure:
     """Distance in the first feature space against images: a row per objective, a column per set of weights."""
-    space = comparison.experiment.spaces[0]
     figure, panels = _grid(comparison, 2)
-    real = comparison.machine["reference"]["held_out_distance"][space]
     for objective, row in zip(comparison.experiment.objectives, panels, strict=True):
         for weights, axes in zip(WEIGHTS, row, strict=True):
-            axes.axhline(real, color="0.7", linewidth=1)
-            _draw_arms(comparison, axes, objective, _entry(weights, space))
-            _label(axes, f"{objective} {WORDS[weights]}".strip(), f"Frechet distance\n({space}, squared units)")
+            draw_distance(comparison, axes, objective, weights)
     panels[0][0].legend(frameon=False)
     return figure
+
+
+def draw_distance(comparison: Comparison, axes: Axes, objective: str, weights: str) -> None:
+    """Draw the distance of samples to the training data in the first feature space against images seen.
+
+    Args:
+        comparison: the comparison.
+        axes: the axes to draw on.
+        objective: name of the objective.
+        weights: "average" or "raw".
+    """
+    space = comparison.experiment.spaces[0]
+    axes.axhline(comparison.machine["reference"]["held_out_distance"][space], color="0.7", linewidth=1)
+    _draw_arms(comparison, axes, objective, _entry(weights, space))
+    _label(axes, f"{objective} {WORDS[weights]}".strip(), f"Frechet distance\n({space}, squared units)")
 
 
 def _losses(comparison: Comparison) -> Figure:
@@ -83,7 +94,7 @@ def _forest(comparison: Comparison) -> Figure:
     """Endpoints of all contrasts with their intervals."""
     contrasts = comparison.experiment.contrasts
     endpoints = comparison.experiment.endpoints
-    columns = min(3, len(contrasts))
+    columns = 2 if len(contrasts) == 4 else min(3, len(contrasts))
     rows = -(-len(contrasts) // columns)
     figure = Figure(figsize=(4 + 3.6 * columns, rows * (1.2 + 0.27 * len(endpoints))), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)

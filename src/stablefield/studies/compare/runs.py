@@ -65,8 +65,8 @@ def run_arm(
         folder.sweep()
         session = Session(config, parts, folder)
         state, checkpoints = session.state, session.checkpoints
-        experiment.refuse_other_data(parts.data, checkpoints.data_hash)
-        write_text(folder.config, config.toml())
+        experiment.refuse_other_data(parts.data, checkpoints.identity.found)
+        write_text(folder.config, session.config.toml())
         record = experiment.record_file(out, arm, seed)
         saved_at = reported_at = perf_counter()
         for images in chain([state.images], (step.images for step in session.steps())):
@@ -80,9 +80,9 @@ def run_arm(
                 if checkpoints.newest_images < images:
                     checkpoints.save(state)
                 line, samples = evaluator(parts)(state, parts, last=images == experiment.images)
-                append_line(record, line | {"endpoints": endpoints_hash(experiment.endpoints)})
                 if parts.pool.images and images == experiment.images:
                     save_sheet(folder.path / "samples.png", samples[:SHEET_SAMPLES])
+                append_line(record, line | {"endpoints": endpoints_hash(experiment.endpoints)})  # the run is finished
                 saved_at = perf_counter()
             if now - reported_at > 1 or images in experiment.evaluation_points:
                 report(images)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stablefield.checkpoint import finite
-from stablefield.files import atomic_path, sweep, write_text
+from stablefield.files import atomic_path, write_text
 from stablefield.studies.field.plots import plot_bias, plot_field
 from stablefield.studies.field.report import VarianceReport
 from stablefield.studies.field.study import COLUMNS, VarianceStudy
@@ -31,7 +31,6 @@ def write_study(
         The names of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sweep(folder)
     records = list(study.records())
     with atomic_path(folder / "field.csv") as partial, partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
