@@ -83,7 +83,10 @@ def floor(
     print("\n".join(["", *aligned(report.table()), "", *report.lines(), ""]))
     out.mkdir(parents=True, exist_ok=True)
     plot_floor(
-        out / "floor.png", measured.floors, f"Floor of the loss: {run or source or training.make('data')}", excess
+        out / "floor.png",
+        measured.floors,
+        f"Floor of the loss: {Path(run or source or training['data'].get('path') or training['data']['kind']).name}",
+        excess,
     )
     record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
     write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")
