@@ -87,7 +87,7 @@ def _license(license: str | None) -> str:
 
 
 def _own_classes(config: Config) -> str:
-    """How to allow classes that are not of stablefield."""
+    """The paragraph about classes that are not of stablefield; empty without any."""
     if not config.own_classes:
         return ""
     names = ", ".join(map(escape, config.own_classes))
