@@ -2,9 +2,9 @@
 
     python options_fuzz.py SEED ROUNDS FOLDER
 
-The folder holds a run and data. Prints the number of commands by their exit status, and those that failed: with an error
-that the command line does not print as lines of text, after ten seconds of processor time, by starting a program, or
-beyond 1 GB of memory.
+The folder holds a run and data. Prints the number of commands by their exit status, and those that failed: with an
+error that the command line does not print as lines of text, after ten seconds of processor time, by starting a program,
+or beyond 1 GB of memory.
 """
 
 import contextlib
