@@ -193,6 +193,7 @@ def test_frames_of_errors_that_are_each_others_cause_are_cleared_once():
     assert references[0]() is None
 
 
+@pytest.mark.slow
 def test_four_ranks_have_the_losses_of_one(tmp_path):
     single = losses(Ranks(torch.device("cpu")))
     torch.testing.assert_close(on_ranks(4, tmp_path), single, rtol=1e-5, atol=1e-6)

@@ -250,7 +250,7 @@ LAUNCHES = {
     "torchrun -m": [*TORCHRUN, "-m", "stablefield"],
     "torchrun --no-python": [*TORCHRUN, "--no-python", SCRIPT],
 }
-QUICK = ("console script", "python -m")
+QUICK = ("python -m",)  # the one that searches the working folder by default
 
 
 @pytest.mark.parametrize(

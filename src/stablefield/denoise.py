@@ -7,6 +7,7 @@ set, without a network. `Guided` extrapolates from a weaker denoiser (classifier
 """
 
 from abc import ABC, abstractmethod
+from itertools import chain
 from math import inf, nan
 
 import torch
@@ -33,6 +34,11 @@ class Denoiser(nn.Module, ABC):
     process: Process
     num_classes: int = 0
     noise_range: NoiseRange = (0.0, inf)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters and buffers, where samples are made."""
+        return next((x.device for x in chain(self.parameters(), self.buffers())), torch.device("cpu"))
 
     @abstractmethod
     def forward(

@@ -13,6 +13,20 @@ class ConfigError(ValueError):
     """A mistake in a configuration, or several, one per line."""
 
 
+def refuse_if(*cases: tuple[object, str]) -> None:
+    """Refuse arguments that contradict each other.
+
+    Args:
+        *cases: conditions, each with the message for it.
+
+    Raises:
+        ConfigError: a condition holds; the first one counts.
+    """
+    for condition, message in cases:
+        if condition:
+            raise ConfigError(message)
+
+
 KINDS: dict[str, dict[str, str]] = {
     "data": {
         "digits": "stablefield.data:Digits",

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from stablefield.process import move
@@ -343,21 +343,21 @@ def draw_without_replacement(total: int, n: int, generator: torch.Generator | No
         return torch.randperm(total, generator=generator)[:n]
     seen = torch.empty(0, dtype=torch.int64)
     while len(seen) < n:
-        more = torch.randint(total, (n + 16,), generator=generator)
-        seen = unique_in_order(torch.cat([seen, more]))
+        seen = torch.cat([seen, torch.randint(total, (n + 16,), generator=generator)])
+        seen = seen[first_of(seen)]
     return seen[:n]
 
 
-def unique_in_order(numbers: Int[Tensor, "n"]) -> Int[Tensor, "m"]:
-    """Distinct numbers, in the order of their first occurrence.
+def first_of(numbers: Int[Tensor, "n"]) -> Bool[Tensor, "n"]:
+    """Mask of the first occurrence of each number.
 
     Args:
         numbers: integers.
     """
     ordered, position = numbers.sort(stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return numbers[position[first].sort().values]
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(is_first).scatter_(0, position, is_first)
 
 
 def _prefetched_blocks(data: Shaped[Tensor, "n *D"], size: int) -> Iterator[Shaped[Tensor, "m *D"]]:

@@ -2,19 +2,24 @@
 
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
 from stablefield.build import build_sampler
 from stablefield.checkpoint import read, save
 from stablefield.cli import app
+from stablefield.cli.stopping import stoppable
 from stablefield.run import open_run
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -249,3 +254,19 @@ def test_float_samples_are_not_added_to_a_store_of_clipped_ones(tmp_path):
     identity_file.write_text(json.dumps(identity))  # as in stores of images, which are clipped to bytes
     refused = command("sample", run, "--seeds", "0-2", "--out", tmp_path / "x.npz")
     assert "another run or sampler" in str(refused.exception)
+
+
+def test_a_signal_ends_a_command_with_what_is_done_and_how_to_resume_it(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def interrupted():
+        with stoppable("sampling", lambda: "3 of 4 samples exist"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+
+    with pytest.raises(typer.Exit) as stopped:
+        interrupted()
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    said = capsys.readouterr().out
+    assert re.match(r"sampling was stopped by SIGTERM: 3 of 4 .*\nresume it with: stablefield ", said)
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from stablefield import VE, DSMTarget, IdealDenoiser, Objective, Pool, Preconditioned, STFTarget
@@ -523,3 +525,15 @@ def test_several_jobs_give_the_results_of_one(finished, tmp_path):
     for arm in experiment.arms:
         one, other = (read(experiment.run_folder(out, arm, 1).checkpoint).tensors for out in (whole, tmp_path))
         assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5) for name in one)
+
+
+def test_the_readme_s_figure_shows_the_samples_of_each_target_and_their_distances(finished, tmp_path):
+    _, out = finished
+    script = Path(__file__).parents[2] / "examples" / "readme_figure.py"
+    figure = tmp_path / "figure.png"
+    objective = Comparison.read(out).experiment.arms[0].objective
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [str(script), str(out), str(figure), "--objective", objective])
+        runpy.run_path(str(script), run_name="__main__")
+    with Image.open(figure) as image:
+        assert image.width > 3 * image.height

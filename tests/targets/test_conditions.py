@@ -75,9 +75,9 @@ def conditioned_on_flips_and_labels(pool: Pool) -> list[Case]:
 
 
 def conditioned_on_maps(
-    pool: Pool, numbers: Iterable[int] = range(4, 8), cases_of: Callable[[Pool], list[Case]] = labels_dropped
+    pool: Pool, numbers: Iterable[int] = (4, 7), cases_of: Callable[[Pool], list[Case]] = labels_dropped
 ) -> list[Case]:
-    """Every image under a few of the maps that are drawn, most of which do not permute pixels."""
+    """Every image under some of the maps that are drawn: number 7 permutes pixels, the others do not."""
     cases = []
     for number in numbers:
         for case in cases_of(pool):
@@ -217,7 +217,7 @@ class MapsOfThese:
 
 
 def test_the_published_estimator_is_biased_by_references_under_other_maps() -> None:
-    pool, numbers = Pool(FOUR), (4, 5, 6)
+    pool, numbers = Pool(FOUR), (4, 5)
     cases = conditioned_on_maps(PLAIN, numbers, unconditional)
 
     def published(size: int) -> Callable[[NoisyBatch], Tensor]:

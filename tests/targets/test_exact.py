@@ -263,7 +263,7 @@ def data_sets(draw: st.DrawFn) -> Tensor:
 
 
 @given(data_sets(), st.floats(1e-3, 1e3), st.integers(1, 4), st.integers(0, 100))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_exact_target_is_exact_for_any_data(data: Tensor, sigma: float, dims: int, seed: int) -> None:
     pool = Pool(data)
     noisy = noisy_batch(pool, torch.full((7,), sigma), seed=seed)
@@ -275,7 +275,7 @@ def test_exact_target_is_exact_for_any_data(data: Tensor, sigma: float, dims: in
 
 
 @given(data_sets(), st.floats(1e-3, 30), st.floats(1e-6, 0.9), st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_exact_target_is_unbiased_for_any_data_labels_and_missing_mass(
     data: Tensor, sigma: float, missing_mass: float, seed: int
 ) -> None:
@@ -294,7 +294,7 @@ def test_exact_target_is_unbiased_for_any_data_labels_and_missing_mass(
 
 
 @given(st.lists(st.integers(-1, 3), min_size=1, max_size=12), st.integers(0, 1000), st.floats(0.05, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_examples_of_any_labels_and_the_null_label_have_their_exact_targets(
     label: list[int], seed: int, sigma: float
 ) -> None:

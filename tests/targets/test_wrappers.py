@@ -37,7 +37,7 @@ def stored(folder: Path, dtype: str, labels: bool = True) -> Pool:
 
 @every_exact_target
 @pytest.mark.parametrize("labelled", [False, True])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_prefetched_targets_equal_those_step_by_step_for_any_split(
     exact: Callable[[Pool], ExactTarget], labelled: bool, sizes: list[int]

@@ -6,7 +6,6 @@ import torch
 
 from stablefield.cli.progress import progress_bar
 from stablefield.config import Config
-from stablefield.data import Progress
 from stablefield.evaluate import cached_classifier, evaluate
 from stablefield.generate import SamplingPlan, generate_samples
 from stablefield.pool import Pool
@@ -24,14 +23,13 @@ def draw_samples(folder: RunFolder, samples: int) -> torch.Tensor:
         samples: number of samples.
     """
     plan = SamplingPlan.for_run(folder.path)
-    parts = generate_samples(plan.denoiser, plan.trained.shape, plan.sampler, range(samples), batch_size=250)
+    parts = []
     with progress_bar("sampling") as progress:
-        return torch.cat([_report(part.x.cpu(), max(seeds) + 1, samples, progress) for seeds, part in parts])
-
-
-def _report(x: torch.Tensor, done: int, total: int, progress: Progress) -> torch.Tensor:
-    progress(done, total)
-    return x
+        batches = generate_samples(plan.denoiser, plan.trained.shape, plan.sampler, range(samples), batch_size=250)
+        for seeds, batch in batches:
+            parts.append(batch.x.cpu())
+            progress(max(seeds) + 1, samples)
+    return torch.cat(parts)
 
 
 def score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:

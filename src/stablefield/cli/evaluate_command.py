@@ -14,7 +14,7 @@ from stablefield.cli.options import Allow
 from stablefield.cli.progress import progress_bar
 from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, Precision, SamplerKind, Set, Steps
 from stablefield.cli.stopping import stoppable
-from stablefield.kinds import ConfigError
+from stablefield.kinds import ConfigError, refuse_if
 
 
 def evaluate_command(
@@ -98,7 +98,7 @@ def evaluate_command(
     for_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
     given = [name for name, value in for_runs.items() if value is not None]
     given += ["precision"] if precision != "float32" else []
-    _refuse_if(
+    refuse_if(
         (not run and given, f"--{''.join(given[:1])} is for runs, but {what} holds samples that exist already"),
         (not run and repeats > 1, f"--repeats {repeats} needs new samples for each repeat; pass a run"),
         (samples and first_seeds, "--samples and --seeds exclude each other; pass one of them"),
@@ -162,13 +162,6 @@ def evaluate_command(
 def _kept(file: Path) -> str:
     """Text for the user on the files of an interrupted evaluation."""
     return f"samples that were made are kept{f', and scores are in {file}' if file.exists() else ''}"
-
-
-def _refuse_if(*cases: tuple[object, str]) -> None:
-    """Raise an error with the message of the first condition that holds."""
-    for condition, message in cases:
-        if condition:
-            raise ConfigError(message)
 
 
 def _scores_file(what: str, run: bool) -> Path:

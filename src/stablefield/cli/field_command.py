@@ -43,26 +43,20 @@ def field(
 ) -> None:
     """Measure variance and bias of training targets by noise level, and report what to expect of stable targets."""
     from stablefield.build import choose_device
-    from stablefield.cli.variance import configured, refuse_other_data_than_of_run
+    from stablefield.cli.measuring import aligned, configured, training_pool
     from stablefield.config import allowed_names
-    from stablefield.data import Store, content_hash, split
+    from stablefield.data import Store, content_hash
     from stablefield.studies.field import DataDistances, VarianceReport, measure, write_study
 
     chosen = parse_sizes(sizes)
-    training = configured(source, kind, config, set_ or [], allowed_names(set_ or [], allow))
+    training = configured(source, kind, config, set_ or [], allowed_names(set_ or [], allow), "field")
     data_source = training.make("data")
-    with progress_bar("decoding") as progress:
-        data = data_source.load(progress)
-    if config and not source:
-        refuse_other_data_than_of_run(config, training, data)
-    pool, _ = split(data, data_source.holdout)
-    pool = training.make("augmentation").augment_pool(pool)
+    pool = training_pool(training, None if source else config, None, "field")
     pool = replace(pool, data=pool.data.to(choose_device(device)))
     process, times, weight = (training.make(section) for section in ("process", "times", "weight"))
     conditional = conditional or training.training.conditional
     distances = DataDistances.from_pool(pool, seed=seed)
     levels = distances.noise_levels(noise_levels, process, low=low, high=high)
-    print(f"data      {data_source!r}: {len(pool):,} data points of shape {pool.shape}")
     print(f"distances {distances.nearest:.3g} to {distances.farthest:.3g}, measured on a part of the data")
     print(
         f"process   {process}; {noise_levels} noise levels, {examples} examples and {draws} reference batches at each;"
@@ -120,13 +114,3 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     if min(sizes) < 1:
         raise ConfigError(f"--sizes must be integers above 0 separated by commas, such as 64,256,1024, not {text!r}")
     return sizes
-
-
-def aligned(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines of text, aligned on the right.
-
-    Args:
-        rows: the cells, the first row being the head.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]

@@ -1,15 +1,21 @@
 """`stablefield floor`: what a training loss cannot go below on any data, and how far a run is above it."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
+
+if TYPE_CHECKING:
+    from stablefield.config import Config
+
+_SIZES = {"stf": "size", "knn": "neighbours"}  # the key of the size, by kind of target
 
 
 def floor(
@@ -38,9 +44,7 @@ def floor(
     """Measure what a training loss cannot go below on these data, and how far a run is above it."""
     from stablefield.build import choose_device
     from stablefield.checkpoint import finite
-    from stablefield.cli.field_command import aligned
-    from stablefield.cli.loss_floor import floor_targets, training_pool
-    from stablefield.cli.variance import configured
+    from stablefield.cli.measuring import aligned, configured, training_pool
     from stablefield.config import allowed_names
     from stablefield.evaluate.plots import plot_floor
     from stablefield.files import write_text
@@ -54,11 +58,14 @@ def floor(
         raise ConfigError(f"--run cannot be combined with {', '.join(given)}: a run has its own data and settings")
     allowed = allowed_names(set_ or [], allow)
     trained = open_run(run, weights=weights, device=device, allow=allowed) if run else None
-    training = trained.config if trained else configured(source, kind, config, set_ or [], allowed, command="floor")
-    pool = training_pool(training, trained)
+    training = trained.config if trained else configured(source, kind, config, set_ or [], allowed, "floor")
+    pool = training_pool(training, None if source else config, trained, "floor")
+    if not training.training.conditional:
+        pool = replace(pool, labels=None)
+    elif pool.labels is None:
+        raise ConfigError("training.conditional=true needs labels, and the data have none; set it to false")
     loss = SquaredError(training.make("process"), training.make("times"), weight=training.make("weight"))
-    names = floor_targets(targets, training, pool)
-    print(f"data      {training.make('data')!r}: {len(pool):,} data points of shape {pool.shape}")
+    names = floor_targets(targets, training, len(pool))
     print(f"loss      {loss.process}, times {loss.times}, weight {loss.weight}; mean over the dimensions")
     points: dict[str, Any] = {
         "bins": bins,
@@ -76,8 +83,42 @@ def floor(
     print("\n".join(["", *aligned(report.table()), "", *report.lines(), ""]))
     out.mkdir(parents=True, exist_ok=True)
     plot_floor(
-        out / "floor.png", measured.floors, f"Floor of the loss: {run or source or training.make('data')}", excess
+        out / "floor.png",
+        measured.floors,
+        f"Floor of the loss: {Path(run or source or training['data'].get('path') or training['data']['kind']).name}",
+        excess,
     )
     record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
     write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")
     print(f"written   {out}/floor.png, floor.json")
+
+
+def floor_targets(text: str | None, config: "Config", data_points: int) -> list[str]:
+    """Names of the targets whose floor is measured, as `LossFloor` has them.
+
+    Args:
+        text: targets, separated by commas; None for DSM, and the target of the configuration if its floor is another.
+        config: configuration of the training.
+        data_points: number of data points that are trained on.
+
+    Raises:
+        ConfigError: the floor of one of the targets is not known.
+    """
+    from stablefield.config import split_targets, target_section
+
+    if text is None:
+        known = config["target"]["kind"] in _SIZES and config["target"].get("search") != "faiss"
+        return ["dsm", *([_floor_name(config["target"], data_points)] if known else [])]
+    chosen = {each: target_section(each, config.allowed) for each in split_targets(text)}
+    sections = {each: config.changed(target=section)["target"] for each, section in chosen.items()}
+    for each, section in sections.items():
+        if section.get("search") == "faiss":
+            raise ConfigError(f"the floor of the target {each!r} is not known: it depends on its index")
+        if section["kind"] not in ("dsm", "stf", "knn", "exact"):
+            raise ConfigError(f"the floor of the target {each!r} is not known: choose from dsm, stf:N, knn:K and exact")
+    return list(dict.fromkeys(_floor_name(section, data_points) for section in sections.values()))
+
+
+def _floor_name(section: dict[str, Any], data_points: int) -> str:
+    kind = str(section["kind"])
+    return f"{kind}:{min(section[_SIZES[kind]], data_points)}" if kind in _SIZES else kind

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from stablefield.cli.progress import progress_bar
-from stablefield.cli.training import section_of
 from stablefield.config import ConfigError, override, resolve
-from stablefield.data import Inspection, Source, printable
+from stablefield.data import Inspection, Source, data_section, printable
 from stablefield.objective import EDMWeight
 from stablefield.pool import Pool
 from stablefield.studies.field import VarianceReport, propose_noise
@@ -28,7 +27,7 @@ def open_source(source: str, kind: str | None, options: dict[str, Any], settings
         ConfigError: an option that this kind does not have, an invalid value, or a key of another section.
         ValueError: the path does not exist, or its kind cannot be guessed.
     """
-    section = section_of(source) if kind is None else {"kind": kind, "path": source}
+    section = data_section(source, kind)
     if kind is None:
         print(f"kind      {section['kind']} (guessed; --kind overrides it)")
     section |= options

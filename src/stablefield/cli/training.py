@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from stablefield.build import Components
 from stablefield.config import Allowed, Config, ConfigError, overlay, read_toml
-from stablefield.data import guess_kind
+from stablefield.data import data_section
 from stablefield.data.identity import fingerprint, is_same
 from stablefield.distributed import Ranks
 from stablefield.engine.checkpoints import latest_config, refuse_changed_config, refuse_edited_config
@@ -45,7 +45,7 @@ def merge_layers(raw: dict[str, Any], recipe: str | None, config: Path | None, d
     layers = (
         read_recipe(recipe) if recipe else {},
         read_toml(config) if config else {},
-        {"data": section_of(data)} if data else {},
+        {"data": data_section(data)} if data else {},
     )
     return reduce(overlay, layers, raw)
 
@@ -117,7 +117,6 @@ def summary(config: Config, parts: Components, folder: RunFolder, ranks: Ranks |
     """
     training = config.training
     parameters = sum(p.numel() for p in parts.denoiser.parameters())
-    device = next(parts.denoiser.parameters()).device
     count = ranks.world_size if ranks else 1
     shared = f"{count} ranks" if count > 1 else "1 rank"
     return "\n".join(
@@ -125,7 +124,7 @@ def summary(config: Config, parts: Components, folder: RunFolder, ranks: Ranks |
             f"data      {parts.data!r}",
             f"process   {parts.denoiser.process}, times {parts.objective.times}",
             f"target    {parts.objective.target}",
-            f"network   {config['network']['kind']}, {parameters:,} parameters, on {device}",
+            f"network   {config['network']['kind']}, {parameters:,} parameters, on {parts.denoiser.device}",
             f"training  {training.images:,} images in batches of {training.batch_size} on {shared}, "
             f"seed {training.seed}",
             f"run       {folder.path}",
@@ -188,16 +187,3 @@ def _over_floor(line: Mapping[str, Any]) -> str:
     if "loss/floor" not in line:
         return ""
     return f", excess {line['loss/excess']:.4f}, floor {line['loss/floor']:.4f} ({line['target/name']})"
-
-
-def section_of(source: str) -> dict[str, Any]:
-    """Section `data` of a configuration for the data at a path, whose kind is guessed.
-
-    Args:
-        source: a path, or hf:NAME.
-
-    Raises:
-        ValueError: the path does not exist, or its kind cannot be guessed.
-    """
-    kind, path = guess_kind(source)
-    return {"kind": kind, "path": path} if path else {"kind": kind}

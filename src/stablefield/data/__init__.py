@@ -15,7 +15,7 @@ from stablefield.data.contents import Contents, DataSummary, Progress, StageProg
 from stablefield.data.conversion import Converted, Inspection, convert, inspect
 from stablefield.data.dataset import DatasetSource
 from stablefield.data.export import write_npz, write_zip
-from stablefield.data.guess import guess_kind
+from stablefield.data.guess import data_section, guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, ImageSource
@@ -55,6 +55,7 @@ __all__ = [
     "UnknownData",
     "content_hash",
     "convert",
+    "data_section",
     "guess_kind",
     "inspect",
     "printable",

@@ -168,7 +168,8 @@ class Preprocessing:
             )
         grey = image.mode in _GREY
         if not image.has_transparency_data:
-            return image.convert("L" if grey else "RGB"), remarks
+            mode = "L" if grey else "RGB"
+            return image if image.mode == mode else image.convert(mode), remarks
         # Pillow warns when it converts a palette with transparency directly to RGB
         image = image if grey and image.mode == "LA" else image.convert("RGBA")
         if self.drop_alpha:

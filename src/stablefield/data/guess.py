@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from stablefield.data.cifar import SPLITS
 
@@ -30,6 +31,20 @@ def guess_kind(source: str) -> tuple[str, str]:
     if source == "digits":
         return "digits", ""
     raise ValueError(f"there is no file or folder {source}; write {HUB_PREFIX}NAME for data of the Hugging Face hub")
+
+
+def data_section(source: str, kind: str | None = None) -> dict[str, Any]:
+    """Section `data` of a configuration for the data at a path.
+
+    Args:
+        source: as for `guess_kind`.
+        kind: kind of the data; guessed by default.
+
+    Raises:
+        ValueError: the path does not exist, or its kind cannot be guessed.
+    """
+    found, path = (kind, source) if kind else guess_kind(source)
+    return {"kind": found, "path": path} if path else {"kind": found}
 
 
 def _kind_of_folder(path: Path) -> str:

@@ -66,7 +66,7 @@ def fit(
         ConnectionError: another rank has died.
         OSError: the folder cannot be written.
     """
-    ranks = ranks or Ranks(next(components.denoiser.parameters()).device)
+    ranks = ranks or Ranks(components.denoiser.device)
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(locked(folder)))
         stack.enter_context(deterministic_algorithms(config.training.deterministic))

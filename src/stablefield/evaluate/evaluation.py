@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from stablefield.config import ConfigError
 from stablefield.data import Progress, StageProgress, content_hash, silent_stage
 from stablefield.distributed import Ranks
 from stablefield.evaluate.estimate import Estimate
@@ -48,6 +47,7 @@ from stablefield.evaluate.scores import Scores, ScoreTable
 from stablefield.evaluate.spaces import Spaces, open_features
 from stablefield.generate import SamplingPlan
 from stablefield.kernel.accumulator import float64_device
+from stablefield.kinds import ConfigError, refuse_if
 from stablefield.pool import Pool, draw_without_replacement
 from stablefield.precision import arithmetic
 from stablefield.run import TrainedRun
@@ -283,7 +283,7 @@ def evaluate(
     check_metrics(metrics)
     plan = _plan(samples)
     ranks = ranks or Ranks(plan.device if plan else torch.device("cpu"))
-    _refuse_if(
+    refuse_if(
         (count is not None and seeds is not None, "count and seeds exclude each other; pass one of them"),
         (plan is None and seeds is not None, "seeds are for runs; these samples exist already"),
         (plan is None and repeats > 1, f"{repeats} repeats need new samples for each repeat; pass a run"),
@@ -361,13 +361,6 @@ def feature_statistics(
         raise ConfigError(f"statistics are of one kind of features, not {len(spaces)}")
     tables = list(Evaluation(source, None, None, spaces, (), ranks, batch_size, progress).tables())
     return tables[0].statistics if tables else None
-
-
-def _refuse_if(*cases: tuple[object, str]) -> None:
-    """Raise an error with the message of the first condition that holds."""
-    for condition, message in cases:
-        if condition:
-            raise ConfigError(message)
 
 
 def _plan(samples: Scored) -> SamplingPlan | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stablefield.config import ConfigError, resolve
-from stablefield.data import Source, StageProgress, content_hash, guess_kind, range_question, say, silent_stage, split
+from stablefield.data import Source, StageProgress, content_hash, data_section, range_question, say, silent_stage, split
 from stablefield.data.arrays import map_array, read_archive
 from stablefield.distributed import Ranks
 from stablefield.evaluate.frechet import Statistics
@@ -254,9 +254,8 @@ def _load(source: Source, progress: StageProgress) -> Pool:
 
 def _data_source(path: str) -> Source:
     """The data set at a path; arrays of images as bytes have channels last, as other programs write them."""
-    kind, found = guess_kind(path)
-    section: dict[str, Any] = {"kind": kind, **({"path": found} if found else {})}
-    if kind == "arrays" and _channels_last(Path(found)):
+    section = data_section(path)
+    if section["kind"] == "arrays" and _channels_last(Path(section["path"])):
         section["channels_last"] = True
     return resolve({"data": section}).make("data")
 

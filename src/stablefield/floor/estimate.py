@@ -58,14 +58,6 @@ class ByNoise:
         """
         return ByNoise(function(self.values), self.noise_levels)
 
-    def minus(self, other: "ByNoise") -> "ByNoise":
-        """The difference from another quantity at the same points, with the standard error of paired values.
-
-        Args:
-            other: the quantity to subtract, at the same points.
-        """
-        return self.map(lambda values: values.mean(2, keepdim=True) - other.values.mean(2, keepdim=True))
-
     def _errors_over_points(self) -> Float[Tensor, "K"]:
         points = self.values.mean(2)
         count = points.shape[1]

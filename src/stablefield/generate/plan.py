@@ -112,7 +112,7 @@ class SamplingPlan:
     @property
     def device(self) -> torch.device:
         """Device that samples are made on."""
-        return next((p.device for p in self.denoiser.parameters()), torch.device("cpu"))
+        return self.denoiser.device
 
 
 def sample_to(
@@ -214,10 +214,9 @@ def generate_samples(
     Raises:
         FloatingPointError: some samples are not finite.
     """
-    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
     for start in range(0, len(seeds), batch_size):
         part = seeds[start : start + batch_size]
-        with arithmetic(precision), autocast(precision, device):
+        with arithmetic(precision), autocast(precision, denoiser.device):
             samples = sampler(denoiser, shape, seeds=part, label=label)
         if not torch.isfinite(samples.x).all():
             raise FloatingPointError(

@@ -68,12 +68,7 @@ class VP(Process):
 
 @dataclass(frozen=True)
 class SubVP(VP):
-    """The sub-VP process: VP's alpha with the smaller noise sigma = 1 - alpha^2 (Song et al. 2021, eq. 29).
-
-    Attributes:
-        beta_min: beta at t = 0.
-        beta_d: growth of beta from t = 0 to t = 1.
-    """
+    """The sub-VP process: VP's alpha with the smaller noise sigma = 1 - alpha^2 (Song et al. 2021, eq. 29)."""
 
     @override
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:

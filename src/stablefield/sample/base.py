@@ -8,7 +8,7 @@ on its seed alone, not on the batch it was made in.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -150,7 +150,7 @@ class Sampler(ABC):
             ValueError: there are neither seeds nor latents; their numbers, the shape or the labels do not match; a
                 label is unknown to the denoiser; or seeds are missing that the sampler or the classes need.
         """
-        device = next((x.device for x in chain(denoiser.parameters(), denoiser.buffers())), torch.device("cpu"))
+        device = denoiser.device
         generators = None if seeds is None else [torch.Generator(device).manual_seed(seed % 2**32) for seed in seeds]
         latents = _latents(latents, shape, generators, device)
         bound = BoundDenoiser(denoiser, _labels(label, denoiser, len(latents), generators, device))

@@ -18,11 +18,9 @@ from stablefield.sample.base import BoundDenoiser, DrawNoise, Sampler
 
 @dataclass(frozen=True)
 class Euler(Sampler):
-    """First order, one evaluation per step: x_s = alpha_s x0 + sigma_s noise (DDIM; Song, Meng & Ermon 2021, eq. 12).
+    """First order, one evaluation per step: x_s = alpha_s x0 + sigma_s noise (DDIM for VP).
 
-    Attributes:
-        steps: number of steps.
-        grid: rule for the times between them.
+    Source: Song, Meng & Ermon 2021, eq. 12.
     """
 
     @override
@@ -37,8 +35,6 @@ class Heun(Sampler):
     """Second order, two evaluations per step and one in the last (Karras et al. 2022, algorithm 2).
 
     Attributes:
-        steps: number of steps.
-        grid: rule for the times between them.
         churn: amount of noise added before each step, S_churn; 0 makes the sampler deterministic.
         churn_min: noise level sigma / alpha below which no noise is added, S_min.
         churn_max: noise level sigma / alpha above which no noise is added, S_max.
@@ -92,10 +88,6 @@ class DPMSolver(Sampler):
 
     An Euler step with x0 extrapolated to the middle of the step, in log(alpha / sigma), from this evaluation and the
     previous one. The first step has no previous evaluation, and the last has no middle: they are Euler steps.
-
-    Attributes:
-        steps: number of steps.
-        grid: rule for the times between them.
     """
 
     @override

@@ -27,8 +27,6 @@ class Ancestral(Sampler):
     """Draws x_s from its posterior given x_t and x0 (DDPM; Ho et al. 2020, eqs. 6-7).
 
     Attributes:
-        steps: number of steps.
-        grid: rule for the times between them.
         eta: fraction of the posterior's standard deviation that is drawn; the rest stays as predicted noise. 0 is DDIM
             (Song, Meng & Ermon 2021, eqs. 12 and 16).
 
@@ -62,10 +60,6 @@ class EulerMaruyama(Sampler):
 
     where g^2 dt = 2 sigma (d_sigma - sigma d_alpha / alpha). The exchange is g^2 dt as long as that is less than all
     of the noise; where a step would exchange more (near alpha = 0, or in a long step) it is sigma^2.
-
-    Attributes:
-        steps: number of steps.
-        grid: rule for the times between them.
     """
 
     @override
@@ -85,10 +79,6 @@ class ReverseDiffusion(Sampler):
     """Reverse diffusion, discretised as the forward process is: x_s = (2 - a) x + v score + sqrt(v) noise.
 
     Source: Song et al. 2021, eq. 46; algorithms 2 and 3 for VE and VP.
-
-    Attributes:
-        steps: number of steps.
-        grid: rule for the times between them.
     """
 
     @override
@@ -108,8 +98,6 @@ class PredictorCorrector(Sampler):
     step. Each correction costs one evaluation: 1000 steps with one correction cost 2000.
 
     Attributes:
-        steps: number of steps.
-        grid: rule for the times between them.
         snr: ratio of a correction's step along the score to the noise that it adds, in norms.
         corrections: number of corrections at each time.
 

@@ -13,9 +13,9 @@ from typing_extensions import override
 
 from stablefield.kernel.accumulator import Posterior, chunk_size
 from stablefield.kernel.gaussian import Block
-from stablefield.pool import NULL_LABEL, Pool
+from stablefield.pool import NULL_LABEL, Pool, first_of
 from stablefield.process import NoisyBatch, move
-from stablefield.stable.references import References, first_of, hash_of, identity, mean_over, shared_blocks
+from stablefield.stable.references import References, hash_of, identity, mean_over, shared_blocks
 
 GROUP = 4  # labels with at least this many examples each, on average, are averaged one after the other
 

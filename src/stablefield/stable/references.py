@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size
 from stablefield.kernel.gaussian import Block
-from stablefield.pool import NULL_LABEL
+from stablefield.pool import NULL_LABEL, first_of
 from stablefield.process import NoisyBatch
 from stablefield.targets.base import TargetEstimator
 
@@ -233,18 +233,6 @@ def identity(noisy: NoisyBatch) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
 def _same_label(label: Int[Tensor, "B"], labels: Int[Tensor, "n"]) -> Bool[Tensor, "B n"]:
     """Candidates whose label is that of the example; all for an example with the null label."""
     return (label[:, None] == labels) | (label[:, None] == NULL_LABEL)
-
-
-def first_of(names: Int[Tensor, "n"]) -> Bool[Tensor, "n"]:
-    """Mask of the first occurrence of each number.
-
-    Args:
-        names: numbers that tell data points apart.
-    """
-    ordered, position = names.sort(stable=True)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(is_first).scatter_(0, position, is_first)
 
 
 def shared_blocks(noisy: NoisyBatch, x: Shaped[Tensor, "n *D"], mask: Bool[Tensor, "B n"]) -> Iterator[Block]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from stablefield.kernel.accumulator import Posterior
-from stablefield.pool import NULL_LABEL, Pool, unique_in_order
+from stablefield.pool import NULL_LABEL, Pool, first_of
 from stablefield.process import NoisyBatch, move
 from stablefield.seeding import generator
 from stablefield.targets.base import PoolTarget, indices_of, keep_source, labels_of
@@ -139,7 +139,8 @@ class STFTarget(PoolTarget):
         assert self.order is not None
         size = min(self.size, len(self.pool))
         # twice as many images suffice: at least half of them are in one epoch, which has no repeats
-        return unique_in_order(self.order.order(torch.arange(images - 2 * size, images)).flip(0))[:size]
+        order = self.order.order(torch.arange(images - 2 * size, images)).flip(0)
+        return order[first_of(order)][:size]
 
     def _first_image(self, noisy: NoisyBatch) -> int:
         """Number of the first image of the examples' step, on whatever rank it is."""

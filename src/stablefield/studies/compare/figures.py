@@ -48,22 +48,33 @@ def save_figures(comparison: Comparison, prefix: Path) -> dict[str, Path]:
     files = {name: prefix.with_name(f"{prefix.name}-{name}.png") for name in drawn}
     for name, figure in drawn.items():
         with atomic_path(files[name]) as beside:
-            figure.savefig(beside, format="png", dpi=130, metadata={"Software": None})
+            figure.savefig(beside, format="png", dpi=100, metadata={"Software": None})
     return files
 
 
 def _distances(comparison: Comparison) -> Figure:
     """Distance in the first feature space against images: a row per objective, a column per set of weights."""
-    space = comparison.experiment.spaces[0]
     figure, panels = _grid(comparison, 2)
-    real = comparison.machine["reference"]["held_out_distance"][space]
     for objective, row in zip(comparison.experiment.objectives, panels, strict=True):
         for weights, axes in zip(WEIGHTS, row, strict=True):
-            axes.axhline(real, color="0.7", linewidth=1)
-            _draw_arms(comparison, axes, objective, _entry(weights, space))
-            _label(axes, f"{objective} {WORDS[weights]}".strip(), f"Frechet distance\n({space}, squared units)")
+            draw_distance(comparison, axes, objective, weights)
     panels[0][0].legend(frameon=False)
     return figure
+
+
+def draw_distance(comparison: Comparison, axes: Axes, objective: str, weights: str) -> None:
+    """Draw the distance of samples to the training data in the first feature space against images seen.
+
+    Args:
+        comparison: the comparison.
+        axes: the axes to draw on.
+        objective: name of the objective.
+        weights: "average" or "raw".
+    """
+    space = comparison.experiment.spaces[0]
+    axes.axhline(comparison.machine["reference"]["held_out_distance"][space], color="0.7", linewidth=1)
+    _draw_arms(comparison, axes, objective, _entry(weights, space))
+    _label(axes, f"{objective} {WORDS[weights]}".strip(), f"Frechet distance\n({space}, squared units)")
 
 
 def _losses(comparison: Comparison) -> Figure:
@@ -73,7 +84,7 @@ def _losses(comparison: Comparison) -> Figure:
         _draw_arms(comparison, loss, objective, _entry("average", "held-out loss"))
         _label(loss, f"{objective} averaged weights".strip(), "held-out loss\n(weighted, per dimension)")
         _draw_arms(comparison, variance, objective, _entry("gradient_variance"))
-        _draw_arms(comparison, variance, objective, _entry("gradient_variance_of_target"), thin=True)
+        _draw_arms(comparison, variance, objective, _variance_of_target, thin=True)
         _label(variance, f"{objective} raw weights".strip(), "variance of the gradient\n(loss units squared)")
     panels[0][0].legend(frameon=False)
     return figure
@@ -83,7 +94,7 @@ def _forest(comparison: Comparison) -> Figure:
     """Endpoints of all contrasts with their intervals."""
     contrasts = comparison.experiment.contrasts
     endpoints = comparison.experiment.endpoints
-    columns = min(3, len(contrasts))
+    columns = 2 if len(contrasts) == 4 else min(3, len(contrasts))
     rows = -(-len(contrasts) // columns)
     figure = Figure(figsize=(4 + 3.6 * columns, rows * (1.2 + 0.27 * len(endpoints))), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
@@ -159,6 +170,12 @@ def _draw_arms(
 def _entry(*keys: str) -> Callable[[Any], float]:
     """Function that finds a number in a record."""
     return lambda line: float(reduce(getitem, keys, line))
+
+
+def _variance_of_target(line: Any) -> float:
+    """Part of the target in the variance of the gradient; 0 where it is rounding error, as with exact targets."""
+    part, whole = float(line["gradient_variance_of_target"]), float(line["gradient_variance"])
+    return part if part > 1e-6 * whole else 0.0
 
 
 def _ends(bands: Sequence[Estimate]) -> tuple[list[float], list[float]]:

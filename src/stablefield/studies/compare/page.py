@@ -26,7 +26,8 @@ def write_page(comparison: Comparison, path: Path) -> None:
     if _has_pairs(comparison):
         files = save_figures(comparison, path.with_suffix(""))
         figures = [f"![{name}]({os.path.relpath(files[name], path.parent)})\n\n{_CAPTIONS[name]}" for name in files]
-        blocks += ["\n".join(f"* {line}" for line in summarize(comparison)), *figures, *_table(comparison)]
+        blocks += ["\n".join(f"* {line}" for line in summarize(comparison)), *_levels(comparison), *figures]
+        blocks += _table(comparison)
     blocks += ["## Methods", "\n".join(f"* **{name}**: {text}" for name, text in _methods(comparison))]
     write_text(path, "\n\n".join(blocks) + "\n")
 
@@ -37,12 +38,12 @@ _CAPTIONS = {
     "endpoints": "All endpoints: change against the baseline with its 95 % interval. Filled: significant after Holm's "
     "correction over the page.",
     "loss": "Left: loss on held-out data. Right: variance of the gradient of a batch; thin lines with open markers: "
-    "the part that is due to the target, which stable targets can lower.",
+    "the part that is due to the target, which stable targets can lower; exact targets have none.",
 }
 
 
 def summarize(comparison: Comparison) -> list[str]:
-    """Findings in one sentence per contrast, and levels at the end in one per arm.
+    """Findings in one sentence per contrast.
 
     Args:
         comparison: the comparison.
@@ -51,50 +52,47 @@ def summarize(comparison: Comparison) -> list[str]:
         return ["No pair of runs is finished yet."]
     count = len(comparison.experiment.endpoints)
     findings = comparison.findings
-    contrasts = [findings[at : at + count] for at in range(0, len(findings), count)]
-    return [_sentence(comparison, found) for found in contrasts] + list(_levels(comparison))
+    return [_sentence(comparison, findings[at : at + count]) for at in range(0, len(findings), count)]
 
 
 def _sentence(comparison: Comparison, findings: tuple[Finding, ...]) -> str:
-    """Significant changes of a contrast by direction, and the number of the others."""
+    """Numbers of endpoints of a contrast by direction, and the changes of the first two."""
     first = findings[0]
     arm, baseline = Arm(first.objective, first.target), Arm(first.objective, first.baseline)
-    parts = []
-    for direction in ("decreases", "increases"):
-        names = [f"{f.endpoint.title} [{f.endpoint.weights}] {f.change}" for f in findings if f.direction == direction]
-        parts += [f"{direction} {'; '.join(names)}"] if names else []
-    for words in ("not distinguishable", "not measured"):
-        number = sum(f.direction == words for f in findings)
-        parts += [f"{number} of {len(findings)} endpoints {words}"] if number else []
+    words = ("decreases", "increases", "not distinguishable", "not measured")
+    numbers = {word: sum(f.direction == word for f in findings) for word in words}
     pairs = len(comparison.paired_seeds(arm, baseline))
-    return f"**{first.contrast}** ({pairs} {'pair' if pairs == 1 else 'pairs'}): {'. '.join(parts)}."
+    return (
+        f"**{first.contrast}** ({pairs} {'pair' if pairs == 1 else 'pairs'}): of {len(findings)} endpoints "
+        f"{numbers['decreases']} decrease, {numbers['increases']} increase, {numbers['not distinguishable']} are not "
+        f"distinguishable and {numbers['not measured']} not measured; "
+        + "; ".join(f"{f.endpoint.title} [{f.endpoint.weights}] {_cell(f)}" for f in findings[:2])
+    )
 
 
 def _levels(comparison: Comparison) -> Iterator[str]:
-    """Means over seeds of the averaged weights at the end of training, one sentence per arm."""
+    """Table of the means over seeds at the end of training, of averaged weights; a row per arm."""
+    spaces = comparison.experiment.spaces
     real = comparison.machine["reference"]["held_out_distance"]
+    columns = [f"{space}, to {data} data" for space in spaces for data in ("training", "held-out")]
+    columns += ["held-out loss", "excess", "copies", "gradient variance", "of the target", "s per 1,000 images"]
+    lines = [f"| arm | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    names = [name for space in spaces for name in (space, f"{space}, held-out")] + ["held-out loss", "excess", "copies"]
     for arm in comparison.experiment.arms:
-        if not any(each == arm for each, _ in comparison.lines):
-            continue
-        levels = [
-            f"{space} {_value(comparison, arm, space)} to training data, "
-            f"{_value(comparison, arm, f'{space}, held-out')} to held-out data (held-out to training {real[space]:.3g})"
-            for space in comparison.experiment.spaces
-        ]
-        total, target = (
-            comparison.mean_at_end(arm, name) for name in ("gradient_variance", "gradient_variance_of_target")
-        )
-        times = comparison.steps.get("sec_per_kimg", {}).get(str(arm), [])
-        yield (
-            f"{arm}, levels at the end (averaged weights): distance {'; '.join(levels)}; held-out loss "
-            f"{_value(comparison, arm, 'held-out loss')}, excess {_value(comparison, arm, 'excess')}, copies "
-            f"{_value(comparison, arm, 'copies')}; variance of the gradient {total:.3g}, of which the target makes "
-            f"{target:.3g}" + (f"; {sorted(times)[len(times) // 2]:.3g} s per 1,000 images" if times else "")
-        )
-
-
-def _value(comparison: Comparison, arm: Arm, name: str) -> str:
-    return f"{comparison.mean_at_end(arm, name, 'average'):.3g}"
+        if any(each == arm for each, _ in comparison.lines):
+            values = [comparison.mean_at_end(arm, name, "average") for name in names]
+            values += [comparison.mean_at_end(arm, f"gradient_variance{end}") for end in ("", "_of_target")]
+            times = sorted(comparison.steps.get("sec_per_kimg", {}).get(str(arm), []))
+            cells = [f"{value:.3g}" for value in values] + [f"{times[len(times) // 2]:.3g}" if times else ""]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
+    held_out = [cell for space in spaces for cell in (f"{real[space]:.3g}", "")]
+    lines.append(f"| held-out data | {' | '.join(held_out + [''] * (len(columns) - len(held_out)))} |")
+    yield "## At the end"
+    yield "\n".join(lines)
+    yield (
+        "Averaged weights, means over seeds. The first columns are Frechet distances; gradients are those of the raw "
+        "weights, and the part of the target is what stable targets can reduce."
+    )
 
 
 def _status(comparison: Comparison) -> Iterator[str]:
