@@ -33,8 +33,8 @@ def floor(
             metavar="T,...", help="Targets: dsm, stf:N, knn:K, exact.", show_default="dsm and that of the settings"
         ),
     ] = None,
-    bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
-    examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
+    bins: Annotated[int, typer.Option(min=1, max=4096, help="Ranges of the noise level, visited equally often.")] = 16,
+    examples: Annotated[int, typer.Option(min=2, max=2**20, help="Number of x_t in each range.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     kind: Kind = None,
     config: TrainingConfig = None,
