@@ -22,25 +22,39 @@ def headline(script: str) -> str:
     )
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, float, float]]:
-    """Seconds of each candidate: median and quartiles over rounds in which each runs once, after a warm-up round.
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, tuple[float, float, float]]:
+    """Seconds of each candidate: median, minimum and maximum over rounds in which each runs once, after a warm-up.
 
     Running them in turns makes ratios fair, because a slow phase of the machine affects all of them.
 
     Args:
         candidates: functions to time, by name.
-        repeats: number of rounds.
+        rounds: number of rounds.
+        clock: returns seconds; the clock on the wall by default.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for turn in range(repeats + 1):
+    for turn in range(rounds + 1):
         for name, work in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                times[name].append(time.perf_counter() - start)
-    return {name: _quartiles(values) for name, values in times.items()}
+                times[name].append(clock() - start)
+    return {name: (statistics.median(values), min(values), max(values)) for name, values in times.items()}
+
+
+def processor_clock() -> Callable[[], float]:
+    """The clock for computations: processor time where one thread computes, which other processes disturb less."""
+    one_thread = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+    return time.process_time if one_thread else time.perf_counter
+
+
+def clock_name() -> str:
+    """Name of the time that `processor_clock` measures, to print above results."""
+    return "processor time" if processor_clock() is time.process_time else "wall-clock time"
 
 
 def peak_memory(script: str, *arguments: str) -> float:
@@ -53,21 +67,15 @@ def peak_memory(script: str, *arguments: str) -> float:
 def peak_of(work: Callable[[], object]) -> float:
     """Peak memory in MB of this process during a function, beyond its memory before (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _status("VmRSS")
+    before = memory("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return memory("VmHWM") - before
 
 
-def _status(name: str) -> float:
+def memory(name: str) -> float:
+    """A figure of the memory of this process in MB, by its name in Linux: VmRSS, VmHWM (peak) or RssFile (mapped)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
-
-
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return middle, low, high
 
 
 def _processor() -> str:

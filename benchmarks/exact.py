@@ -16,13 +16,13 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import headline
+from common import headline, peak_of
 from torch import Tensor
 
 import stablefield.pool
@@ -40,8 +40,8 @@ from stablefield import (
 from stablefield.build import build
 from stablefield.config import override, resolve
 from stablefield.data import IDX, Digits, Store
+from stablefield.data.arrays import as_tensor, map_array
 from stablefield.data.distances import NeighbourDistances
-from stablefield.data.sources import as_tensor, map_array
 from stablefield.distributed import Ranks
 from stablefield.engine import TrainState, train
 from stablefield.pool import NULL_LABEL
@@ -49,8 +49,7 @@ from stablefield.process import per_example
 from stablefield.recipes import read_recipe
 from stablefield.seeding import generator
 from stablefield.targets import Prefetched
-from stablefield.targets.lockstep import run_together
-from stablefield.targets.query import Examples, uses_int8
+from stablefield.targets.query import uses_int8
 from stablefield.times import LogNormal, LogUniform, TimeDistribution
 
 NOISES: dict[str, TimeDistribution] = {
@@ -108,61 +107,75 @@ def as_in_a_run(exact: ExactTarget, some: list[NoisyBatch]) -> float:
     return seconds(lambda: Prefetched(exact, PREFETCHED).several(some)) / len(some)
 
 
-def speed(pool: Pool, exact: ExactTarget) -> None:
-    streamed, references = ExactTarget(pool, missing_mass=0), pool.take(torch.arange(1024)).to(DEVICE)
-    arithmetic = "int8" if uses_int8(pool, DEVICE) else "float32 and float64"
-    print(f"  products of exact targets: {arithmetic}; targets of {PREFETCHED:,} examples computed together in a run")
-    print(
-        "                                     written out                         exact   times less than    exact, one"
-    )
-    print("                                      n = 1,024   all N streamed    in a run     both of them     step each")
-    for name, times in NOISES.items():
-        for size in (64, 512):
-            many = groups(pool, times, size)
-            exact(many[0][0])
-            found, apart, plain, typed = list[float](), list[float](), list[float](), list[float]()
-            for some in many:  # taking turns, so that a slower machine slows down all of them
-                found.append(as_in_a_run(exact, some))
-                apart += [seconds(lambda noisy=noisy: exact(noisy)) for noisy in some[:4]]
-                first, part = some[0], some[0].select(slice(0, 64))
-                plain.append(seconds(lambda first=first: streamed(first)))
-                typed.append(size // 64 * seconds(lambda part=part: written_out(part, references)))
-            mean, step_by_step, whole, out = map(statistics.mean, (found, apart, plain, typed))
-            print(
-                f"  {name:23} B = {size:3}   {out:8.2f} s   {whole:12.2f} s   {mean:7.3f} s   "
-                f"{out / mean:5.1f} and {whole / mean:5.1f}   {step_by_step:9.3f} s",
-                flush=True,
-            )
+class Products:
+    """The posterior mean over fixed data from two products in float32: the data are held in float32, with their norms.
 
+    Args:
+        pool: the data.
+        n: number of data points, from the first.
+    """
+
+    def __init__(self, pool: Pool, n: int) -> None:
+        self.support = pool.take(torch.arange(n)).to(DEVICE).flatten(1)
+        self.half_norms = self.support.square().sum(1) / 2
+
+    def __call__(self, noisy: NoisyBatch) -> Tensor:
+        energy = torch.addmm(self.half_norms, noisy.x_t.flatten(1), self.support.T, alpha=-1)
+        return torch.softmax(-energy / noisy.sigma[:, None] ** 2, 1) @ self.support
+
+
+def speed(pool: Pool, sizes: Sequence[int], rounds: int) -> None:
+    """Seconds per batch of exact targets as in a run, and of the alternatives, in turns."""
+    references = pool.take(torch.arange(1024)).to(DEVICE)
+    some, every, exact = Products(pool, 1024), list[Products](), ExactTarget(pool)
+    first = groups(pool, NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)[0][0]
+    for what, work in {
+        "float32 copy and norms of all N": lambda: every.append(Products(pool, len(pool))),
+        "exact: projection, coordinates, and the first batch": lambda: exact(first),
+    }.items():
+        spent, more = with_memory(work)
+        print(f"  set-up, {what:52} {spent:8.3f} s   {more:6,.0f} MB")
+    streamed, arithmetic = ExactTarget(pool, missing_mass=0), "int8" if uses_int8(pool, DEVICE) else "float"
+    print(f"  products of exact targets: {arithmetic}; targets of {PREFETCHED:,} examples computed together in a run")
+    for size in sizes:
+        batches = {name: groups(pool, times, size, rounds) for name, times in NOISES.items()}
+        ways: dict[str, Callable[[list[NoisyBatch]], object]] = {
+            # 64 examples at a time, or the differences would need 38 GB for 512
+            "n = 1,024, written-out differences": lambda group: [
+                written_out(part, references) for part in _parts(group[0], 64)
+            ],
+            "n = 1,024, float32 products": lambda group: some(group[0]),
+            "all N, float32 products": lambda group: every[0](group[0]),
+            "all N, streamed (missing_mass=0)": lambda group: streamed(group[0]),
+            "exact, one step at a time": lambda group: [exact(noisy) for noisy in group[:4]],
+            "exact, as in a run": lambda group: Prefetched(exact, PREFETCHED).several(group),
+        }
+        found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for turn, (way, work), (noise, many) in itertools.product(range(rounds), ways.items(), batches.items()):
+            group = many[turn]
+            if way.startswith("exact") or noise == next(iter(batches)):  # others take the same time for any noise
+                steps = {"exact, as in a run": len(group), "exact, one step at a time": len(group[:4])}.get(way, 1)
+                spent, more = with_memory(lambda work=work, group=group: work(group))
+                found.setdefault((way, noise), []).append((spent / steps, more))
+        for (way, noise), results in found.items():
+            times, more = [spent for spent, _ in results], max(more for _, more in results)
+            name = f"{way}, {noise.partition(',')[0]}'s noise" if way.startswith("exact") else way
+            print(f"  B = {size:3}   {name:42} {spread(times, 3)}   {more:6,.0f} MB", flush=True)
     for examples in (1, 2, 4, 8):
         noisy = batch(pool, torch.full((examples,), 10.0))
         taken = statistics.median(seconds(lambda noisy=noisy: exact(noisy)) for _ in range(9))
         print(f"  sigma = 10, where all data matter, {examples} examples: {1e3 * taken:.0f} ms", flush=True)
-    screening(pool, exact)
 
 
-def screening(pool: Pool, exact: ExactTarget) -> None:
-    """Time of the screen, and of its product in bfloat16."""
-    some, *_ = groups(pool, NOISES["EDM, exp(N(-1.2, 1.2))"], 64, 1)
-    noisy, known = NoisyBatch.concatenate(some), exact._class(NULL_LABEL, DEVICE)
-    uncertain = (known.level_of(noisy.index).to(DEVICE) <= noisy.sigma).nonzero().flatten()
-    screened, data = noisy.select(uncertain), known.screen.coordinates
-    level = (screened.sigma.double() / screened.alpha.double()).cpu()
-    examples = Examples(screened.x_t, screened.sigma, screened.alpha, level)
-    query = torch.nn.functional.pad(known.projection(screened.x_t), (0, 1))
-    narrow = query.bfloat16(), data.bfloat16()
-    parts = {
-        "screening": lambda: run_together([known.survivors(examples, exact.shard, exact.missing_mass / 3)]),
-        "its product": lambda: query @ data.T,
-        "the same in bfloat16": lambda: narrow[0] @ narrow[1].T,
-    }
-    taken = {name: min(seconds(work) for _ in range(9)) for name, work in parts.items()}
-    whole = as_in_a_run(exact, some) * len(some)
-    shares = ", ".join(f"{name} {1e3 * spent:.0f} ms" for name, spent in taken.items())
-    print(
-        f"  {len(noisy):,} examples of EDM's noise {1e3 * whole:.0f} ms, of which ({len(uncertain)} examples) {shares}",
-        flush=True,
-    )
+def with_memory(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of one call, and its peak memory in MB beyond the memory before."""
+    spent: list[float] = []
+    more = peak_of(lambda: spent.append(seconds(work)))
+    return spent[0], more
+
+
+def _parts(noisy: NoisyBatch, size: int) -> list[NoisyBatch]:
+    return [noisy.select(slice(start, start + size)) for start in range(0, len(noisy), size)]
 
 
 def step(store: Path, pool: Pool, exact: ExactTarget, images: int = 16) -> None:
@@ -329,9 +342,10 @@ def by_the_clock(path: Path, data: Tensor, cold: bool, work: Callable[[], object
     return time.perf_counter() - start
 
 
-def spread(times: list[float]) -> str:
+def spread(times: list[float], digits: int = 2) -> str:
     """Median, minimum and maximum."""
-    return f"{statistics.median(times):6.2f} s ({min(times):.2f} to {max(times):.2f})"
+    middle, low, high = (f"{value:.{digits}f}" for value in (statistics.median(times), min(times), max(times)))
+    return f"{middle:>6} s ({low} to {high})"
 
 
 def drop_pages(path: Path, data: Tensor) -> None:
@@ -359,6 +373,8 @@ def main() -> None:
         default="neighbours,speed,step,error,size,search,reading",
         help="comma-separated parts to run; all by default (%(default)s)",
     )
+    parser.add_argument("--batches", type=int, nargs="*", default=[64, 512], help="batch sizes of the speed (64 512)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the speed, in which each way runs once (5)")
     parser.add_argument("--quick", action="store_true", help="only small data, to see that the script runs")
     options = parser.parse_args()
     only = options.only.split(",")
@@ -368,13 +384,13 @@ def main() -> None:
     print(f"load of this machine before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
     cifar = on_device(Store(options.cifar10).load()) if options.cifar10 else None
     if cifar is not None:
-        exact = ExactTarget(cifar, NeighbourDistances(cifar, device=DEVICE))
+        exact = ExactTarget(cifar)  # as in a run, which would take too long to measure distances between neighbours
         if "neighbours" in only:
             print(f"Distances to the 16 nearest of each, {cifar}")
             measure_distances(cifar)
         if "speed" in only:
             print(f"Seconds per batch, {cifar}")
-            speed(cifar, exact)
+            speed(cifar, options.batches, options.rounds)
         if "step" in only:
             print(f"\nBeside a training step, {cifar}")
             step(options.cifar10, cifar, exact)

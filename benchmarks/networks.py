@@ -212,7 +212,7 @@ if __name__ == "__main__":
     cases = [(preset, precision) for preset in PRESETS for precision in PRECISIONS][: 1 if options.quick else None]
     print(headline(__file__))
     print(f"load of this machine before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
-    print(f"Images per second in batches of {images} (median and quartiles, in turns; ratio to the plain form)")
+    print(f"Images per second in batches of {images} (median, minimum and maximum, in turns; ratio to the plain form)")
     for case in cases:
         speed(*case, images, where, rounds, options.compile)
     print(f"\nPeak memory of forward and backward beyond the weights, in batches of {images}")

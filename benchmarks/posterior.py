@@ -140,7 +140,7 @@ if __name__ == "__main__":
         sys.exit(report_peak_of(options.peak_of))
     where = "cuda" if torch.cuda.is_available() else "cpu"
     print(headline(__file__))
-    print(f"Time at B = {BATCH}, n = 1,024, D = {DIM:,} (median and quartiles, taking turns)")
+    print(f"Time at B = {BATCH}, n = 1,024, D = {DIM:,} (median, minimum and maximum, taking turns)")
     speed(where, options.repeats)
     print("Peak memory beyond the inputs")
     memory(where)

@@ -3,6 +3,7 @@
     python benchmarks/training.py               on the CPU, or a GPU where there is one; about five minutes
     python benchmarks/training.py --batch 64    larger batches (on a CPU: many minutes)
     python benchmarks/training.py --data ZIP    real images instead of synthetic ones for the decoding
+    python benchmarks/training.py --digits      only the default run, on digits
 
 The step is that of the recipe `cifar10-ncsnpp-edm-stf` with a smaller batch: NCSN++ at full width, 1,024 references
 out of 50,000 images of 3 x 32 x 32 bytes in a store. Each part of it is timed alone and compared with the whole step,
@@ -14,6 +15,7 @@ import argparse
 import copy
 import io
 import os
+import sys
 import tempfile
 import time
 import zipfile
@@ -22,10 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import headline, interleaved
+from common import clock_name, headline, interleaved, processor_clock
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, one_hot
 
 from stablefield import NoisyBatch, Pool
 from stablefield.build import Components, build
@@ -34,12 +36,13 @@ from stablefield.data import ShuffledBatches, Store, write_store, write_zip
 from stablefield.data.contents import Contents
 from stablefield.engine import TrainState, train
 from stablefield.engine.loop import perturb
+from stablefield.engine.session import initial_state, training_steps
 from stablefield.recipes import read_recipe
 from stablefield.seeding import generator
 from stablefield.targets import ExactTarget
 
 RECIPE, SIZE, SEED = "cifar10-ncsnpp-edm-stf", 50_000, 0
-Timing = tuple[float, float, float]  # median and quartiles
+Timing = tuple[float, float, float]  # median, minimum and maximum
 
 
 def synthetic(n: int) -> Pool:
@@ -80,8 +83,15 @@ def step_parts(components: Components) -> dict[str, Callable[[], object]]:
     }
 
 
-def bare_step(network: nn.Module, data: Tensor, batch: int) -> Callable[[], object]:
-    """Function that runs one step of a minimal implementation of denoising score matching in EDM's form."""
+def bare_step(network: nn.Module, data: Tensor, batch: int, labels: Tensor | None = None) -> Callable[[], object]:
+    """Function that runs one step of a minimal implementation of denoising score matching in EDM's form.
+
+    Args:
+        network: the network, with 10 classes if there are labels.
+        data: bytes, which are decoded, or floats.
+        batch: examples per step.
+        labels: class of each data point.
+    """
     device = next(network.parameters()).device
     average = copy.deepcopy(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
@@ -89,11 +99,14 @@ def bare_step(network: nn.Module, data: Tensor, batch: int) -> Callable[[], obje
     network.train()
 
     def step() -> Tensor:
-        x = data[torch.randint(len(data), (batch,), device=data.device)].to(device).float() / 127.5 - 1
+        index = torch.randint(len(data), (batch,), device=data.device)
+        x = data[index].to(device)
+        x = x if x.is_floating_point() else x.float() / 127.5 - 1
         sigma = (1.2 * torch.randn(batch, 1, 1, 1, device=device) - 1.2).exp()
         variance = sigma**2 + 0.25
         x_t = x + sigma * torch.randn_like(x)
-        output = network(x_t / variance.sqrt(), sigma.flatten().log() / 4)
+        classes = {} if labels is None else {"label_one_hot": one_hot(labels[index], 10).float()}
+        output = network(x_t / variance.sqrt(), sigma.flatten().log() / 4, **classes)
         x0 = 0.25 / variance * x_t + 0.5 * sigma / variance.sqrt() * output
         loss = (variance / (0.5 * sigma) ** 2 * (x0 - x) ** 2).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -131,6 +144,29 @@ def against_a_bare_loop(store: Path, width: int, batch: int, repeats: int, targe
     for name, timing in times.items():
         middle, low, high = ratio(times[BARE], timing)
         print(f"  {name:26} {batch / timing[0]:9.2f}   x {middle:.3f}   ({low:.3f} to {high:.3f})", flush=True)
+
+
+def digits(rounds: int, steps: int = 10) -> None:
+    """The default run, 64 of 1,797 digits of 8 x 8 in 10 classes, beside the bare loop with the same network."""
+
+    def run(*settings: str) -> Callable[[], object]:
+        config = resolve(override({}, [f"training.seed={SEED}", *settings]))
+        components = build(config)
+        taken = training_steps(config, components, initial_state(config, components), images=10**12)
+        return lambda: [next(taken) for _ in range(steps)]
+
+    components = build(resolve({}))
+    pool, network = components.pool, components.denoiser.network
+    bare = bare_step(network, pool.take(torch.arange(len(pool))), 64, pool.labels)
+    ways = {"stablefield, default target (stf)": run(), "stablefield, dsm": run("target.kind=dsm")}
+    ways["bare loop, DSM"] = lambda: [bare() for _ in range(steps)]
+    times = interleaved(ways, rounds, clock=processor_clock())
+    print(f"\nSteps on digits, {clock_name()}, median (min to max) of {rounds} rounds of {steps} steps")
+    for name, timing in times.items():
+        middle, low, high = ratio(times["bare loop, DSM"], timing)
+        print(
+            f"  {name:34} {1000 * timing[0] / steps:7.2f} ms   x {middle:.3f}   ({low:.3f} to {high:.3f})", flush=True
+        )
 
 
 TARGETS: dict[str, list[str]] = {"stf": [], "dsm": ["target.kind=dsm"]}
@@ -178,10 +214,15 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=20 if on_gpu else 4, help="rounds at full width")
     parser.add_argument("--narrow", type=int, default=32, help="width of the reduced network")
     parser.add_argument("--data", type=Path, help="a ZIP file of images to decode")
+    parser.add_argument("--digits", action="store_true", help="only the default run on digits")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of the run on digits (15)")
     parser.add_argument("--quick", action="store_true", help="only the narrow network, two rounds")
     options = parser.parse_args()
     start = time.perf_counter()
     print(headline(__file__) + f"seed {SEED}, load before: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores\n")
+    digits(options.rounds)
+    if options.digits:
+        sys.exit()
     with tempfile.TemporaryDirectory() as scratch:
         store = Path(scratch) / "store"
         write_store(store, Contents.from_pool(synthetic(SIZE)), source="synthetic")

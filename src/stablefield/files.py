@@ -336,7 +336,7 @@ def printable(text: object, most: int = 300) -> str:
         text: the text, or an object that is converted to one.
         most: number of characters beyond which the text is cut.
     """
-    shown = "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in str(text)[: most + 1]
-    )
+    shown = str(text)[: most + 1]
+    if not shown.isprintable():  # names of files, of which there may be millions, usually are
+        shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
     return shown if len(shown) <= most else f"{shown[:most]}..."

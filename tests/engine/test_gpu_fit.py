@@ -1,15 +1,20 @@
-"""A run on a pretended GPU equals one on the CPU: training, measurements, sheets, checkpoints and resuming."""
+"""A run on a pretended GPU equals one on the CPU: training, measuring, drawing, saving, resuming, and what uses it."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from pretend_gpu import PretendGPU
+from noisy_data import images
+from pretend_gpu import CUDA, PretendGPU
 from short_runs import Interrupted, configured, interrupt_at, tensors, untimed
 
 from stablefield.build import build
+from stablefield.distributed import Ranks
 from stablefield.engine.fit import fit
-from stablefield.run import RunFolder
+from stablefield.evaluate import evaluate
+from stablefield.generate import SamplingPlan, sample_to
+from stablefield.run import RunFolder, open_run
+from stablefield.studies.field import measure
 
 SETTINGS = [
     "data.holdout=64",
@@ -55,3 +60,49 @@ def test_a_run_on_the_pretended_gpu_equals_a_run_on_the_cpu_bit_for_bit(settings
     here, there = contents(tmp_path / "cpu"), contents(tmp_path / "gpu")
     assert len(here["sheets"]) == 1
     torch.testing.assert_close(there, here, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"])
+def test_a_run_in_any_precision_resumes_bit_for_bit_on_the_pretended_gpu(precision: str, tmp_path: Path) -> None:
+    settings = [f"training.precision={precision}", "training.conditional=true"]
+    with PretendGPU() as gpu:
+        run(tmp_path / "whole", "cuda", settings)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "resumed", "cuda", settings, stop=32)
+        run(tmp_path / "resumed", "cuda", settings)
+    assert not gpu.mistakes
+    torch.testing.assert_close(contents(tmp_path / "resumed"), contents(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_samples_and_scores_of_a_run_are_those_of_the_cpu(tmp_path: Path) -> None:
+    run(tmp_path / "run", "cpu", ["training.conditional=true", "training.sample_every=0"])
+
+    def use(device: str) -> tuple[list[torch.Tensor], dict[str, float]]:
+        trained = open_run(tmp_path / "run", device=device)
+        found = []
+        for number, options in enumerate(({}, {"guidance": 2.0, "label": 1}, {"precision": "bfloat16"})):
+            plan = SamplingPlan.for_run(trained, **options)
+            store = sample_to(plan, tmp_path / device / str(number), seeds=range(5), batch_size=3)
+            found.append(store.take(range(5)))
+        ranks = Ranks(CUDA if device == "cuda" else torch.device("cpu"))
+        scores = evaluate(
+            SamplingPlan.for_run(trained), count=20, features="pixels", keep=tmp_path / device, ranks=ranks
+        )
+        return found, {name: score.mean for table in scores.tables for name, score in table.scores.items()}
+
+    here = use("cpu")
+    with PretendGPU() as gpu:
+        there = use("cuda")
+    assert not gpu.mistakes
+    torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-9)
+
+
+def test_the_variance_of_targets_is_that_of_the_cpu() -> None:
+    found = []
+    with PretendGPU() as gpu:
+        for device in ("cpu", "cuda"):
+            study = measure(images(100), noise_levels=3, sizes=(4, 16), examples=8, draws=3, device=device)
+            found.append([study.dsm.values, study.kl.values, study.ess_share.values, study.divergence.values])
+    assert not gpu.mistakes
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)

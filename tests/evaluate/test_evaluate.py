@@ -147,10 +147,10 @@ SPOILED = [
     spoiled("sigma must hold real numbers, not complex128", sigma=np.eye(5) + 1j),
     spoiled("mu must hold real numbers, not complex64", mu=np.zeros(5, np.complex64)),
     spoiled("mu must hold real numbers, not <U1", mu=np.array(list("abcde"))),
-    spoiled("Object arrays", mu=np.array([None] * 5)),
+    spoiled("contains Python objects", mu=np.array([None] * 5)),
     spoiled(r"mu \(4,\) and sigma \(5, 5\)", mu=np.zeros(4)),
     spoiled(r"mu \(5, 1\) and sigma", mu=np.zeros((5, 1))),
-    spoiled(r"mu \(0,\) and sigma \(0, 0\)", mu=np.zeros(0), sigma=np.zeros((0, 0))),
+    spoiled("mu in .* contains no data", mu=np.zeros(0), sigma=np.zeros((0, 0))),
     spoiled(r"mu \(\) and sigma", mu=np.array(1.0), sigma=np.array(1.0)),
     *(spoiled("n must be at least 2", n=n) for n in (0, 1, -2, -50_000)),
     *(spoiled("n must be a whole number", n=n) for n in (2.5, np.nan, np.inf, [5, 6], "many", 3j)),
@@ -288,12 +288,20 @@ def test_kernel_distance_is_the_average_over_pairs():
     assert std == 0
 
 
+def test_kernel_distance_of_similar_sets_is_that_of_float64():
+    # non-negative features with a large mean, such as Inception's; float32 products of them are not enough
+    x, y = features(800, 256, seed=8, mean=0.5).relu().split(400)
+    found = kernel_distance(x, y)[0]
+    assert found == pytest.approx(kernel_distance(x.double(), y.double())[0], rel=1e-6)
+    assert abs(found) < 1e-3
+
+
 def test_kernel_distance_equals_torch_fidelitys(fidelity):
     from torch_fidelity.metric_kid import kid_features_to_metric
 
     x, y = features(200, 16, seed=8), features(200, 16, seed=9, mean=0.2)
     theirs = kid_features_to_metric(x.double(), y.double(), kid_subsets=1, kid_subset_size=200, verbose=False)
-    assert kernel_distance(x, y)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
+    assert kernel_distance(x, y)[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-6)
     subsets = kid_features_to_metric(x.double(), y.double(), kid_subsets=100, kid_subset_size=50, verbose=False)
     mean, std = kernel_distance(x, y, size=50)
     error = std / 100**0.5  # two independent choices of subsets
@@ -330,6 +338,18 @@ def test_precision_distinguishes_near_neighbours_far_from_the_origin():
     y = torch.full((12, 4), 1000.0).double() + 1e-4 * features(12, 4, seed=14).double()
     assert precision_recall(y + 1e-2, y)[0] == 0
     assert precision_recall(y.clone(), y) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_in_blocks_are_those_of_all_float64_distances(monkeypatch, k):
+    # blocks that do not divide the sets, duplicates, and points nearer to each other than float32 can tell
+    monkeypatch.setattr("stablefield.evaluate.pairs._BLOCK", 16)
+    x, y = features(70, 8, seed=15), features(45, 8, seed=16)
+    x[3], x[40:52], y[5] = x[60], x[20] + 1e-6 * features(12, 8, seed=17), y[30]
+    one, two, cross = ((a.double()[:, None] - b.double()).norm(dim=2) for a, b in ((x, x), (y, y), (x, y)))
+    radii = [within.sort(1).values[:, k] for within in (one, two)]
+    expected = ((cross <= radii[1]).any(1), (cross <= radii[0][:, None]).any(0))
+    assert precision_recall(x, y, k=k) == tuple(float(inside.double().mean()) for inside in expected)
 
 
 @pytest.fixture

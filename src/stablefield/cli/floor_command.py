@@ -32,8 +32,8 @@ def floor(
             metavar="T,...", help="Targets: dsm, stf:N, knn:K, exact.", show_default="dsm and that of the settings"
         ),
     ] = None,
-    bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
-    examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
+    bins: Annotated[int, typer.Option(min=1, max=4096, help="Ranges of the noise level, visited equally often.")] = 16,
+    examples: Annotated[int, typer.Option(min=2, max=2**20, help="Number of x_t in each range.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     kind: Kind = None,
     config: TrainingConfig = None,
@@ -83,7 +83,10 @@ def floor(
     print("\n".join(["", *aligned(report.table()), "", *report.lines(), ""]))
     out.mkdir(parents=True, exist_ok=True)
     plot_floor(
-        out / "floor.png", measured.floors, f"Floor of the loss: {run or source or training.make('data')}", excess
+        out / "floor.png",
+        measured.floors,
+        f"Floor of the loss: {Path(run or source or training['data'].get('path') or training['data']['kind']).name}",
+        excess,
     )
     record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
     write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")

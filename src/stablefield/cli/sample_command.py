@@ -32,7 +32,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a key of sampler.* or grid.*; may be repeated."),
 ]
-Batch = Annotated[int, typer.Option(min=1, help="Images per batch; samples do not depend on it.")]
+Batch = Annotated[int, typer.Option(min=1, max=2**20, help="Images per batch; samples do not depend on it.")]
 Precision = Annotated[str, typer.Option(help="Arithmetic of the network: float32, tf32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")]
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from stablefield.pool import Pool
 from stablefield.process import BatchRecord, move
-from stablefield.seeding import generator
+from stablefield.seeding import derive, generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +56,14 @@ class Batch(BatchRecord):
     def generators(self, seed: int, purpose: str) -> Iterator[torch.Generator]:
         """One random generator per example, which depends only on its image number, the seed and the purpose.
 
+        It is one object, seeded anew for each example: draw for an example before you ask for the next.
+
         Args:
             seed: seed of the run.
             purpose: name of the draw, so that different draws for an example are independent.
         """
-        return (generator(seed, purpose, number) for number in self.image_number.tolist())
+        draws = torch.Generator()  # to seed a generator takes less time than to make one
+        return (draws.manual_seed(derive(seed, purpose, number)) for number in self.image_number.tolist())
 
 
 class BatchSource(ABC):

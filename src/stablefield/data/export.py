@@ -3,7 +3,6 @@
 The files are complete or absent, as stores are, and equal data give equal bytes.
 """
 
-import io
 import json
 import zipfile
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import numpy as np
 
 from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.decode import Pixels
-from stablefield.data.images import in_order, to_pil
+from stablefield.data.images import in_order
+from stablefield.data.png import encode_png
 from stablefield.data.store import refuse_existing
 from stablefield.files import atomic_path
 
@@ -96,9 +96,7 @@ def _images(contents: Contents) -> Iterator[Pixels]:
 
 def _encode_png(pixels: Pixels) -> bytes:
     """An image as a PNG file, which is not compressed, so that it is written and read quickly."""
-    file = io.BytesIO()
-    to_pil(pixels).save(file, "PNG", compress_level=0)
-    return file.getvalue()
+    return encode_png(np.ascontiguousarray(pixels.transpose(1, 2, 0)), level=0)
 
 
 def _labels_json(names: list[str], contents: Contents) -> str:

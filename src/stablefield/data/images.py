@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -273,27 +274,32 @@ class CelebA(Images):
         return replace(super().preprocessing(), window=parse_size(self.crop))
 
 
-def in_order(function: Callable[[S], T], items: Iterable[S], ahead: int = 4) -> Iterator[T]:
+def in_order(function: Callable[[S], T], items: Iterable[S], together: int = 4) -> Iterator[T]:
     """Results of a function in the order of its arguments, computed by a thread per core.
 
     Args:
         function: a function that releases Python's lock for most of its time.
         items: its arguments.
-        ahead: number of results per thread that may be computed before they are used.
+        together: number of arguments that a thread is given at once, to be woken less often. At most three times as
+            many results per thread are held.
     """
-    threads = _cores()
+    threads, rest = _cores(), iter(items)
     if threads == 1:
-        yield from map(function, items)
+        yield from map(function, rest)
         return
+
+    def several(some: list[S]) -> list[T]:
+        return [function(item) for item in some]
+
     with ThreadPoolExecutor(threads) as executor:
-        futures: deque[Future[T]] = deque()
+        futures: deque[Future[list[T]]] = deque()
         try:
-            for item in items:
-                futures.append(executor.submit(function, item))
-                if len(futures) > ahead * threads:
-                    yield futures.popleft().result()
+            while some := list(islice(rest, together)):
+                futures.append(executor.submit(several, some))
+                if len(futures) > 2 * threads:
+                    yield from futures.popleft().result()
             while futures:
-                yield futures.popleft().result()
+                yield from futures.popleft().result()
         finally:
             for future in futures:
                 future.cancel()

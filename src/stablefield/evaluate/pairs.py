@@ -1,12 +1,13 @@
 """Scores that compare all pairs of features: the kernel distance, and precision and recall.
 
-The products are in float32, the sums in float64. In float32 the rounding of ||x||^2 - 2xy + ||y||^2 may exceed the
-distance between near neighbours, so precision and recall compute distances again in float64 where it could change a
-comparison: their counts are those of float64.
+The products are in float32, the sums in float64. For the kernel distance features are centred, so that products are
+small, and the mean of the products is that of float64. The rounding of ||x||^2 - 2xy + ||y||^2 may exceed the distance
+between near neighbours, so precision and recall compute distances again in float64 where it could change a comparison:
+their counts are those of float64.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stablefield.kernel.matmul import full_precision
@@ -15,6 +16,7 @@ from stablefield.pool import draw_without_replacement
 from stablefield.seeding import generator
 
 _BLOCK = 1024
+_SPARE = 5  # candidates beyond the k nearest
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
@@ -77,6 +79,8 @@ def precision_recall(
     that lies in the manifold of the samples. The manifold of a set is the union of balls around its points, each with
     the distance to the point's k-th nearest neighbour in the set as its radius.
 
+    The memory beyond the features is a copy of them in float32 and some blocks of 1,024 x max(n, m) numbers.
+
     Args:
         samples: features of the samples, (n, F).
         reference: features of the reference, (m, F).
@@ -90,8 +94,8 @@ def precision_recall(
         raise ValueError(f"{k} neighbours need more than {k} features on a side: {len(samples)}, {len(reference)}")
     radii = [_radii(x, k) for x in (samples, reference)]
     hits = [torch.zeros(len(x), dtype=torch.bool, device=x.device) for x in (samples, reference)]
-    centre = reference.double().mean(0)
-    x, y = ((side.double() - centre).float() for side in (samples, reference))
+    centre = reference.mean(0)
+    x, y = ((side - centre).float() for side in (samples, reference))
     norms = [side.square().sum(1) for side in (x, y)]
     margin = rounding(x.shape[1], max(float(norm.max()) for norm in norms))
     for start in range(0, len(x), _BLOCK):
@@ -103,13 +107,56 @@ def precision_recall(
     return precision, recall
 
 
+@full_precision()
 def _radii(x: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n"]:
-    """Distance of each point to its k-th nearest other point."""
-    index, parts = torch.arange(len(x)), []
-    for rows in index.split(_BLOCK):
-        found, _ = k_nearest(x[rows], lambda size, _: x.split(size), lambda at: x[at], k, exclude=rows)
-        parts.append(found[:, -1])
-    return torch.cat(parts)
+    """Distance of each point to its k-th nearest other point, in float64.
+
+    One product of two blocks serves both. Points that rounding may have confused with the k-th are compared in float64.
+    """
+    centred = (x - x.mean(0)).float()
+    norms = centred.square().sum(1)
+    margin = 2 * rounding(x.shape[1], float(norms.max()))
+    best = torch.full((len(x), k + _SPARE), torch.inf, device=x.device)
+    index = torch.zeros(best.shape, dtype=torch.int64, device=x.device)
+    starts = range(0, len(x), _BLOCK)
+    for first, second in ((a, b) for a in starts for b in starts if a <= b):
+        one, two = slice(first, first + _BLOCK), slice(second, second + _BLOCK)
+        squares = torch.addmm(norms[one, None] + norms[two], centred[one], centred[two].T, alpha=-2)
+        if first == second:
+            squares.fill_diagonal_(torch.inf)
+        else:
+            _keep_smallest(best[two], index[two], squares.T, first)
+        _keep_smallest(best[one], index[one], squares, second)
+    limit = best[:, k - 1 : k].clone()
+    near = (best - limit).abs() <= margin
+    exact = torch.where(best < limit, -torch.inf, torch.inf).double()
+    for row, column in (part.unbind(1) for part in near.nonzero().split(_BLOCK)):
+        exact[row, column] = (x[row].double() - x[index[row, column]].double()).norm(dim=1)
+    radii = exact.sort(1).values[:, k - 1]
+    for start in range(0, len(unsure := near[:, -1].nonzero().squeeze(1)), _BLOCK):  # more may be as near as the last
+        rows = unsure[start : start + _BLOCK]
+        found, _ = k_nearest(
+            x[rows], lambda size, _: x.split(size), lambda at: x[at], k, exclude=rows, dtype=torch.float64
+        )
+        radii[rows] = found[:, -1]
+    return radii
+
+
+def _keep_smallest(
+    best: Float[Tensor, "n k"], index: Int[Tensor, "n k"], squares: Float[Tensor, "n m"], start: int
+) -> None:
+    """Replace the smallest values of each row, and their columns, by the smallest of these and of a block of columns.
+
+    Args:
+        best: the smallest values so far, ascending; changed in place, as is `index`.
+        index: their columns.
+        squares: the block.
+        start: its first column.
+    """
+    found, at = squares.topk(min(best.shape[1], squares.shape[1]), largest=False)
+    found, kept = torch.cat([best, found], 1).topk(best.shape[1], largest=False)
+    index.copy_(torch.cat([index, at + start], 1).gather(1, kept))
+    best.copy_(found)
 
 
 def _hits(
@@ -135,23 +182,30 @@ def _hits(
 @full_precision()
 def _discrepancy(x: Float[Tensor, "n F"], y: Float[Tensor, "n F"]) -> float:
     n = len(x)
-    within = sum(_kernel_sum(_gram(z), z.shape[1]) - _kernel_sum(_squares(z), z.shape[1]) for z in (x, y))
-    return within / (n * (n - 1)) - 2 * _kernel_sum(x @ y.T, x.shape[1]) / n**2
+    centre = (x.double().mean(0) + y.double().mean(0)) / 2
+    own = sum(float((z.double().square().sum(1) / z.shape[1] + 1).pow(3).sum()) for z in (x, y))
+    within = _kernel_sum(x, x, centre) + _kernel_sum(y, y, centre) - own
+    return within / (n * (n - 1)) - 2 * _kernel_sum(x, y, centre) / n**2
+
+
+def _kernel_sum(x: Float[Tensor, "n F"], y: Float[Tensor, "m F"], centre: Float[Tensor, "F"]) -> float:
+    """Sum of (x . y / F + 1)^3 over all pairs.
+
+    With u = x - c and v = y - c around the centre c, x . y = u . v + u . c + c . v + c . c. Only u . v, which is small,
+    is computed in the precision of the features; the mean of its rounding is known from the sums of u and v, and is
+    subtracted. Without this, the rounding of float32 exceeds the distance of sets that are alike.
+    """
+    features, u, v = x.shape[1], x.double() - centre, y.double() - centre
+    products = _gram(u.to(x.dtype)) if x is y else u.to(x.dtype) @ v.to(y.dtype).T
+    rounding = (products.sum(dtype=torch.float64) - u.sum(0) @ v.sum(0)) / products.numel()
+    rows, columns = u @ centre / features, (v @ centre + centre @ centre - rounding) / features + 1
+    total = 0.0
+    for part, row in zip(products.split(64), rows[:, None].split(64), strict=True):  # parts that fit the cache
+        base = part.double().div_(features).add_(row).add_(columns).flatten()
+        total += float(torch.dot(base.square(), base))
+    return total
 
 
 def _gram(x: Float[Tensor, "n F"]) -> Float[Tensor, "n n"]:
     """Inner products of all pairs; numpy computes half of them, and mirrors it."""
     return torch.from_numpy(x.numpy() @ x.numpy().T) if x.device.type == "cpu" else x @ x.T
-
-
-def _squares(x: Float[Tensor, "n F"]) -> Float[Tensor, "n"]:
-    return x.square().sum(1)
-
-
-def _kernel_sum(products: Float[Tensor, "..."], features: int) -> float:
-    """Sum of (product / F + 1)^3 in float64."""
-    total = 0.0
-    for part in products.flatten().split(2**16):  # parts that fit the processor's cache
-        base = part.double().div_(features).add_(1)
-        total += float(torch.dot(base.square(), base))
-    return total

@@ -136,12 +136,15 @@ def draw_noise(
 
     Args:
         x: clean data, for shape, type and device.
-        generators: one generator per example, or one for the batch; by default torch's global one.
+        generators: one generator per example, used one after the other, or one for the batch; by default torch's global
+            one.
     """
     if generators is None or isinstance(generators, torch.Generator):
         noise = torch.randn(x.shape, generator=generators, dtype=x.dtype)
     else:
-        noise = torch.stack([torch.randn(x.shape[1:], generator=each, dtype=x.dtype) for each in generators])
+        noise = torch.empty(x.shape, dtype=x.dtype)
+        for row, each in zip(noise.unbind(), generators, strict=True):
+            row.normal_(generator=each)
     return move(noise, x.device)
 
 
