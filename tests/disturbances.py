@@ -44,7 +44,7 @@ class Outcome:
 
 def _inside(path: object, root: str) -> bool:
     try:
-        return os.path.abspath(os.fsdecode(path)).startswith(root)
+        return f"{os.path.abspath(os.fsdecode(path))}/".startswith(root)
     except TypeError:
         return False
 

@@ -10,7 +10,6 @@ and the training loop do not depend on it. Training calls the same two methods a
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +18,7 @@ from typing_extensions import override
 
 from stablefield.denoise import Denoiser
 from stablefield.kernel import Posterior
+from stablefield.preconditioning import check_sigma_data
 from stablefield.prediction import canonical_prediction_type, coefficients
 from stablefield.process import NoisyBatch, Process, draw_noise, move
 from stablefield.targets import TargetEstimator
@@ -51,8 +51,7 @@ class EDMWeight(LossWeight):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_data < inf:
-            raise ValueError(f"sigma_data must be positive and finite, not {self.sigma_data}")
+        check_sigma_data(self.sigma_data)
 
     @override
     def __call__(self, process: Process, t: Tensor) -> Tensor:

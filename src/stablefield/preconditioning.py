@@ -63,13 +63,13 @@ class EDMPreconditioning(Preconditioning):
         sigma_data: standard deviation of the data.
 
     Raises:
-        ValueError: sigma_data is not positive and finite.
+        ValueError: sigma_data is not between 1e-9 and 1e9.
     """
 
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_positive(sigma_data=self.sigma_data)
+        check_sigma_data(self.sigma_data)
 
     @override
     def __call__(self, process: Process, t: Tensor) -> Scalings:
@@ -209,14 +209,14 @@ class NoPreconditioning(Preconditioning):
         sigma_data: standard deviation of the data.
 
     Raises:
-        ValueError: the prediction type is unknown, or sigma_data is not positive and finite.
+        ValueError: the prediction type is unknown, or sigma_data is not between 1e-9 and 1e9.
     """
 
     prediction_type: str
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_positive(sigma_data=self.sigma_data)
+        check_sigma_data(self.sigma_data)
         object.__setattr__(self, "prediction_type", canonical_prediction_type(self.prediction_type))
 
     @override
@@ -266,7 +266,14 @@ def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not 0 < value < inf:
-            raise ValueError(f"{name} must be positive and finite, not {value}")
+def check_sigma_data(sigma_data: float) -> None:
+    """Refuse a standard deviation whose square, or the inverse of it, is too large or too small in float32.
+
+    Args:
+        sigma_data: standard deviation of the data.
+
+    Raises:
+        ValueError: it is not between 1e-9 and 1e9.
+    """
+    if not 1e-9 <= sigma_data <= 1e9:
+        raise ValueError(f"sigma_data must be between 1e-9 and 1e9, not {sigma_data}; rescale the data")

@@ -82,14 +82,14 @@ class LogUniform(TimeDistribution):
         high: the largest t.
 
     Raises:
-        ValueError: not 0 < low < high.
+        ValueError: not 0 < low < high, or high / low is not finite.
     """
 
     low: float = 0.02
     high: float = 100.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.low < self.high < math.inf:
+        if not (0 < self.low < self.high < math.inf and self.high / self.low < math.inf):
             raise ValueError(f"log-uniform times need 0 < low < high, not low={self.low}, high={self.high}")
 
     @override

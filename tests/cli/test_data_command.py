@@ -162,6 +162,9 @@ def test_options_set_the_keys_of_the_kind(tmp_path):
         (("photos", "y", "--transform", "crop"), "data.transform: .*center-crop"),
         (("photos", "y", "--set", "training.seed=1"), "only keys of the section data can be set here"),
         (("x.bin", "y"), "cannot guess the kind of x.bin"),
+        (("x.npy", "y.npy"), r"y\.npy: data are written to a \.zip file, an \.npz file or a folder"),
+        (("x.npy", "y.H5"), r"y\.H5: data are written to"),
+        (("photos", "y.png"), r"y\.png: data are written to"),
     ],
 )
 def test_mistakes_are_explained(arguments, message, tmp_path):
@@ -171,7 +174,22 @@ def test_mistakes_are_explained(arguments, message, tmp_path):
     assert result.exit_code != 0
     with pytest.raises(Exception, match=message):
         raise result.exception
-    assert not (tmp_path / "y").exists()
+    assert not list(tmp_path.glob("y*"))
+
+
+@pytest.mark.parametrize("option", ["--sheet", "--plot"])
+def test_images_of_an_inspection_have_a_suffix_that_says_so(option, tmp_path):
+    np.save("x.npy", noise(9, 1, 4, 4))
+    with pytest.raises(ValueError, match=rf"{option} sheet\.xyz: the file must end in \.png"):
+        raise command("data", "inspect", "x.npy", option, "sheet.xyz").exception
+    assert not (tmp_path / "sheet.xyz").exists()
+
+
+def test_suffixes_are_known_in_capitals_too(tmp_path):
+    np.save("x.npy", noise(9, 1, 4, 4))
+    for name in ("y.ZIP", "y.NPZ"):
+        convert("x.npy", name)
+        assert zipfile.is_zipfile(name)
 
 
 def test_inspect_prints_shape_moments_classes_and_hash_and_saves_a_sheet(tmp_path):

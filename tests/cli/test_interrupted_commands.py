@@ -141,6 +141,21 @@ def fill(name: str, begin: Path, whole: Path, place: Path, **limit: int) -> bool
     return done.status == 1
 
 
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_a_run_in_a_folder_that_cannot_be_written_is_sampled_and_scored_with_out(name, begin, tmp_path):
+    place = shutil.copytree(begin, tmp_path / "place")
+    before = contents(place / "run")
+    words = [word for word in COMMANDS[name].split() if word not in ("--out", "samples")]
+    refused = command(place, words, read_only=place / "run")
+    assert refused.status == 1
+    assert re.search(r"(choose another|pass) --out", refused.message)
+    out = "made/scores.jsonl" if name == "evaluate" else "made"
+    done = command(place, [*words, "--out", out], read_only=place / "run")
+    assert done.status == 0, done.output
+    assert contents(place / "run") == before
+    assert (place / "made").is_dir()
+
+
 def moments(name: str, changes: int, count: int) -> list[int]:
     """Some of the changes of a command, at random."""
     return sorted(random.Random(name).sample(range(changes), min(count, changes)))

@@ -117,7 +117,7 @@ def test_sigma_data_is_the_standard_deviation_of_the_data():
         ({"training": {"kind": "long"}}, "training.kind: .*no such key"),
         ({"target": 3}, "target: must be a section"),
         ({"times": {"kind": "loguniform", "low": 3.0, "high": 2.0}}, "times: .*low=3.0, high=2.0"),
-        ({"preconditioning": {"sigma_data": 0.0}}, "preconditioning: sigma_data must be positive"),
+        ({"preconditioning": {"sigma_data": 0.0}}, "preconditioning: sigma_data must be between"),
         ({"process": {"kind": "flow"}, "times": {"kind": "lognormal"}}, "times.kind: 'lognormal' reaches t = .*'flow'"),
         ({"grid": {"kind": "uniform"}}, "grid: a uniform grid for VE.* needs a finite start"),
         ({"network": {"kind": "nowhere:Net"}}, "network.kind: 'nowhere:Net' names code outside this package"),

@@ -9,7 +9,7 @@ from stablefield.build import build_denoiser
 from stablefield.config import ConfigError, resolve
 from stablefield.config.reference import describe_config
 
-NUMBERS = [math.nan, math.inf, -math.inf, -1, 0, -1e-300, 1e18, 2**31, 10**18, 10**400]
+NUMBERS = [math.nan, math.inf, -math.inf, -1, 0, -1e-300, 1e-320, 1e300, 1e18, 2**31, 10**18, 10**400]
 VALUES = [*NUMBERS, [], [-1], [10**18] * 3, "\x1b[2J"]
 SECTIONS = ("process", "times", "weight", "preconditioning", "network", "sampler", "grid", "training")
 ENTRIES = [entry for section in SECTIONS for entry in describe_config(section)]

@@ -330,6 +330,26 @@ def test_labels_in_an_archive_must_be_whole_numbers(tmp_path):
         Arrays(tmp_path / "x.npz").load()
 
 
+def test_a_single_value_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.uint8(3))
+    with pytest.raises(ValueError, match=r"x\.npy: data must be \(N, \*D\)"):
+        Arrays(tmp_path / "x.npy").load()
+
+
+def test_values_beyond_num_levels_are_refused(tmp_path):
+    for top in (15, 16):
+        np.savez(tmp_path / f"{top}.npz", data=np.full((2, 1, 4, 4), top, np.uint8), num_levels=16)
+    assert Arrays(tmp_path / "15.npz").load().num_levels == 16
+    with pytest.raises(ValueError, match=r"16\.npz contains the value 16, but its num_levels is 16: values 0 to 15"):
+        Arrays(tmp_path / "16.npz").load()
+
+
+def test_further_arrays_that_could_be_the_data_are_named(tmp_path, caplog):
+    np.savez(tmp_path / "x.npz", images=noise(3, 1, 4, 4), data=noise(2, 1, 4, 4))
+    assert len(Arrays(tmp_path / "x.npz").load()) == 2
+    assert "x.npz: the array data is used, and images passed over" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["label", "y", "targets"])
 def test_labels_under_another_name_are_refused_and_not_ignored(name, tmp_path):
     np.savez(tmp_path / "x.npz", data=noise(3, 2), **{name: np.array([0, 1, 2])})

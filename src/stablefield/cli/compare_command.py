@@ -57,8 +57,12 @@ def compare(
     ] = None,
     allow: Allow = None,
     evaluations: Annotated[int | None, typer.Option(help="Evaluations of each run, by default 12.")] = None,
-    samples: Annotated[int | None, typer.Option(min=2, help="Samples per evaluation, by default 500.")] = None,
-    examples: Annotated[int | None, typer.Option(min=1, help="Examples for the excess, by default 2,048.")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, max=2**24, help="Samples per evaluation, by default 500.")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(min=1, max=2**20, help="Examples for the excess, by default 2,048.")
+    ] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs to train at once; with more than one, each in a process of one thread.")
     ] = 1,

@@ -34,6 +34,8 @@ def convert(
         return
     if to != "stablefield":
         raise ConfigError(f"--to must be stablefield or edm, not {to!r}")
+    if source.is_dir():
+        raise ConfigError(f"{source} is a folder, not a checkpoint of EDM or STF; --to edm converts a run")
     RunFolder(out).refuse_if_occupied()
     refuse_existing(out)
     checkpoint = from_edm(read_edm(source))

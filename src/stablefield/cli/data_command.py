@@ -146,9 +146,11 @@ def inspect(
     from stablefield.data.store import refuse_existing
     from stablefield.generate.images import save_sheet
 
-    for path in (sheet, plot):
+    for option, path, formats in (("--sheet", sheet, (".png",)), ("--plot", plot, (".png", ".pdf", ".svg"))):
         if path is not None:
             refuse_existing(path)
+            if path.suffix.lower() not in formats:
+                raise ConfigError(f"{option} {path}: the file must end in {' or '.join(formats)}")
     with progress_bar("decoding") as progress:
         found = inspect_data(source, progress=progress)
     if sheet and not found.pool.images:

@@ -14,7 +14,9 @@ from stablefield.kinds import ConfigError
 def field(
     source: DataPath = None,
     out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = Path("field"),
-    noise_levels: Annotated[int, typer.Option(min=2, help="Number of noise levels, evenly spaced in log.")] = 13,
+    noise_levels: Annotated[
+        int, typer.Option(min=2, max=4096, help="Number of noise levels, evenly spaced in log.")
+    ] = 13,
     low: Annotated[
         float | None,
         typer.Option(help="Lowest sigma / alpha.", show_default="a tenth of the smallest distance in the data"),
@@ -26,8 +28,8 @@ def field(
     sizes: Annotated[
         str, typer.Option(metavar="N,...", help="Sizes of the support, with the source.")
     ] = "64,256,1024,4096",
-    examples: Annotated[int, typer.Option(min=2, help="Number of x_t at each noise level.")] = 256,
-    draws: Annotated[int, typer.Option(min=3, help="Number of reference batches per size.")] = 16,
+    examples: Annotated[int, typer.Option(min=2, max=2**20, help="Number of x_t at each noise level.")] = 256,
+    draws: Annotated[int, typer.Option(min=3, max=2**20, help="Number of reference batches per size.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     conditional: Annotated[
         bool,

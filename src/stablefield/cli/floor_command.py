@@ -10,6 +10,7 @@ import typer
 
 from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
 from stablefield.cli.progress import progress_bar
+from stablefield.cli.sample_command import Weights
 from stablefield.kinds import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def floor(
         Path | None,
         typer.Option(metavar="RUN", help="Run or checkpoint to measure too; its data and settings are used."),
     ] = None,
-    weights: Annotated[str, typer.Option(help='Weights of the run: "average", "model", "best", ...')] = "average",
+    weights: Weights = None,
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("floor"),
     targets: Annotated[
         str | None,
@@ -32,8 +33,8 @@ def floor(
             metavar="T,...", help="Targets: dsm, stf:N, knn:K, exact.", show_default="dsm and that of the settings"
         ),
     ] = None,
-    bins: Annotated[int, typer.Option(min=1, help="Ranges of the noise level, visited equally often.")] = 16,
-    examples: Annotated[int, typer.Option(min=2, help="Number of x_t in each range.")] = 64,
+    bins: Annotated[int, typer.Option(min=1, max=4096, help="Ranges of the noise level, visited equally often.")] = 16,
+    examples: Annotated[int, typer.Option(min=2, max=2**20, help="Number of x_t in each range.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     kind: Kind = None,
     config: TrainingConfig = None,
@@ -83,7 +84,10 @@ def floor(
     print("\n".join(["", *aligned(report.table()), "", *report.lines(), ""]))
     out.mkdir(parents=True, exist_ok=True)
     plot_floor(
-        out / "floor.png", measured.floors, f"Floor of the loss: {run or source or training.make('data')}", excess
+        out / "floor.png",
+        measured.floors,
+        f"Floor of the loss: {Path(run or source or training['data'].get('path') or training['data']['kind']).name}",
+        excess,
     )
     record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
     write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")

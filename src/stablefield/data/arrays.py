@@ -77,6 +77,8 @@ class Arrays(Source):
         if (other := _OTHER_LABELS & arrays.keys()) and "labels" not in arrays:
             raise ValueError(f"{where} contains an array {other.pop()}; labels must be named labels")
         values = self.values or _declared_values(arrays)
+        if others := [other for other in _DATA if other in arrays and other != name]:
+            say(f"{where}: the array {name} is used, and {', '.join(others)} passed over")
         data = self._data(arrays[name], values)
         classes = Classes(np.zeros(0, np.int64), _names(arrays.get("classes")))
         labels = None
@@ -86,7 +88,7 @@ class Arrays(Source):
             if classes.note:
                 say(classes.note)
         try:
-            return Pool(as_tensor(data), labels, _num_levels(arrays, where), values=values), classes  # type: ignore[arg-type]
+            return Pool(as_tensor(data), labels, _num_levels(arrays, data, where), values=values), classes  # type: ignore[arg-type]
         except ValueError as error:
             raise ValueError(f"{where}: {printable(error)}") from None
 
@@ -239,12 +241,15 @@ def _declared_values(arrays: dict[str, np.ndarray]) -> str | None:
     return str(declared) if declared is not None and declared.shape == () and declared.dtype.kind == "U" else None
 
 
-def _num_levels(arrays: dict[str, np.ndarray], where: str) -> int:
+def _num_levels(arrays: dict[str, np.ndarray], data: np.ndarray, where: str) -> int:
     """Number of values of a byte, 256 if an archive does not say it."""
     found = arrays.get("num_levels", np.array(256))
     if found.shape != () or found.dtype.kind not in "iu" or not 2 <= int(found) <= 256:
         raise ValueError(f"num_levels in {where} must be a whole number from 2 to 256")
-    return int(found)
+    levels = int(found)
+    if data.dtype == np.uint8 and levels < 256 and (top := int(data.max())) >= levels:
+        raise ValueError(f"{where} contains the value {top}, but its num_levels is {levels}: values 0 to {levels - 1}")
+    return levels
 
 
 def _names(classes: np.ndarray | None) -> tuple[str, ...]:
@@ -255,7 +260,7 @@ def _names(classes: np.ndarray | None) -> tuple[str, ...]:
 
 def _looks_channels_last(shape: Sequence[int]) -> bool:
     """True for (N, H, W, C) with H = W, or with C smaller than H and W, unless the last two sizes are equal."""
-    spatial, last = shape[1:-1], shape[-1]
-    if len(shape) < 4 or last == shape[-2]:
+    if len(shape) < 4 or shape[-1] == shape[-2]:
         return False
+    spatial, last = shape[1:-1], shape[-1]
     return (len(set(spatial)) == 1 and spatial[0] > 3) or (len(shape) == 4 and last < min(spatial))

@@ -4,12 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stablefield.data.contents import DataSummary, Progress, content_hash, silent
+from stablefield.data.decode import SUFFIXES
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.notices import say
 from stablefield.data.ranges import range_question
 from stablefield.data.sources import Source
 from stablefield.data.store import Store, refuse_existing, write_store
 from stablefield.pool import Pool
+
+_OTHER_FORMATS = {".npy", ".h5", ".hdf5", ".tar", ".gz", ".tgz", ".pt", ".pth", ".pkl", ".parquet", ".safetensors"}
+_OTHER_FORMATS |= set(SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,22 @@ def convert(source: Source, dest: Path, *, progress: Progress = silent) -> Conve
 
     Args:
         source: the data.
-        dest: a `.zip` file in EDM's layout, an `.npz` file, or else the folder of a store.
+        dest: a `.zip` file in EDM's layout, an `.npz` file, or the folder of a store.
         progress: called with (data points written, total).
 
     Raises:
-        ValueError: the destination exists, the data are damaged, or they do not fit the format.
+        ValueError: the destination exists or has the suffix of another format, the data are damaged, or they do not
+            fit the format.
         OSError: the destination cannot be written; nothing is left behind.
     """
     refuse_existing(dest)
+    suffix = dest.suffix.lower()
+    if suffix in _OTHER_FORMATS:
+        raise ValueError(f"{dest}: data are written to a .zip file, an .npz file or a folder, not to {suffix}")
     contents = source.contents()
-    if dest.suffix == ".zip":
+    if suffix == ".zip":
         write_zip(dest, contents, progress=progress)
-    elif dest.suffix == ".npz":
+    elif suffix == ".npz":
         write_npz(dest, contents, progress=progress)
     else:
         write_store(dest, contents, source=repr(source), progress=progress)

@@ -216,7 +216,7 @@ def decode(content: bytes, name: str, preprocessing: Preprocessing) -> Decoded:
     Raises:
         ImageError: the file is damaged, not an image, too large, or of a kind that is not supported.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     name = printable(name)
     Image.init()  # only some of the formats are known before
@@ -233,7 +233,8 @@ def decode(content: bytes, name: str, preprocessing: Preprocessing) -> Decoded:
     except Image.DecompressionBombError:
         frames = False
     except Exception as error:  # the decoders of damaged files fail in any way
-        reason = f"{name} cannot be decoded; it is damaged or not an image: {printable(error)}"
+        why = "its format is not known" if isinstance(error, UnidentifiedImageError) else printable(error)
+        reason = f"{name} cannot be decoded; it is damaged or not an image: {why}"
         raise ImageError(reason, _SKIP) from None
     if frames:
         raise ImageError(f"{name} contains several frames", f"save the one to use as an image of its own, or {_SKIP}")

@@ -109,9 +109,9 @@ def plot_floor(path: Path, floors: Mapping[str, ByNoise], title: str, excess: By
 
 
 def _middles(ends: Tensor) -> Tensor:
-    """Geometric middles of ranges of the noise level; of a range without an end, its finite end."""
+    """Geometric middles of ranges of the noise level; of a range without an end, its finite end; 1 if it has none."""
     low, high = ends[:-1].clone(), ends[1:].clone()
-    low = torch.where(low > 0, low, high / 2)
+    low = torch.where(low > 0, low, torch.where(torch.isfinite(high), high / 2, 0.5**0.5))
     high = torch.where(torch.isfinite(high), high, low * 2)
     return (low * high).sqrt()
 

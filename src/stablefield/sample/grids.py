@@ -7,7 +7,7 @@ sigma / alpha = level. `TimeGrid.within` adapts a grid to the noise range that a
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from math import inf, isfinite, isnan
+from math import inf, isfinite, isnan, log
 
 import torch
 from jaxtyping import Float
@@ -77,7 +77,7 @@ class EDMGrid(_BoundedGrid):
         rho: exponent; larger values place more steps at low noise.
 
     Raises:
-        ValueError: not 0 < sigma_min < sigma_max, or rho is not positive.
+        ValueError: not 0 < sigma_min < sigma_max, or rho is not positive, above 1,000 or too small.
     """
 
     sigma_min: float = 0.002
@@ -89,6 +89,8 @@ class EDMGrid(_BoundedGrid):
         super().__post_init__()
         if not 0 < self.rho <= 1000:
             raise ValueError(f"rho must be positive, not {self.rho}, and at most 1,000")
+        if max(abs(log(self.sigma_min)), abs(log(self.sigma_max))) > 600 * self.rho:
+            raise ValueError(f"rho = {self.rho} is too small: sigma_max^(1 / rho) is not a finite number")
 
     @override
     def within(self, process: Process, steps: int, noise_range: NoiseRange) -> Tensor:

@@ -38,7 +38,7 @@ _CAPTIONS = {
     "endpoints": "All endpoints: change against the baseline with its 95 % interval. Filled: significant after Holm's "
     "correction over the page.",
     "loss": "Left: loss on held-out data. Right: variance of the gradient of a batch; thin lines with open markers: "
-    "the part that is due to the target, which stable targets can lower.",
+    "the part that is due to the target, which stable targets can lower; exact targets have none.",
 }
 
 

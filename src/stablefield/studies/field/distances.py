@@ -66,13 +66,13 @@ class DataDistances:
             high: the highest level; None for the default.
 
         Raises:
-            ValueError: not 0 < low < high.
+            ValueError: not 0 < low < high < infinity.
         """
         alpha, sigma = process.scales(torch.tensor(min(process.t_max, 1e300), dtype=torch.float64))
         farthest = min(self.farthest, 0.999 * float(sigma / alpha))
         low = min(self.nearest / 10, farthest / 10) if low is None else low
         high = farthest if high is None else high
-        if not 0 < low < high:
+        if not 0 < low < high < math.inf:
             raise ValueError(f"noise levels need 0 < low < high, not {low:.3g} and {high:.3g}; change one of them")
         return torch.logspace(math.log10(low), math.log10(high), count, dtype=torch.float64)
 
