@@ -9,7 +9,7 @@ DOCS := .venv-docs
 PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 MATHEMATICS := kernel targets stable process test_objective.py test_seeding.py test_views.py
 
-.PHONY: demo check test test-all test-interop docs lint format bench clean help
+.PHONY: demo check test test-all test-interop docs package lint format bench clean help
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,12 @@ docs: $(DOCS)/.ready   ## build the documentation as a website in site/, which n
 	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(DOCS)/bin:$$PATH" $(DOCS)/bin/mkdocs build --quiet
 	@echo 'open site/index.html'
 
+package: $(READY)   ## build the sdist and the wheel in dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,release]'
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 lint: $(READY)   ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -68,4 +74,4 @@ bench: $(READY)   ## run the benchmarks, and print times as ratios
 	for script in $(filter-out %/common.py %/compare_checkouts.py, $(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
 clean:           ## remove the environment and the caches
-	rm -rf .venv $(INTEROP) $(DOCS) site build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(INTEROP) $(DOCS) site build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

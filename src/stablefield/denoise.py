@@ -219,7 +219,7 @@ def one_hot(label: Int[Tensor, "B"] | None, num_classes: int, like: Float[Tensor
             would have to wait: there such a label becomes NaN.
     """
     if label is None:
-        return torch.zeros(len(like), num_classes, dtype=like.dtype, device=like.device)
+        return torch.zeros(like.shape[0], num_classes, dtype=like.dtype, device=like.device)
     unknown = (label < NULL_LABEL) | (label >= num_classes)
     if label.device.type == "cpu" and not torch.compiler.is_compiling() and unknown.any():
         raise ValueError(f"unknown class {label[unknown][0].item()}: there are {num_classes} classes, counted from 0")

@@ -50,20 +50,30 @@ def atomic_path(path: Path, *, new: bool = False, durable: bool = True) -> Itera
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Context with the path of an empty temporary folder, which is renamed to `path` at the end if nothing failed.
 
     Args:
         path: the folder to write, which must not exist, or must be empty.
+        replace: True to replace a folder that exists: it is renamed away and then removed.
 
     Raises:
-        OSError: the folder could not be written, or the path exists; nothing is left behind.
+        OSError: the folder could not be written, or the path exists and is not replaced; nothing is left behind.
     """
     with _temporary(path, folder=True, durable=True) as temporary:
         yield temporary
         for place in (*temporary.rglob("*"), temporary):
             sync(place)
-        temporary.rename(path)
+        if replace and path.exists():
+            with _temporary(path, folder=True, durable=False) as removed:
+                before = path.rename(removed / path.name)
+                try:
+                    temporary.rename(path)
+                except OSError:
+                    before.rename(path)
+                    raise
+        else:
+            temporary.rename(path)
 
 
 @contextmanager

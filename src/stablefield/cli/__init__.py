@@ -20,6 +20,7 @@ from stablefield.cli import (
     data_command,
     demo_command,
     evaluate_command,
+    export_command,
     field_command,
     floor_command,
     recipes_command,
@@ -46,6 +47,7 @@ app = typer.Typer(
     stablefield sample RUN --sampler predictor-corrector --steps 1000 --out samples.npz
     stablefield evaluate RUN --repeats 3                 distances to the training data, and memorisation
     stablefield compare --out runs/compare               train with DSM, stable and exact targets; write a report
+    stablefield export RUN FOLDER --license apache-2.0   weights, configuration and a model card, to share
     stablefield convert network-snapshot-200000.pkl runs/edm
     stablefield data convert photos/ faces --resolution 64x64 --transform center-crop
     stablefield field faces                              variance of the targets, and what stable targets change
@@ -86,6 +88,7 @@ app.command()(config_command.config)
 app.command()(sample_command.sample)
 app.command(name="evaluate")(evaluate_command.evaluate_command)
 app.command()(compare_command.compare)
+app.command()(export_command.export)
 app.command()(convert_command.convert)
 app.command()(field_command.field)
 app.command()(floor_command.floor)

@@ -166,14 +166,14 @@ def _kept(file: Path) -> str:
 
 def _scores_file(what: str, run: bool) -> Path:
     """Default file of the scores: in a run's folder, or beside the samples."""
-    from stablefield.run import run_folder
+    from stablefield.run import RunFolder, run_folder
 
     if not run:
         return Path(f"{what.rstrip('/')}.scores.jsonl" if Path(what).exists() else "scores.jsonl")
     folder = run_folder(Path(what))
     if folder.is_dir() and not os.access(folder, os.W_OK):
         raise ConfigError(f"{folder} cannot be written; pass --out FILE for the scores, and samples will be beside it")
-    return folder / "scores.jsonl"
+    return RunFolder(folder).scores
 
 
 def _samples_folder(what: str, out: Path | None) -> Path | None:

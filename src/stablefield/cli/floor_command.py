@@ -10,6 +10,7 @@ import typer
 
 from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
 from stablefield.cli.progress import progress_bar
+from stablefield.cli.sample_command import Weights
 from stablefield.kinds import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def floor(
         Path | None,
         typer.Option(metavar="RUN", help="Run or checkpoint to measure too; its data and settings are used."),
     ] = None,
-    weights: Annotated[str, typer.Option(help='Weights of the run: "average", "model", "best", ...')] = "average",
+    weights: Weights = None,
     out: Annotated[Path, typer.Option(help="Folder for the figure and the numbers.")] = Path("floor"),
     targets: Annotated[
         str | None,

@@ -18,7 +18,11 @@ SamplerKind = Annotated[
     typer.Option(help=f"{list_kinds('sampler')}, or module:Class; by default the run's own."),
 ]
 Weights = Annotated[
-    str, typer.Option(help="Weights to use: average, average-HALFLIFE, model (without averaging), or best.")
+    str | None,
+    typer.Option(
+        help="Weights to use: average, average-HALFLIFE, model (without averaging), or best.",
+        show_default="average, or the weights of an export",
+    ),
 ]
 Steps = Annotated[int | None, typer.Option(min=1, help="Number of steps; rk45 chooses its own.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale (classifier-free guidance; 1 = off).")]
@@ -38,7 +42,9 @@ Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")]
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="The run's folder, or a checkpoint file.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run or an export (its folder, or hf:OWNER/NAME), or a checkpoint file.")
+    ],
     seeds: Annotated[str, typer.Option(help="Seeds, one per sample: 0-63, or 0,3,8-15.")] = "0-63",
     out: Annotated[
         Path | None,
@@ -46,7 +52,7 @@ def sample(
             help="A folder for PNG files, or FILE.npz; for float data FILE.npz or FILE.npy. By default RUN/samples."
         ),
     ] = None,
-    weights: Weights = "average",
+    weights: Weights = None,
     class_: Annotated[
         int | None, typer.Option("--class", help="Class of all samples; by default each seed draws one.")
     ] = None,

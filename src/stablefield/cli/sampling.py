@@ -36,7 +36,7 @@ def main_bar(title: str, ranks: Ranks) -> AbstractContextManager[Progress]:
 def open_plan(
     run: str | Path,
     *,
-    weights: str = "average",
+    weights: str | None = None,
     device: str,
     guide: Path | None,
     guidance: float | None,
@@ -49,7 +49,7 @@ def open_plan(
 
     Args:
         run: the run's folder, or a checkpoint file.
-        weights: name of the weights to use.
+        weights: name of the weights to use; None for the first average, or those of an export.
         device: device to load both runs on.
         guide: folder or checkpoint of the weaker run; None if there is none.
         guidance: guidance scale; None for no guidance.

@@ -94,10 +94,16 @@ def resumed_config(folder: RunFolder, settings: list[str], allow: Iterable[Allow
         allow: classes outside this package that the configuration may name.
 
     Raises:
-        ConfigError: there is no run, its config.toml was edited, or a setting cannot be changed when resuming.
+        ConfigError: there is no run, or only an export; its config.toml was edited; or a setting cannot be changed when
+            resuming.
     """
     # a run that was stopped before its first checkpoint has only config.toml, and starts from the beginning
     before = latest_config(folder, allow)
+    if before is None and folder.exported.exists():
+        raise ConfigError(
+            f"{folder.path} is an export, which has no state of the optimizer; start a new run with --init-from "
+            f"{folder.path}"
+        )
     if before is None:
         raise ConfigError(f"there is no run in {folder.path}; start one with --out {folder.path}")
     after = before.changed(settings)

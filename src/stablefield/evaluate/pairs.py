@@ -6,6 +6,8 @@ between near neighbours, so precision and recall compute distances again in floa
 their counts are those of float64.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -63,8 +65,10 @@ def kernel_distance(
     if size == len(x) == len(y):
         subsets = 1
 
-    def subset(features: Tensor) -> Tensor:
-        return features[draw_without_replacement(len(features), size, draws).to(features.device)]
+    centre = (x.mean(0) + y.mean(0)).double() / 2
+
+    def subset(features: Tensor) -> _Centred:
+        return _centred(features, draw_without_replacement(len(features), size, draws).to(features.device), centre)
 
     values = torch.tensor([_discrepancy(subset(x), subset(y)) for _ in range(subsets)], dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))
@@ -179,28 +183,54 @@ def _hits(
     return inside
 
 
+class _Centred(NamedTuple):
+    """Vectors z = u + c around a centre c.
+
+    Attributes:
+        difference: u, rounded to the type of z.
+        total: sum of u.
+        inner: u . c + c . c / 2 of each.
+        norm: z . z of each.
+    """
+
+    difference: Float[Tensor, "n F"]
+    total: Float[Tensor, "F"]
+    inner: Float[Tensor, "n"]
+    norm: Float[Tensor, "n"]
+
+
+def _centred(z: Float[Tensor, "m F"], index: Int[Tensor, "n"], centre: Float[Tensor, "F"]) -> _Centred:
+    """Some of the vectors around a centre."""
+    difference, total, inner, norm = z.new_empty(len(index), z.shape[1]), torch.zeros_like(centre), [], []
+    for part, rounded in zip(index.split(64), difference.split(64), strict=True):  # parts that fit the cache
+        u = z[part].double().sub_(centre)
+        rounded.copy_(u)
+        total += u.sum(0)
+        inner.append(u @ centre + centre @ centre / 2)
+        norm.append(torch.linalg.vector_norm(u, dim=1).square() + 2 * inner[-1])
+    return _Centred(difference, total, torch.cat(inner), torch.cat(norm))
+
+
 @full_precision()
-def _discrepancy(x: Float[Tensor, "n F"], y: Float[Tensor, "n F"]) -> float:
-    n = len(x)
-    centre = (x.double().mean(0) + y.double().mean(0)) / 2
-    own = sum(float((z.double().square().sum(1) / z.shape[1] + 1).pow(3).sum()) for z in (x, y))
-    within = _kernel_sum(x, x, centre) + _kernel_sum(y, y, centre) - own
-    return within / (n * (n - 1)) - 2 * _kernel_sum(x, y, centre) / n**2
+def _discrepancy(x: _Centred, y: _Centred) -> float:
+    n, features = x.difference.shape
+    own = sum(float((side.norm / features + 1).pow(3).sum()) for side in (x, y))
+    return (_kernel_sum(x, x) + _kernel_sum(y, y) - own) / (n * (n - 1)) - 2 * _kernel_sum(x, y) / n**2
 
 
-def _kernel_sum(x: Float[Tensor, "n F"], y: Float[Tensor, "m F"], centre: Float[Tensor, "F"]) -> float:
+def _kernel_sum(x: _Centred, y: _Centred) -> float:
     """Sum of (x . y / F + 1)^3 over all pairs.
 
     With u = x - c and v = y - c around the centre c, x . y = u . v + u . c + c . v + c . c. Only u . v, which is small,
     is computed in the precision of the features; the mean of its rounding is known from the sums of u and v, and is
     subtracted. Without this, the rounding of float32 exceeds the distance of sets that are alike.
     """
-    features, u, v = x.shape[1], x.double() - centre, y.double() - centre
-    products = _gram(u.to(x.dtype)) if x is y else u.to(x.dtype) @ v.to(y.dtype).T
-    rounding = (products.sum(dtype=torch.float64) - u.sum(0) @ v.sum(0)) / products.numel()
-    rows, columns = u @ centre / features, (v @ centre + centre @ centre - rounding) / features + 1
+    features = len(x.total)
+    products = _gram(x.difference) if x is y else x.difference @ y.difference.T
+    rounding = (products.sum(1).double().sum() - x.total @ y.total) / products.numel()
+    rows, columns = x.inner / features, (y.inner - rounding) / features + 1
     total = 0.0
-    for part, row in zip(products.split(64), rows[:, None].split(64), strict=True):  # parts that fit the cache
+    for part, row in zip(products.split(64), rows[:, None].split(64), strict=True):
         base = part.double().div_(features).add_(row).add_(columns).flatten()
         total += float(torch.dot(base.square(), base))
     return total

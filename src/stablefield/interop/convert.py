@@ -104,7 +104,7 @@ def to_edm(checkpoint: Checkpoint, path: Path) -> None:
         path: file to write.
 
     Raises:
-        ValueError: EDM does not have this network or this process.
+        ValueError: EDM does not have this network or this process, or the file has no averaged weights.
     """
     sections = checkpoint.config["config"]
     names = {"ddpmpp": "SongUNet", "ncsnpp": "SongUNet", "adm": "DhariwalUNet"}
@@ -119,6 +119,8 @@ def to_edm(checkpoint: Checkpoint, path: Path) -> None:
     state = {
         f"model.{name.removeprefix(prefix)}": t for name, t in checkpoint.tensors.items() if name.startswith(prefix)
     }
+    if not state:
+        raise ValueError("there are no averaged weights in this file; convert the run that it was exported from")
     described = {
         "model_type": names[kind],
         "network": sections["network"],

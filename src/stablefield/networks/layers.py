@@ -139,7 +139,7 @@ def condition_or_zeros(
         ValueError: the vectors have another length than `width`.
     """
     if value is None:
-        return x.new_zeros(len(x), width)
+        return x.new_zeros(x.shape[0], width)
     if value.shape[1] != width:
         raise ValueError(
             f"{name} has {value.shape[1]} columns, but the network was built with {argument}={width}; "
