@@ -110,6 +110,10 @@ def assert_repeated(folder: Path, name: str, whole: Path) -> None:
     again = command(folder, COMMANDS[name].split())
     finished = re.search(r"exists already|holds a run already", again.output)
     assert again.status == 0 or finished, again.output
+    if finished and name == "inspect":  # which never replaces an image, and so may leave the second one to be asked for
+        found = {file: content for file, content in results(folder).items() if ".tmp-" not in file}
+        assert found.items() <= results(whole).items()
+        return
     assert results(folder) == results(whole)
     assert finished or not leftovers(folder)  # the next command that uses the cache removes those in the cache
 
