@@ -268,5 +268,5 @@ def test_a_signal_ends_a_command_with_what_is_done_and_how_to_resume_it(capsys):
         interrupted()
     assert stopped.value.exit_code == 128 + signal.SIGTERM
     said = capsys.readouterr().out
-    assert re.match(r"sampling was stopped by SIGTERM: 3 of 4 .*\nresume it with: stablefield ", said)
+    assert re.match(r"sampling was stopped by SIGTERM: 3 of 4 .*\nresume it with: stablefield", said)
     assert signal.getsignal(signal.SIGTERM) is before

@@ -42,7 +42,7 @@ class FeatureSet:
     def compute(
         cls,
         features: Features,
-        blocks: Iterable[tuple[Int[Tensor, "n"], Float[Tensor, "n *D"]]],
+        blocks: Iterable[tuple[Int[Tensor, "_"], Float[Tensor, "_ ..."]]],  # of several sizes
         *,
         keep: Int[Tensor, "k"] | None = None,
     ) -> "FeatureSet":
