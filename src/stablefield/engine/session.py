@@ -39,7 +39,7 @@ class Session:
     """
 
     def __init__(self, config: Config, components: Components, folder: RunFolder, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks or Ranks(next(components.denoiser.parameters()).device)
+        self.ranks = ranks or Ranks(components.denoiser.device)
         self.config = config = decide_compile(config, components, folder, self.ranks)
         self.components, self.state = components, initial_state(config, components)
         self.checkpoints = CheckpointManager(folder, config, components)

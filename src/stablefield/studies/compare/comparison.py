@@ -136,6 +136,12 @@ class Comparison:
             for ((arm, baseline), endpoint), estimate, p in zip(asked, estimates, adjusted, strict=True)
         )
 
+    @property
+    def findings_by_contrast(self) -> tuple[tuple[Finding, ...], ...]:
+        """The findings of each contrast, in the order of `Experiment.contrasts`."""
+        count = len(self.experiment.endpoints)
+        return tuple(self.findings[at : at + count] for at in range(0, len(self.findings), count))
+
     def _estimate(self, arm: Arm, baseline: Arm, endpoint: Endpoint) -> Any:
         seeds = self.paired_seeds(arm, baseline)
         ours, theirs = (self.curves(each, endpoint.weights, endpoint.quantity, seeds) for each in (arm, baseline))

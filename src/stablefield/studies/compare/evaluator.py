@@ -113,7 +113,7 @@ class Reference:
             stage_progress: opens a progress callback for each stage, given its title.
         """
         assert parts.held_out is not None
-        device = next(parts.denoiser.parameters()).device
+        device = parts.denoiser.device
         spaces = {}
         for name in names:
             with stage_progress(f"features: {name}") as progress:
@@ -194,7 +194,7 @@ class Evaluator:
         """
         objective, process = parts.objective, parts.denoiser.process
         bins = NoiseBins.equally_likely(objective.times, process)
-        ranks = Ranks(next(parts.denoiser.parameters()).device)
+        ranks = Ranks(parts.denoiser.device)
         held_out_loss = HeldOutLoss(reference.held_out, objective, bins, ranks, BATCH_SIZE, max_examples=4 * examples)
         loss, device = SquaredError.of_objective(objective, process), ranks.device
         probes = Probes(parts.pool, loss, bins=PROBE_BINS, per_bin=-(-examples // PROBE_BINS), device=device)

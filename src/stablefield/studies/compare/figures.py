@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from stablefield.config import describe_target
-from stablefield.files import atomic_path
+from stablefield.evaluate.plots import save_figure
 from stablefield.studies.compare.comparison import Comparison
 from stablefield.studies.compare.endpoints import WEIGHTS, Finding
 from stablefield.studies.compare.experiment import Arm
@@ -47,8 +47,7 @@ def save_figures(comparison: Comparison, prefix: Path) -> dict[str, Path]:
     drawn = {"distance": _distances(comparison), "endpoints": _forest(comparison), "loss": _losses(comparison)}
     files = {name: prefix.with_name(f"{prefix.name}-{name}.png") for name in drawn}
     for name, figure in drawn.items():
-        with atomic_path(files[name]) as beside:
-            figure.savefig(beside, format="png", dpi=100, metadata={"Software": None})
+        save_figure(figure, files[name])
     return files
 
 
@@ -99,10 +98,10 @@ def _forest(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(4 + 3.6 * columns, rows * (1.2 + 0.27 * len(endpoints))), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for number, axes in enumerate(panels.flat):
-        found = comparison.findings[number * len(endpoints) : (number + 1) * len(endpoints)]
-        if not found:
+        if number >= len(contrasts):  # the last row of panels is not full
             axes.set_axis_off()
             continue
+        found = comparison.findings_by_contrast[number]
         axes.axvline(0, color="0.6", linewidth=1)
         for place, finding in enumerate(found):
             _draw_interval(axes, -place, finding)

@@ -50,20 +50,16 @@ def summarize(comparison: Comparison) -> list[str]:
     """
     if not _has_pairs(comparison):
         return ["No pair of runs is finished yet."]
-    count = len(comparison.experiment.endpoints)
-    findings = comparison.findings
-    return [_sentence(comparison, findings[at : at + count]) for at in range(0, len(findings), count)]
+    contrasts = zip(comparison.experiment.contrasts, comparison.findings_by_contrast, strict=True)
+    return [_sentence(len(comparison.paired_seeds(*arms)), findings) for arms, findings in contrasts]
 
 
-def _sentence(comparison: Comparison, findings: tuple[Finding, ...]) -> str:
+def _sentence(pairs: int, findings: tuple[Finding, ...]) -> str:
     """Numbers of endpoints of a contrast by direction, and the changes of the first two."""
-    first = findings[0]
-    arm, baseline = Arm(first.objective, first.target), Arm(first.objective, first.baseline)
     words = ("decreases", "increases", "not distinguishable", "not measured")
     numbers = {word: sum(f.direction == word for f in findings) for word in words}
-    pairs = len(comparison.paired_seeds(arm, baseline))
     return (
-        f"**{first.contrast}** ({pairs} {'pair' if pairs == 1 else 'pairs'}): of {len(findings)} endpoints "
+        f"**{findings[0].contrast}** ({pairs} {'pair' if pairs == 1 else 'pairs'}): of {len(findings)} endpoints "
         f"{numbers['decreases']} decrease, {numbers['increases']} increase, {numbers['not distinguishable']} are not "
         f"distinguishable and {numbers['not measured']} not measured; "
         + "; ".join(f"{f.endpoint.title} [{f.endpoint.weights}] {_cell(f)}" for f in findings[:2])
@@ -116,10 +112,7 @@ def _status(comparison: Comparison) -> Iterator[str]:
 def _table(comparison: Comparison) -> Iterator[str]:
     """Table of the endpoints of all contrasts."""
     yield "## All endpoints"
-    contrasts = [
-        comparison.findings[at : at + len(comparison.experiment.endpoints)]
-        for at in range(0, len(comparison.findings), len(comparison.experiment.endpoints))
-    ]
+    contrasts = comparison.findings_by_contrast
     names = [found[0].contrast for found in contrasts]
     lines = [f"| endpoint | weights | {' | '.join(names)} |", f"| --- | --- |{' --- |' * len(names)}"]
     for row in zip(*contrasts, strict=True):
