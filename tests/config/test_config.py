@@ -309,3 +309,14 @@ def test_a_list_of_targets_keeps_the_keys_of_each():
     assert split_targets("dsm,stf:256,references=recent, exact,missing_mass=0,knn:8") == [
         *("dsm", "stf:256,references=recent", "exact,missing_mass=0", "knn:8")
     ]
+
+
+def test_a_value_that_fits_no_alternative_of_its_key_is_one_mistake():
+    for setting in ("training.compile=maybe", "training.ema_half_life=x"):
+        with pytest.raises(ConfigError) as refused:
+            resolve(override({}, [setting]))
+        key, _, value = setting.partition("=")
+        lines = str(refused.value).splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith(f"{key}: input should be")
+        assert lines[0].endswith(f", not {value!r}")

@@ -1,8 +1,9 @@
 """Resolution of a configuration: every key gets a value, and every mistake is reported."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import tomli_w
@@ -177,13 +178,27 @@ def _section(
         if not runtime_arguments(section, component):
             component(**dict(valid))  # it checks the ranges of its values itself
     except ValidationError as error:
-        mistakes += [_mistake(section, kind, found, component) for found in error.errors()]
+        mistakes += [_mistake(section, kind, found, component) for found in _merged(error.errors())]
         return {}
     except ValueError as error:
         mistakes.append(f"{section}: {error}")
         return {}
     resolved = valid.model_dump(mode="json")
     return {"kind": kind, **resolved} if has_kinds else resolved
+
+
+def _merged(errors: Sequence[Any]) -> Iterator[Any]:
+    """Errors of pydantic, with those of the alternatives of one key (`bool | Literal["auto"]`) as one."""
+    for place, group in groupby(errors, lambda found: found["loc"][:1]):
+        first, *others = group
+        if others and all(found["input"] is first["input"] for found in others):
+            yield {
+                **first,
+                "loc": place,
+                "msg": ", or ".join(found["msg"].replace("Input", "input") for found in (first, *others)),
+            }
+        else:
+            yield from (first, *others)
 
 
 def _mistake(section: str, kind: str, found: Any, component: Callable[..., Any]) -> str:
