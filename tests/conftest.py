@@ -8,12 +8,26 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+from pretend_gpu import RealGPU
 
 jaxtyping.install_import_hook("stablefield", "typechecker.checked")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # they are ignored in background jobs,
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what a process ignores, a run ignores
 torch.set_num_threads(1)  # more threads only wait for each other on tensors this small
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same in processes that tests start
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu", action="store_true", help="compare the CPU with the GPU of this machine, not a pretended one"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu"):
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu: PyTorch finds no CUDA GPU on this machine")
+        RealGPU.chosen = True
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ cuBLASLt does not take. It also records what makes the host wait (`waits`), with
 item, bool, tolist, nonzero, boolean indices, unique, copies to the CPU, and copies to the GPU that are not
 non_blocking from pinned memory. And it counts operations (`operations`), multiplications in float64 (`float64`), and
 bytes copied from the CPU by type (`copied`). Normalisations have the layout and, under autocast, the type of CUDA's.
+
+`gpu()` is a pretended GPU, or the GPU of this machine with `pytest --gpu`.
 """
 
 import contextlib
@@ -164,7 +166,12 @@ class PretendGPU(TorchFunctionMode):
     Args:
         capability: its compute capability.
         memory: its memory in bytes.
+
+    Attributes:
+        rounding: the largest error of its results: none.
     """
+
+    rounding = 0.0
 
     def __init__(self, capability: tuple[int, int] = (9, 0), memory: int = 80 * 2**30) -> None:
         super().__init__()
@@ -308,6 +315,7 @@ class PretendGPU(TorchFunctionMode):
         patch(torch.cuda, "max_memory_allocated", lambda device=None: 0)
         patch(torch.cuda, "reset_peak_memory_stats", lambda device=None: None)
         patch(torch.cuda, "_lazy_init", lambda: None)
+        patch(torch.cuda, "is_current_stream_capturing", lambda: False)  # a CUDA build without a driver would raise
         patch(torch.random, "fork_rng", lambda devices=None, *args, **kwargs: fork_rng([], *args, **kwargs))
         patch(torch.amp.autocast_mode.autocast, "__init__", on_cpu)
         group = torch._C._group_tensors_by_device_and_dtype
@@ -328,3 +336,26 @@ class PretendGPU(TorchFunctionMode):
             super().__exit__(*error)
         finally:
             self.stack.__exit__(*error)
+
+
+class RealGPU(contextlib.AbstractContextManager["RealGPU"]):
+    """The GPU of this machine, which raises errors where the pretended one lists mistakes; it counts no waits.
+
+    Attributes:
+        rounding: the largest error, relative and absolute, of results in float32 whose sums have another order.
+        mistakes: always empty.
+    """
+
+    rounding = 2e-4
+    chosen = False  # by `pytest --gpu`
+
+    def __init__(self) -> None:
+        self.mistakes: Counter[tuple[str, str]] = Counter()
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.synchronize()
+
+
+def gpu() -> PretendGPU | RealGPU:
+    """A pretended GPU, or the GPU of this machine with `pytest --gpu`."""
+    return RealGPU() if RealGPU.chosen else PretendGPU()

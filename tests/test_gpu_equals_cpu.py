@@ -1,4 +1,4 @@
-"""On a pretended GPU no public computation mixes devices, and its results are those of the CPU."""
+"""On a GPU no public computation mixes devices, and its results are those of the CPU; see `pretend_gpu.gpu`."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from noisy_data import images, noisy_batch, seeded
-from pretend_gpu import CUDA, PretendGPU
+from pretend_gpu import CUDA, PretendGPU, RealGPU, gpu
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -48,14 +48,15 @@ def resident(pool: Pool, device: torch.device) -> Pool:
     return pool if device.type == "cpu" else pool.to(device)
 
 
-def same_on_both(compute: Callable[[torch.device], Any], tolerance: float = 0.0) -> PretendGPU:
+def same_on_both(compute: Callable[[torch.device], Any], tolerance: float = 0.0) -> PretendGPU | RealGPU:
     """Require that a computation mixes no devices and gives the same on both; larger blocks may round differently."""
     here = compute(CPU)
-    with PretendGPU() as gpu:
+    with gpu() as device:
         there = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu().clone(), compute(CUDA))
-    assert not gpu.mistakes
+    assert not device.mistakes
+    tolerance = max(tolerance, device.rounding)
     torch.testing.assert_close(there, here, rtol=tolerance, atol=tolerance)
-    return gpu
+    return device
 
 
 # ---- the target of any training loop
@@ -96,7 +97,7 @@ def test_stable_targets_are_those_of_the_cpu(make: Callable[[torch.device], Stab
 def test_a_loop_may_make_its_tensors_on_the_gpu_by_default(references: str) -> None:
     make = REFERENCES[references]
     here = stable_targets(make(CPU), True, CPU, range(1))
-    with PretendGPU() as gpu:
+    with gpu() as device:
         stable = make(CUDA)
         noisy = noisy_batch(POOL, torch.logspace(-1, 1, 16), labelled=True)
         noise, x_t, x, sigma = (value.to(CUDA) for value in (noisy.noise, noisy.x_t, noisy.x, noisy.sigma))
@@ -105,21 +106,22 @@ def test_a_loop_may_make_its_tensors_on_the_gpu_by_default(references: str) -> N
             assert torch.ones(1).is_cuda
             there = stable(noise, x_t, x, alpha=1.0, sigma=sigma, index=noisy.index, label=noisy.label, generator=draws)
         found = there.cpu().clone()
-    assert not gpu.mistakes
-    torch.testing.assert_close(found, here[0], rtol=1e-6, atol=1e-6)
+    assert not device.mistakes
+    tolerance = max(1e-6, device.rounding)
+    torch.testing.assert_close(found, here[0], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("references", ["minibatch", "bank", "tensor", "tensor there", "pool there", "dsm"])
 def test_a_stable_target_waits_once_when_its_arguments_are_checked_no_more(references: str) -> None:
-    with PretendGPU() as gpu:
+    with PretendGPU() as pretended:
         stable = REFERENCES[references](CUDA)
         stable_targets(stable, False, CUDA, range(stable.checks))
         noisy = noisy_batch(POOL, torch.logspace(-1, 1, 16))
         given = {name: getattr(noisy, name).to(CUDA) for name in ("x", "alpha", "sigma")}
         noise, x_t = noisy.noise.to(CUDA), noisy.x_t.to(CUDA)
-        gpu.clear()
+        pretended.clear()
         stable(noise, x_t, **given, index=noisy.index, generator=seeded(0))
-    assert sum(gpu.waits.values()) == 1, gpu.waits
+    assert sum(pretended.waits.values()) == 1, pretended.waits
 
 
 # ---- the floor of a loss
@@ -231,14 +233,14 @@ class PixelsThere(Pixels):
 def test_features_and_their_sums_stay_on_the_gpu_and_are_those_of_the_cpu() -> None:
     blocks = [(index, DATA[index]) for index in torch.arange(200).split(60)]
     here = FeatureSet.compute(Pixels(), blocks, keep=torch.arange(0, 200, 3))
-    with PretendGPU() as gpu:
+    with PretendGPU() as pretended:
         there = FeatureSet.compute(PixelsThere(), blocks, keep=torch.arange(0, 200, 3))
         assert there.features.is_cuda
         assert there.accumulator is not None
         assert there.accumulator.scatter.is_cuda
-        waits = Counter(what for what, _ in gpu.waits.elements())
+        waits = Counter(what for what, _ in pretended.waits.elements())
         assert waits == {"copy to the GPU": len(blocks), "item, bool or equal": len(blocks)}  # data; finite or not
         both = there.statistics.covariance, there.features.cpu()
-    assert not gpu.mistakes
+    assert not pretended.mistakes
     assert torch.equal(there.index, here.index)
     torch.testing.assert_close(both, (here.statistics.covariance, here.features), rtol=1e-12, atol=1e-12)

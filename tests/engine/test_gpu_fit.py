@@ -1,11 +1,11 @@
-"""A run on a pretended GPU equals one on the CPU: training, measuring, drawing, saving, resuming, and what uses it."""
+"""A run on a GPU equals one on the CPU: training, measuring, drawing, saving, resuming, and what uses it."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from noisy_data import images
-from pretend_gpu import CUDA, PretendGPU
+from pretend_gpu import CUDA, gpu
 from short_runs import Interrupted, configured, interrupt_at, tensors, untimed
 
 from stablefield.build import build
@@ -50,28 +50,30 @@ def contents(folder: Path) -> dict[str, object]:
         for name, settings in RUNS.items()
     ],
 )
-def test_a_run_on_the_pretended_gpu_equals_a_run_on_the_cpu_bit_for_bit(settings: list[str], tmp_path: Path) -> None:
+def test_a_run_on_the_gpu_equals_a_run_on_the_cpu(settings: list[str], tmp_path: Path) -> None:
     run(tmp_path / "cpu", "cpu", settings)
-    with PretendGPU() as gpu:
+    with gpu() as device:
         with pytest.raises(Interrupted):
             run(tmp_path / "gpu", "cuda", settings, stop=32)
         run(tmp_path / "gpu", "cuda", settings)
-    assert not gpu.mistakes
+    assert not device.mistakes
     here, there = contents(tmp_path / "cpu"), contents(tmp_path / "gpu")
-    assert len(here["sheets"]) == 1
-    torch.testing.assert_close(there, here, rtol=0, atol=0)
+    assert len(here["sheets"]) == len(there["sheets"]) == 1
+    if device.rounding:  # bytes of PNG files differ with any rounding
+        here["sheets"] = there["sheets"] = None
+    torch.testing.assert_close(there, here, rtol=device.rounding, atol=device.rounding)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["tf32", "float16", "bfloat16"])
-def test_a_run_in_any_precision_resumes_bit_for_bit_on_the_pretended_gpu(precision: str, tmp_path: Path) -> None:
-    settings = [f"training.precision={precision}", "training.conditional=true"]
-    with PretendGPU() as gpu:
+def test_a_run_in_any_precision_resumes_bit_for_bit_on_the_gpu(precision: str, tmp_path: Path) -> None:
+    settings = [f"training.precision={precision}", "training.conditional=true", "training.deterministic=true"]
+    with gpu() as device:
         run(tmp_path / "whole", "cuda", settings)
         with pytest.raises(Interrupted):
             run(tmp_path / "resumed", "cuda", settings, stop=32)
         run(tmp_path / "resumed", "cuda", settings)
-    assert not gpu.mistakes
+    assert not device.mistakes
     torch.testing.assert_close(contents(tmp_path / "resumed"), contents(tmp_path / "whole"), rtol=0, atol=0)
 
 
@@ -92,17 +94,19 @@ def test_samples_and_scores_of_a_run_are_those_of_the_cpu(tmp_path: Path) -> Non
         return found, {name: score.mean for table in scores.tables for name, score in table.scores.items()}
 
     here = use("cpu")
-    with PretendGPU() as gpu:
+    with gpu() as device:
         there = use("cuda")
-    assert not gpu.mistakes
-    torch.testing.assert_close(there, here, rtol=1e-9, atol=1e-9)
+    assert not device.mistakes
+    tolerance = max(1e-9, 100 * device.rounding)  # one of the sets of samples is in bfloat16
+    torch.testing.assert_close(there, here, rtol=tolerance, atol=tolerance)
 
 
 def test_the_variance_of_targets_is_that_of_the_cpu() -> None:
     found = []
-    with PretendGPU() as gpu:
+    with gpu() as there:
         for device in ("cpu", "cuda"):
             study = measure(images(100), noise_levels=3, sizes=(4, 16), examples=8, draws=3, device=device)
             found.append([study.dsm.values, study.kl.values, study.ess_share.values, study.divergence.values])
-    assert not gpu.mistakes
-    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    assert not there.mistakes
+    tolerance = max(1e-9, there.rounding)
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
