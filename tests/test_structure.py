@@ -115,6 +115,41 @@ def test_nothing_of_ours_is_imported_inside_a_function(path: Path) -> None:
             assert not ours(node), f"{path.name}: {node.name} imports {ours(node)}"
 
 
+def read_by_strings(tree: ast.AST) -> Iterator[str]:
+    """Reads such as `config["data"]` and `run.config.sections.get("data")`."""
+    for node in ast.walk(tree):
+        called = (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("get", "pop")
+        )
+        if isinstance(node, ast.Subscript) or called:
+            read = node.value if isinstance(node, ast.Subscript) else node.func.value
+            key = node.slice if isinstance(node, ast.Subscript) else next(iter(node.args), None)
+            name = ast.unparse(read).rpartition(".")[2]
+            if name in ("config", "sections") and isinstance(key, ast.Constant) and isinstance(key.value, str):
+                yield ast.unparse(node)
+
+
+# where the description in a checkpoint, of which the configuration is a part, is checked or converted
+DESCRIPTION = {"checkpoint.py", "run/trained.py", "interop/convert.py"}
+NOT_CONFIG = [p for p in MODULES if room_of(p) != "config" and relative(p) not in DESCRIPTION]
+
+
+@pytest.mark.parametrize("path", NOT_CONFIG, ids=relative)
+def test_a_configuration_is_read_by_strings_in_config_alone(path: Path) -> None:
+    assert not list(read_by_strings(parsed(path)))
+
+
+def test_reads_by_strings_are_found() -> None:
+    reads = (
+        'config["data"]["path"]; run.config.sections["data"]; sections.get("data", {}); config.kind("data"); x["data"]'
+    )
+    assert list(read_by_strings(ast.parse(reads))) == [
+        "run.config.sections['data']",
+        "sections.get('data', {})",
+        "config['data']",
+    ]
+
+
 def test_networks_know_nothing_of_diffusion() -> None:
     for path in MODULES:
         if room_of(path) == "networks":
