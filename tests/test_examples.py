@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,14 @@ def test_emoji_are_drawn_trained_by_class_and_compared_with_their_training_image
         [sys.executable, EXAMPLES / "emoji.py", "--font", "none.ttf"], capture_output=True, text=True
     )
     assert "there is no font none.ttf" in missing.stderr
+
+
+def test_the_table_of_results_is_made_from_the_records():
+    results = EXAMPLES.parent / "docs" / "results"
+    lines = (results / "README.md").read_text(encoding="utf-8").splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("| page |"))
+    table = lines[start : lines.index("", start)]
+    folders = list(dict.fromkeys(re.findall(r"\| \[([\w-]+)\]", "\n".join(table))))
+    assert folders
+    output = run(results, sys.executable, EXAMPLES / "results_table.py", *folders)
+    assert output.splitlines() == table
