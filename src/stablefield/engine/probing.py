@@ -11,7 +11,7 @@ its distance from the posterior mean over the *training* data, which falls if th
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -25,11 +25,9 @@ from stablefield.config import Config
 from stablefield.distributed import Ranks
 from stablefield.engine.metrics import NoiseBins
 from stablefield.engine.state import TrainState
-from stablefield.evaluate.plots import plot_excess
 from stablefield.floor import ByNoise, Probes, SquaredError, edm_loss
 from stablefield.objective import Objective
 from stablefield.process import VE, Process
-from stablefield.run import RunFolder
 from stablefield.seeding import derive
 from stablefield.targets import DSMTarget, ExactTarget, KNNTarget, Prefetched, Sharded, STFTarget, TargetEstimator
 from stablefield.times import LogNormal, Stratified
@@ -208,39 +206,6 @@ class RunProbes:
             device=self.ranks.device,
             **sources,
         )
-
-
-class LossFigure:
-    """Figure of a run: its loss, the floor of it and the excess, during training and by noise level.
-
-    Args:
-        folder: folder of the run.
-        history: lines of the metrics so far.
-
-    Attributes:
-        folder: folder of the run.
-        lines: the lines of the metrics that the figure shows.
-    """
-
-    def __init__(self, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
-        self.folder = folder
-        self.lines: list[dict[str, Any]] = []
-        for line in history:
-            self.add(line)
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Add a line of the metrics.
-
-        Args:
-            line: values by the name of the metric.
-        """
-        prefixes = ("progress/", "loss/", "excess", "floor")
-        self.lines.append({key: value for key, value in line.items() if key.startswith(prefixes)})
-
-    def draw(self) -> None:
-        """Write the figure, if the excess was measured."""
-        if any("loss/excess" in line for line in self.lines):
-            plot_excess(self.folder.loss_figure, self.lines, f"Loss and excess of {self.folder.path.name}")
 
 
 def _has_noise_of_edm(objective: Objective, process: Process) -> bool:

@@ -5,16 +5,15 @@ A run is saved before it is evaluated, so that every score belongs to saved weig
 
 import json
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from stablefield.build import Components, build
-from stablefield.engine.session import Session, deterministic_algorithms
+from stablefield.engine import StepReport
+from stablefield.engine.session import open_session
 from stablefield.files import write_text
 from stablefield.generate.images import save_sheet
-from stablefield.precision import arithmetic
 from stablefield.studies.compare.endpoints import endpoints_hash
 from stablefield.studies.compare.evaluator import Evaluator
 from stablefield.studies.compare.experiment import Arm, Experiment
@@ -54,40 +53,33 @@ def run_arm(
     """
     if is_finished(experiment, out, arm, seed):
         return True
-    config, folder = experiment.configure(arm, seed), experiment.run_folder(out, arm, seed)
-    training = config.training
-    with (
-        deterministic_algorithms(training.deterministic),
-        arithmetic(training.precision, deterministic=training.deterministic),
-    ):
-        parts = build(config)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.sweep()
-        session = Session(config, parts, folder)
-        state, checkpoints = session.state, session.checkpoints
-        experiment.refuse_other_data(parts.data, checkpoints.identity.found)
-        write_text(folder.config, session.config.toml())
-        record = experiment.record_file(out, arm, seed)
+    config, file = experiment.configure(arm, seed), experiment.record_file(out, arm, seed)
+    parts, done = build(config), {line["images"] for line in read_lines(file)}
+    with open_session(config, parts, experiment.run_folder(out, arm, seed)) as session:
+        experiment.refuse_other_data(parts.data, session.checkpoints.identity.found)
         saved_at = reported_at = perf_counter()
-        for images in chain([state.images], (step.images for step in session.steps())):
-            now, stop = perf_counter(), should_stop()
-            if stop or now - saved_at > SAVE_INTERVAL:
-                checkpoints.save(state)
+
+        def record(step: StepReport | None) -> bool:
+            nonlocal saved_at, reported_at
+            if should_stop():
+                return True
+            images, now = session.state.images, perf_counter()
+            due = images in experiment.evaluation_points and images not in done
+            if due or now - saved_at > SAVE_INTERVAL:
+                session.save()
                 saved_at = now
-            if stop:
-                return False
-            if images in experiment.evaluation_points and images not in {line["images"] for line in read_lines(record)}:
-                if checkpoints.newest_images < images:
-                    checkpoints.save(state)
-                line, samples = evaluator(parts)(state, parts, last=images == experiment.images)
+            if due:
+                line, samples = evaluator(parts)(session.state, parts, last=images == experiment.images)
                 if parts.pool.images and images == experiment.images:
-                    save_sheet(folder.path / "samples.png", samples[:SHEET_SAMPLES])
-                append_line(record, line | {"endpoints": endpoints_hash(experiment.endpoints)})  # the run is finished
+                    save_sheet(session.folder.path / "samples.png", samples[:SHEET_SAMPLES])
+                append_line(file, line | {"endpoints": endpoints_hash(experiment.endpoints)})  # the run is finished
                 saved_at = perf_counter()
-            if now - reported_at > 1 or images in experiment.evaluation_points:
+            if due or now - reported_at > 1:
                 report(images)
                 reported_at = now
-    return True
+            return False
+
+        return session.run(record)
 
 
 def is_finished(experiment: Experiment, out: Path, arm: Arm, seed: int) -> bool:
