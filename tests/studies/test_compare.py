@@ -37,9 +37,7 @@ from stablefield.studies.compare import (
     write_page,
 )
 from stablefield.studies.compare.evaluator import Evaluator, find_spaces
-from stablefield.studies.compare.jobs import Worker
-from stablefield.studies.compare.runs import read_lines
-from stablefield.studies.compare.steps import step_ratio
+from stablefield.studies.compare.runs import Worker, read_lines, step_ratio
 from stablefield.targets import ExactTarget
 from stablefield.times import LogNormal
 
@@ -192,6 +190,15 @@ def test_finished_runs_are_not_repeated_and_only_targets_objectives_and_seeds_ca
         compare(replace(experiment, config=narrower, samples=9), out)
     with pytest.raises(ConfigError, match="cannot change spaces, endpoints"):
         compare(replace(experiment, spaces=("data",), endpoints=()), out)
+
+
+def test_every_extension_adds_its_command_also_with_fewer_targets_than_before(tmp_path):
+    experiment = make_experiment(tmp_path, "dsm,stf:8,exact", (0,), command=("one day", "first"))
+    again = replace(experiment, targets=("dsm", "stf:8"), commands=(("another", "second"),))
+    assert experiment.extended_by(again).commands == experiment.commands
+    extended = experiment.extended_by(replace(again, seeds=(1,)))
+    assert (extended.targets, extended.seeds) == (experiment.targets, (0, 1))
+    assert extended.commands == (*experiment.commands, *again.commands)
 
 
 ADAPTIVE = "dsm+times.kind=adaptive+times.every=32"

@@ -123,20 +123,18 @@ class _Fit:
         images, before = self.state.images, self.state.images - self.components.batches.size
         return every > 0 and images // every > before // every
 
-    @property
-    def _save_due(self) -> bool:
-        return self.state.images >= self.config.training.images or self._due(self.config.training.save_every)
-
-    @property
-    def _probe_due(self) -> bool:
-        return self.probes.due(self.state.images, self.components.batches.size)
+    def _due_now(self) -> tuple[bool, bool, bool]:
+        """Whether a checkpoint, a measurement of the excess and a sheet of samples are due at the current step."""
+        training, images = self.config.training, self.state.images
+        save = images >= training.images or self._due(training.save_every)
+        return save, self.probes.due(images, self.components.batches.size), self._due(training.sample_every)
 
     def _record(self, step: StepReport | None) -> bool:
         """Write what is due after a step, without measurements when stopping; True ends training."""
         if step is None:
             self._make_up()
             return self.interruptible.stopped
-        save, probe, stopped = self._save_due, self._probe_due, lambda: self.interruptible.stopped
+        (save, probe, sheet), stopped = self._due_now(), lambda: self.interruptible.stopped
         line = save or probe or self._due(self.config.training.log_every)
         self.logger.add(step, self.components.batches.size)
         if save:
@@ -150,7 +148,7 @@ class _Fit:
             background = step.images < self.config.training.images and not stopped()
             score = self._score_in(self.metrics)
             self.ranks.on_main(lambda: self.checkpoints.save(self.state, score, background=background))
-        if self._due(self.config.training.sample_every) and not stopped():
+        if sheet and not stopped():
             self._draw_sheet()
         if stopped() and not line:
             self.metrics = self.logger.flush(self.state)
@@ -164,12 +162,13 @@ class _Fit:
         """Measure and draw what was due at the checkpoint that the run resumes from, and was stopped or killed."""
         images = self.state.images
         line = {"progress/kimg": images / 1000} | self._line_of_checkpoint()
-        probe = self._probe_due and "loss/excess" not in line
-        rate = self._save_due and (
+        save, probe, sheet = self._due_now()
+        probe = probe and "loss/excess" not in line
+        rate = save and (
             (self.held_out is not None and "held_out/loss" not in line)
             or (self.score is not None and "score/score" not in line)
         )
-        sheet = self._due(self.config.training.sample_every) and not (self.folder.sheets / f"{images:09d}.png").exists()
+        sheet = sheet and not (self.folder.sheets / f"{images:09d}.png").exists()
         # the main rank decides: others may see older files
         probe, rate, sheet = (images > 0 and bool(self.ranks.all_gather_int(owed)[0]) for owed in (probe, rate, sheet))
         if probe or rate:

@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 
 from stablefield.build import Components
-from stablefield.config import Config, ConfigError, Training
+from stablefield.config import Config, ConfigError
 from stablefield.distributed import Ranks
 from stablefield.engine.adaptation import Adaptation
 from stablefield.engine.checkpoints import CheckpointManager, locked
@@ -128,7 +128,6 @@ def open_session(
     ranks, training = ranks or Ranks(components.denoiser.device), config.training
     with ExitStack() as stack:
         ranks.on_main(lambda: stack.enter_context(locked(folder)))
-        stack.enter_context(deterministic_algorithms(training.deterministic))
         stack.enter_context(arithmetic(training.precision, deterministic=training.deterministic))
         yield Session(config, components, folder, ranks)
 
@@ -142,16 +141,15 @@ def training_steps(
     ranks: Ranks | None = None,
     prepare: Prepare | None = None,
 ) -> Iterator[StepReport]:
-    """Train with the components and hyperparameters of a configuration, as `train` does.
+    """The steps of `train` with the components and hyperparameters of a configuration.
 
     Args:
         config: configuration of the run.
-        components: the parts of the run; the network is compiled in place if `training.compile` is true, so the names
-            of its weights do not change.
+        components: the parts of the run; the network is compiled in place if `training.compile` is true.
         state: the state, trained in place.
         images: images to see in the whole run; those of the configuration by default.
-        ranks: this process and those it trains with; a single process by default.
-        prepare: calls the function that makes the batch of a step, as for `train`.
+        ranks: as for `train`.
+        prepare: as for `train`.
     """
     training = config.training
     if training.compile is True:
@@ -163,7 +161,7 @@ def training_steps(
         components.batches,
         images=training.images if images is None else images,
         seed=training.seed,
-        optimization=make_optimization(training),
+        optimization=Optimization(training.rate, training.gradient_clip, training.micro_batch_size),
         ranks=ranks,
         prepare=prepare,
     )
@@ -192,29 +190,3 @@ def _adaptation(config: Config, components: Components) -> Adaptation | None:
     if adaptation and not adaptation.adaptive.reweight and not config.training.probe_every:
         raise ConfigError("times.reweight=false follows the excess, which is not measured: set training.probe_every")
     return adaptation
-
-
-def make_optimization(training: Training) -> Optimization:
-    """The hyperparameters of the update of the weights.
-
-    Args:
-        training: the section `training` of the configuration.
-    """
-    return Optimization(training.rate, training.gradient_clip, training.micro_batch_size)
-
-
-@contextmanager
-def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which torch refuses operations whose results are not reproducible bit for bit.
-
-    Args:
-        enabled: False changes nothing.
-    """
-    if not enabled or torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
