@@ -309,9 +309,9 @@ def test_an_augmented_conditional_run_resumes_bit_for_bit_and_ranks_share_its_ba
 def test_the_augment_dim_of_a_network_follows_from_the_augmentation(network: dict) -> None:
     with_label = resolve({"network": network, "augmentation": {"kind": "edm"}})
     without_label = resolve({"network": network, "augmentation": {"kind": "mirror"}})
-    assert (with_label["network"]["augment_dim"], without_label["network"]["augment_dim"]) == (DIM, 0)
+    assert (with_label.sections["network"]["augment_dim"], without_label.sections["network"]["augment_dim"]) == (DIM, 0)
     # a network with an input for the augmentation label, as published ones have, may be trained without
-    assert resolve({"network": network | {"augment_dim": DIM}})["network"]["augment_dim"] == DIM
+    assert resolve({"network": network | {"augment_dim": DIM}}).sections["network"]["augment_dim"] == DIM
 
 
 def refused(raw: dict, match: str) -> None:

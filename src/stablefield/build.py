@@ -80,7 +80,7 @@ def build(
     ranks = ranks or Ranks(choose_device(training.device))
     source: Source = config.make("data")
     data = source.load(progress)
-    if ranks.is_main and (question := range_question(data, config["preconditioning"].get("sigma_data"))):
+    if ranks.is_main and (question := range_question(data, config.sigma_data)):
         say(f"{source.where}: {question}")
     if training.sample_every and not data.images:
         raise ConfigError(
@@ -164,7 +164,7 @@ def _build_target(
     if config.training.target_sharding:
         raise ConfigError(
             "training.target_sharding is for targets that average over all data, not target.kind="
-            f"{config['target']['kind']!r}; set target.kind=exact or leave it out"
+            f"{config.kind('target')!r}; set target.kind=exact or leave it out"
         )
     return target
 
@@ -246,7 +246,7 @@ def build_denoiser(
                 raise ConfigError(f"the network {kind!r} cannot be made for data {shape}: {reason}") from error
         return Preconditioned(network, config.make("process"), config.make("preconditioning"), num_classes)
 
-    kind = config["network"]["kind"]
+    kind = config.kind("network")
     try:
         sizes = {name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in make("meta").state_dict().items()}
     except Exception as error:  # a user's network may need real tensors

@@ -59,6 +59,20 @@ class Checkpoint:
     images: int
     checksum: str = ""
 
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The sections of the configuration in the description.
+
+        Raises:
+            KeyError: the description has no configuration.
+        """
+        return self.config["config"]
+
+    @property
+    def data(self) -> str:
+        """Fingerprint of the training data (see `data.identity`); "" if the description does not have it."""
+        return self.config.get("data", "")
+
 
 def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], images: int) -> None:
     """Write a checkpoint, replacing the file that was there.

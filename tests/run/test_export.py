@@ -139,11 +139,11 @@ def test_the_folders_of_data_are_left_out(run, tmp_path):
         data = {"kind": "arrays", "path": path}
         other = rewritten(run, tmp_path / kept / str(len(path)), config=found["config"] | {"data": data})
         out = export_run(other, tmp_path / "out")
-        assert open_run(out).config["data"]["path"] == kept
+        assert open_run(out).config.data_path == kept
         assert all(b"secret" not in file.read_bytes() for file in out.iterdir())
     hub_data = found["config"] | {"data": {"kind": "huggingface", "path": "alice/faces"}}
     out = export_run(rewritten(run, tmp_path / "hub", config=hub_data), tmp_path / "out")
-    assert open_run(out).config["data"]["path"] == "alice/faces"
+    assert open_run(out).config.data_path == "alice/faces"
 
 
 def test_a_config_that_was_changed_is_refused(exported):

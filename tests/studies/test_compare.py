@@ -363,7 +363,7 @@ def test_objectives_are_those_of_the_literature_and_arms_of_one_differ_only_in_t
     sigma = torch.tensor([0.1, 3.0], dtype=torch.float64)
     ve, flow, vp = (experiment.configure(Arm(name, "dsm"), 0) for name in ("ve", "flow", "vp"))
     assert torch.allclose(ve.make("weight")(ve.make("process"), sigma), sigma**-2)
-    assert ve["times"]["kind"] == "loguniform"
+    assert ve.kind("times") == "loguniform"
     assert ve["preconditioning"]["kind"] == "ve"
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
     assert torch.allclose(flow.make("weight")(flow.make("process"), t), t**-2)  # unit weight on noise - x
@@ -411,7 +411,7 @@ def test_vectors_are_compared_in_their_own_space(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).standard_normal((90, 5)).astype(np.float32))
     config = resolve(override({}, [*SETTINGS, "data.holdout=0", f"data.path={tmp_path / 'x.npy'}"]))
     experiment = define(config, targets=["dsm", "exact"], seeds=[0], **SMALL)
-    assert experiment.config["data"]["holdout"] == 15  # a sixth
+    assert experiment.config.sections["data"]["holdout"] == 15  # a sixth
     assert experiment.spaces == ("data",)
     comparison = compare(experiment, tmp_path / "out")
     write_page(comparison, tmp_path / "page.md")

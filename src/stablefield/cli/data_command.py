@@ -1,14 +1,12 @@
 """`stablefield data`: convert a data set to a store, a ZIP file or an array archive, and inspect one."""
 
 import shlex
-from collections.abc import Callable
-from functools import wraps
-from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from stablefield.cli.options import given_by
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import KINDS, ConfigError
 
@@ -26,24 +24,6 @@ data = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-
-def _opens_source(command: Callable[..., None]) -> Callable[..., None]:
-    """Command that takes the arguments and options of `_open` in place of its parameter `source`."""
-
-    @wraps(command)
-    def opening(**arguments: Any) -> None:
-        opened = _open(**{name: arguments.pop(name) for name in options})
-        command(source=opened, **arguments)
-
-    options = signature(_open, eval_str=True).parameters
-    own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "source"]
-    arguments = [p for p in own if p.default is p.empty]
-    keywords = [p for p in [*own, *options.values()] if p.default is not p.empty]
-    parameters = [options["source"], *arguments, *keywords]
-    opening.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
-    opening.__annotations__ = {p.name: p.annotation for p in parameters}
-    return opening
 
 
 def _open(
@@ -102,7 +82,7 @@ def _open(
 
 
 @data.command()
-@_opens_source
+@given_by("source", _open)
 def convert(
     source: Any,  # a Source
     dest: Annotated[
@@ -127,7 +107,7 @@ def convert(
 
 
 @data.command()
-@_opens_source
+@given_by("source", _open)
 def inspect(
     source: Any,  # a Source
     sheet: Annotated[

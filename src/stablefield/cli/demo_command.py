@@ -40,7 +40,7 @@ def demo(
     save_sheet(sheet, x[:100])
     scores = score_samples(components.data, x.float())
     write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
-    plot_variance(variance, components.data, config)
+    plot_variance(variance, components)
     curve = f"loss and excess    {folder.loss_figure}\n" if folder.loss_figure.exists() else ""
     print(
         f"Frechet distance of {samples} samples to all digits: {scores['samples']:.2f}, "

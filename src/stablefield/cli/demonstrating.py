@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
+from stablefield.build import Components
 from stablefield.cli.progress import progress_bar
-from stablefield.config import Config
 from stablefield.evaluate import cached_classifier, evaluate
 from stablefield.generate import SamplingPlan, generate_samples
 from stablefield.pool import Pool
@@ -13,6 +13,7 @@ from stablefield.run import RunFolder
 from stablefield.seeding import generator
 from stablefield.studies.field import measure
 from stablefield.studies.field.plots import plot_field
+from stablefield.targets import STFTarget
 
 
 def draw_samples(folder: RunFolder, samples: int) -> torch.Tensor:
@@ -66,14 +67,15 @@ def score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:
     }
 
 
-def plot_variance(path: Path, data: Pool, config: Config) -> None:
+def plot_variance(path: Path, components: Components) -> None:
     """Plot the variance of the targets against the noise level.
 
     Args:
         path: image file to write.
-        data: the data of the run.
-        config: configuration of the run, for the process and the size of the support.
+        components: components of the run; its target is an STF target.
     """
-    levels, sizes = torch.logspace(-1.3, 1.5, 15, dtype=torch.float64), (64, config["target"]["size"])
-    study = measure(data, config.make("process"), noise_levels=levels, sizes=sizes, examples=128)
+    target, levels = components.objective.target, torch.logspace(-1.3, 1.5, 15, dtype=torch.float64)
+    assert isinstance(target, STFTarget)
+    process, sizes = components.denoiser.process, (64, target.size)
+    study = measure(components.data, process, noise_levels=levels, sizes=sizes, examples=128)
     plot_field(path, study, "Variance of training targets: digits")

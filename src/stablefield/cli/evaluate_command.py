@@ -10,17 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from stablefield.cli.options import Allow
+from stablefield.cli.options import Batch, SamplingOptions, given_by
 from stablefield.cli.progress import progress_bar
-from stablefield.cli.sample_command import Batch, Device, Guidance, Guide, Precision, SamplerKind, Set, Steps
 from stablefield.cli.stopping import stoppable
 from stablefield.kinds import ConfigError, refuse_if
 
 
+@given_by("sampling", SamplingOptions)
 def evaluate_command(
     what: Annotated[
         str, typer.Argument(metavar="RUN|IMAGES|NPZ", help="A run, samples, or data of any kind that `train` reads.")
     ],
+    *,
     reference: Annotated[
         str | None,
         typer.Option(metavar="DATA|STATS.npz", help="Data or statistics to compare with; by default a run's own data."),
@@ -71,20 +72,12 @@ def evaluate_command(
         Path | None,
         typer.Option(help="File to append the scores to; by default scores.jsonl in the run or beside the samples."),
     ] = None,
-    sampler: SamplerKind = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    guide: Guide = None,
-    set_: Set = None,
-    allow: Allow = None,
+    sampling: SamplingOptions,
     batch: Batch = 64,
-    precision: Precision = "float32",
-    device: Device = "auto",
 ) -> None:
     """Score a run or samples: Frechet and kernel distance, precision and recall, memorisation; with Inception, FID."""
     from stablefield.build import choose_device
     from stablefield.cli.evaluating import TablePrinter, write_statistics
-    from stablefield.cli.sampling import open_plan
     from stablefield.data import guess_kind
     from stablefield.distributed import process_group
     from stablefield.evaluate import evaluate, feature_statistics
@@ -95,9 +88,7 @@ def evaluate_command(
     run, first_seeds = is_run(Path(what)), parse_seeds(seeds) if seeds else None
     if not run:
         guess_kind(what)  # refuses a path that does not exist
-    for_runs = {"seeds": seeds, "sampler": sampler, "steps": steps, "guidance": guidance, "guide": guide, "set": set_}
-    given = [name for name, value in for_runs.items() if value is not None]
-    given += ["precision"] if precision != "float32" else []
+    given = [*(["seeds"] if seeds is not None else []), *sampling.given()]
     refuse_if(
         (not run and given, f"--{''.join(given[:1])} is for runs, but {what} holds samples that exist already"),
         (not run and repeats > 1, f"--repeats {repeats} needs new samples for each repeat; pass a run"),
@@ -117,20 +108,8 @@ def evaluate_command(
         (out and not (run or reference), "--out is for scores, which need a reference; pass --reference"),
     )
     file = out or _scores_file(what, run)
-    with process_group(choose_device(device)) as ranks, stoppable("evaluation", lambda: _kept(file)):
-        subject: str | SamplingPlan = what
-        if run:
-            subject = open_plan(
-                what,
-                device=str(ranks.device),
-                guide=guide,
-                guidance=guidance,
-                sampler=sampler,
-                settings=set_ or [],
-                allow=allow,
-                steps=steps,
-                precision=precision,
-            )
+    with process_group(choose_device(sampling.device)) as ranks, stoppable("evaluation", lambda: _kept(file)):
+        subject: str | SamplingPlan = sampling.open_plan(what, ranks.device) if run else what
         common: dict[str, Any] = {
             "count": samples,
             "batch_size": batch,

@@ -2,21 +2,18 @@
 
 import json
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
+from stablefield import __version__
+from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig, Weights
 from stablefield.cli.progress import progress_bar
-from stablefield.cli.sample_command import Weights
 from stablefield.kinds import ConfigError
 
 if TYPE_CHECKING:
     from stablefield.config import Config
-
-_SIZES = {"stf": "size", "knn": "neighbours"}  # the key of the size, by kind of target
 
 
 def floor(
@@ -86,10 +83,10 @@ def floor(
     plot_floor(
         out / "floor.png",
         measured.floors,
-        f"Floor of the loss: {Path(run or source or training['data'].get('path') or training['data']['kind']).name}",
+        f"Floor of the loss: {Path(run or source or training.data_path or training.kind('data')).name}",
         excess,
     )
-    record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
+    record = {"stablefield": __version__, "data": repr(training.make("data")), "loss": repr(loss)}
     write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")
     print(f"written   {out}/floor.png, floor.json")
 
@@ -105,21 +102,17 @@ def floor_targets(text: str | None, config: "Config", data_points: int) -> list[
     Raises:
         ConfigError: the floor of one of the targets is not known.
     """
-    from stablefield.config import split_targets, target_section
+    from stablefield.config import floor_target, split_targets, target_section
 
     if text is None:
-        known = config["target"]["kind"] in _SIZES and config["target"].get("search") != "faiss"
-        return ["dsm", *([_floor_name(config["target"], data_points)] if known else [])]
-    chosen = {each: target_section(each, config.allowed) for each in split_targets(text)}
-    sections = {each: config.changed(target=section)["target"] for each, section in chosen.items()}
-    for each, section in sections.items():
-        if section.get("search") == "faiss":
-            raise ConfigError(f"the floor of the target {each!r} is not known: it depends on its index")
-        if section["kind"] not in ("dsm", "stf", "knn", "exact"):
-            raise ConfigError(f"the floor of the target {each!r} is not known: choose from dsm, stf:N, knn:K and exact")
-    return list(dict.fromkeys(_floor_name(section, data_points) for section in sections.values()))
-
-
-def _floor_name(section: dict[str, Any], data_points: int) -> str:
-    kind = str(section["kind"])
-    return f"{kind}:{min(section[_SIZES[kind]], data_points)}" if kind in _SIZES else kind
+        own = floor_target(config, data_points)
+        return ["dsm", *([own] if own and ":" in own else [])]
+    names = []
+    for each in split_targets(text):
+        changed = config.changed(target=target_section(each, config.allowed))
+        if (name := floor_target(changed, data_points)) is None:
+            indexed = changed.kind("target") == "knn"
+            reason = "it depends on its index" if indexed else "choose from dsm, stf:N, knn:K and exact"
+            raise ConfigError(f"the floor of the target {each!r} is not known: {reason}")
+        names.append(name)
+    return list(dict.fromkeys(names))

@@ -62,9 +62,9 @@ def training_pool(config: Config, file: Path | None, trained: TrainedRun | None,
     with progress_bar("decoding") as progress:
         data = training_data(trained, progress, way_out=way_out) if trained else source.load(progress)
     if file and file == RunFolder(file.parent).config and RunFolder(file.parent).checkpoint.exists():
-        saved = RunFolder(file.parent).newest().config
-        if all(config["data"].get(key) == value for key, value in saved["config"]["data"].items() if key != "holdout"):
-            refuse_other_data(data, fingerprint(data), saved.get("data", ""), f"{way_out} --config FILE")
+        saved = RunFolder(file.parent).newest()
+        if config.has_data_of(Config(saved.sections)):
+            refuse_other_data(data, fingerprint(data), saved.data, f"{way_out} --config FILE")
     pool, _ = split(data, source.holdout)
     augmented: Pool = config.make("augmentation").augment_pool(pool)
     print(f"data      {source!r}: {len(augmented):,} data points of shape {augmented.shape}")

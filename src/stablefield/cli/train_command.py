@@ -104,7 +104,7 @@ def train(
         raw = merge_layers(base.config.sections if base else {}, recipe, config, data)
         raw = overlay(raw, {"target": target_section(target, allowed)} if target else {})
         wanted = resolve(override(raw, settings), allow=allowed)
-        folder = RunFolder(out or Path("runs") / f"{recipe or wanted['data']['kind']}-{wanted['target']['kind']}")
+        folder = RunFolder(out or Path("runs") / f"{recipe or wanted.kind('data')}-{wanted.kind('target')}")
         if resume_if_exists and (before := latest_config(folder, allowed)) is not None:
             refuse_changed_config(before, wanted)
             resume, base = folder.path, None

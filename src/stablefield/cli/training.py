@@ -81,8 +81,7 @@ def is_other_data(base: TrainedRun, config: Config, parts: Components) -> bool:
         config: configuration of the new run.
         parts: components of the new run.
     """
-    before, now = ({**each["data"], "holdout": 0} for each in (base.config, config))
-    return before == now and not is_same(fingerprint(parts.data), base.data)
+    return config.has_data_of(base.config) and not is_same(fingerprint(parts.data), base.data)
 
 
 def resumed_config(folder: RunFolder, settings: list[str], allow: Iterable[Allowed] = ()) -> Config:
@@ -130,7 +129,7 @@ def summary(config: Config, parts: Components, folder: RunFolder, ranks: Ranks |
             f"data      {parts.data!r}",
             f"process   {parts.denoiser.process}, times {parts.objective.times}",
             f"target    {parts.objective.target}",
-            f"network   {config['network']['kind']}, {parameters:,} parameters, on {parts.denoiser.device}",
+            f"network   {config.kind('network')}, {parameters:,} parameters, on {parts.denoiser.device}",
             f"training  {training.images:,} images in batches of {training.batch_size} on {shared}, "
             f"seed {training.seed}",
             f"run       {folder.path}",

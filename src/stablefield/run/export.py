@@ -10,7 +10,6 @@ The folders in the paths of data are left out, so that an export does not show w
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from stablefield.checkpoint import Checkpoint, CheckpointError, read, save
 from stablefield.config import Allowed, Config, ConfigError
@@ -96,7 +95,7 @@ def _is_export(file: Path) -> bool:
 def _checkpoint(trained: TrainedRun) -> Checkpoint:
     """The weights and the description of an export."""
     description = {
-        "config": trained.config.sections | {"data": _without_folders(trained.config)},
+        "config": _without_folders(trained.config).sections,
         "shape": list(trained.shape),
         "num_classes": trained.denoiser.num_classes,
         "num_levels": trained.num_levels,
@@ -107,9 +106,9 @@ def _checkpoint(trained: TrainedRun) -> Checkpoint:
     return Checkpoint(tensors, description, trained.images)
 
 
-def _without_folders(config: Config) -> dict[str, Any]:
-    """The section `data` with the last part of its path; names of data sets of the hub are kept."""
-    data, path = config["data"], config["data"].get("path")
-    if not path or (data["kind"] == "huggingface" and not (Path(path).is_absolute() or Path(path).exists())):
-        return data
-    return data | {"path": Path(path).absolute().name}
+def _without_folders(config: Config) -> Config:
+    """The configuration with the last part of the path of the data; names of data sets of the hub are kept."""
+    path = Path(config.data_path)
+    if not config.data_path or (config.kind("data") == "huggingface" and not (path.is_absolute() or path.exists())):
+        return config
+    return config.changed(data={"path": path.absolute().name})

@@ -129,10 +129,10 @@ def open_run(
     if file == RunFolder(path).exported:
         _refuse_other_config(file.with_name("config.json"), found)
     try:
-        config = resolve(found.config["config"], allow=allow)
+        config = resolve(found.sections, allow=allow)
         shape, num_classes = found.config["shape"], found.config["num_classes"]
         num_levels, declared = found.config["num_levels"], found.config["values"]
-        data = found.config.get("data", "")
+        data = found.data
     except KeyError as error:
         raise CheckpointError(f"the description in {path} is incomplete: {error} is missing") from None
     numbers = [*shape, num_classes, num_levels] if isinstance(shape, list) else [None]

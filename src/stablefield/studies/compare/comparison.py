@@ -16,7 +16,7 @@ import torch
 
 from stablefield.build import build, choose_device
 from stablefield.config import Allowed, Config, ConfigError
-from stablefield.data import Progress, StageProgress, silent, silent_stage
+from stablefield.data import Progress, Source, StageProgress, silent, silent_stage
 from stablefield.data.identity import fingerprint
 from stablefield.engine.checkpoints import locked
 from stablefield.files import write_text
@@ -188,8 +188,9 @@ def define(
     """
     if unknown := set(objectives) - OBJECTIVES.keys():
         raise ConfigError(f"there is no objective {', '.join(sorted(unknown))!r}; choose from {', '.join(OBJECTIVES)}")
-    data = config.make("data").load(progress)
-    if config["data"]["holdout"] == 0:
+    source: Source = config.make("data")
+    data = source.load(progress)
+    if source.holdout == 0:
         config = config.changed(data={"holdout": min(max(2, len(data) // 6), 5000)})
     chosen = {name: OBJECTIVES[name] for name in objectives} or {"": ()}
     return Experiment(

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from math import isnan
 from pathlib import Path
 from statistics import median
-from typing import Any
 
+from stablefield.config import Config
 from stablefield.files import write_text
 from stablefield.seeding import format_seeds
 from stablefield.studies.compare.comparison import Comparison
@@ -139,14 +139,14 @@ def _methods(comparison: Comparison) -> Iterator[tuple[str, str]]:
     training = config.training
     yield "data", _data_name(comparison)
     for objective in experiment.objectives:
-        sections = experiment.configure(Arm(objective, experiment.targets[0]).plain, 0)
+        objective_config = experiment.configure(Arm(objective, experiment.targets[0]).plain, 0)
         parts = ("process", "times", "weight", "preconditioning", "sampler", "grid")
-        text = "; ".join(f"{name} {_component(sections[name])}" for name in parts)
+        text = "; ".join(f"{name} {_component(objective_config, name)}" for name in parts)
         yield f"objective {objective}".strip(), text
     for arm in experiment.arms:
         if arm != arm.plain:
             yield f"{arm}", f"differs in {_differences(experiment, arm)}; evaluated as all arms of the objective"
-    yield "network", _component(config["network"])
+    yield "network", _component(config, "network")
     yield (
         "training",
         f"{experiment.images:,} images per run, batches of {training.batch_size}, learning rate "
@@ -175,20 +175,20 @@ def _methods(comparison: Comparison) -> Iterator[tuple[str, str]]:
 def _differences(experiment: Experiment, arm: Arm) -> str:
     """Keys that settings of an arm change, with their values."""
     own, shared = (experiment.configure(each, 0) for each in (arm, arm.plain))
-    changed = (key.split(".", 1) for key in own.differences(shared))
-    return ", ".join(f"{section}.{key} {own[section][key]}" for section, key in changed if key in own[section])
+    changed = own.differences(shared).items()
+    return ", ".join(f"{key} {value}" for key, (value, _) in changed if value is not None)
 
 
-def _component(section: dict[str, Any]) -> str:
-    rest = ", ".join(f"{key} {value}" for key, value in section.items() if key != "kind" and value is not None)
-    return f"{section['kind']} ({rest})" if rest else section["kind"]
+def _component(config: Config, section: str) -> str:
+    rest = ", ".join(f"{key} {value}" for key, value in config.values(section).items() if key != "kind")
+    return f"{config.kind(section)} ({rest})" if rest else config.kind(section)
 
 
 def _data_name(comparison: Comparison) -> str:
-    data, reference = comparison.experiment.config["data"], comparison.machine.get("reference", {})
-    path = f" {Path(data['path']).name}" if data.get("path") else ""
+    config, reference = comparison.experiment.config, comparison.machine.get("reference", {})
+    path = f" {Path(config.data_path).name}" if config.data_path else ""
     sizes = f", {reference['train_size']:,} to train on, {reference['held_out_size']:,} held out" if reference else ""
-    return f"{data['kind']}{path}{sizes}"
+    return f"{config.kind('data')}{path}{sizes}"
 
 
 def _has_pairs(comparison: Comparison) -> bool:
