@@ -62,7 +62,7 @@ class Session:
         prepare: Prepare | None = None,
         before_rescue: Callable[[], object] = lambda: None,
     ) -> bool:
-        """Train until all images have been seen or `record` ends it; a run that ends, by an error too, is saved.
+        """Train until all images have been seen, or until `record` or `prepare` ends it; an error saves the run, too.
 
         Args:
             record: called on every rank before the first step, with None, and after every step.
@@ -70,7 +70,7 @@ class Session:
             before_rescue: called on the main rank before the run is saved because of an error.
 
         Returns:
-            True if all images have been seen.
+            True if all images have been seen, and `record` has not ended training.
         """
         self.ranks.on_main(self._start)
         try:
@@ -82,7 +82,7 @@ class Session:
                     if ends:
                         self.ranks.on_main(self.save)
                         return False
-                return True
+            return self.state.images >= self.config.training.images
         except Exception:
             with suppress(Exception):  # the first of two errors is the one to report
                 self.checkpoints.wait()
