@@ -68,7 +68,7 @@ def fit(
 
 
 class _Fit:
-    """What is recorded of a run in progress: metrics, scores and samples."""
+    """A run in progress, with its metrics, scores and samples."""
 
     def __init__(
         self, session: Session, score: CheckpointScore | None, stop: StopRequest, on_step: OnStep | None
@@ -124,7 +124,7 @@ class _Fit:
         return every > 0 and images // every > before // every
 
     def _due_now(self) -> tuple[bool, bool, bool]:
-        """Whether a checkpoint, a measurement of the excess and a sheet of samples are due at the current step."""
+        """True for each of a checkpoint, a measurement of the excess and a sheet of samples that is due now."""
         training, images = self.config.training, self.state.images
         save = images >= training.images or self._due(training.save_every)
         return save, self.probes.due(images, self.components.batches.size), self._due(training.sample_every)
