@@ -364,10 +364,10 @@ def test_objectives_are_those_of_the_literature_and_arms_of_one_differ_only_in_t
     ve, flow, vp = (experiment.configure(Arm(name, "dsm"), 0) for name in ("ve", "flow", "vp"))
     assert torch.allclose(ve.make("weight")(ve.make("process"), sigma), sigma**-2)
     assert ve.kind("times") == "loguniform"
-    assert ve["preconditioning"]["kind"] == "ve"
+    assert ve.kind("preconditioning") == "ve"
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
     assert torch.allclose(flow.make("weight")(flow.make("process"), t), t**-2)  # unit weight on noise - x
-    assert flow["preconditioning"]["prediction_type"] == "velocity"
+    assert flow.values("preconditioning")["prediction_type"] == "velocity"
     alpha, sigma = vp.make("process").scales(t)
     assert torch.allclose(vp.make("weight")(vp.make("process"), t), (alpha / sigma) ** 2)  # unit weight on epsilon
     with pytest.raises(ConfigError, match="there is no objective 'flwo'; choose from flow, edm, ve, vp"):
