@@ -50,9 +50,7 @@ class Worker:
         stage_progress: opens a progress callback for each stage of the preparation, given its title.
 
     Attributes:
-        out: folder of the experiment.
         experiment: the experiment.
-        stage_progress: opens a progress callback for each stage of the preparation.
     """
 
     def __init__(self, out: Path, allow: Iterable[Allowed] = (), stage_progress: StageProgress = silent_stage) -> None:
