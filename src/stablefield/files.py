@@ -7,6 +7,7 @@ files that are being written; the next write of the same file removes them, and 
 """
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -182,6 +183,16 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the content of a file.
+
+    Args:
+        path: the file.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:

@@ -34,20 +34,29 @@ class Files(AbstractContextManager["Files"], ABC):
     (NFC), whichever program wrote them.
 
     Attributes:
+        path: the ZIP file or folder.
         notes: lines that say which files were passed over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._open_files = ExitStack()
-        self.notes: tuple[str, ...] = ()
+        found = list(self._find())
+        used = [(name, entry) for name, entry in found if _is_used(name)]
+        if doubled := [name for name, count in Counter(name for name, _ in used).items() if count > 1]:
+            raise ValueError(summarize(f"{path} contains two files of one name", doubled))
+        entries = dict(used)
+        self._prefix, names = _without_common_folder(entries)
+        self._entries = {name: entries[self._prefix + name] for name in names}
+        self.notes = (*_passed_over((name for name, _ in found), path), *self._links())
 
     @override
     def __exit__(self, *error: object) -> None:
         self._open_files.close()
 
-    @abstractmethod
     def names(self) -> list[str]:
         """Names of all files, sorted."""
+        return list(self._entries)
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -60,44 +69,40 @@ class Files(AbstractContextManager["Files"], ABC):
             ValueError: the file is damaged, too large or cannot be read.
         """
 
-    @abstractmethod
     def fingerprint(self) -> str:
         """Hash that changes whenever a file does, computed without reading the files."""
+        digest = hashlib.sha256()
+        for name, entry in self._entries.items():
+            digest.update(f"{(name, *self._state(entry))}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    @abstractmethod
+    def _find(self) -> Iterable[tuple[str, Any]]:
+        """Names and entries of all files."""
+
+    @abstractmethod
+    def _state(self, entry: Any) -> tuple[int, ...]:
+        """Numbers that change whenever a file does."""
+
+    def _links(self) -> Iterator[str]:
+        """Notes about links that were not followed."""
+        yield from ()
 
 
-class ZipFiles(Files):
-    """The files in a ZIP file.
-
-    Args:
-        path: the ZIP file.
-
-    Raises:
-        ValueError: the file is not a ZIP file or is damaged, or contains two files of one name.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        try:
-            self._archive = self._open_files.enter_context(zipfile.ZipFile(path))
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise ValueError(f"{path} is not a ZIP file, or was cut short: {printable(error)}") from None
-        named = [(_zip_name(entry), entry) for entry in self._archive.infolist() if not entry.filename.endswith("/")]
-        used = [(name, entry) for name, entry in named if _is_used(name)]
-        if doubled := [name for name, count in Counter(name for name, _ in used).items() if count > 1]:
-            raise ValueError(summarize(f"{path} contains two files of one name", doubled))
-        self._path = path
-        entries = dict(used)
-        self._prefix, names = _without_common_folder(entries)
-        self._entries = {name: entries[self._prefix + name] for name in names}
-        self.notes = _passed_over((name for name, _ in named), path)
+class _ZipFiles(Files):
+    """The files in a ZIP file."""
 
     @override
-    def names(self) -> list[str]:
-        return list(self._entries)
+    def _find(self) -> Iterator[tuple[str, zipfile.ZipInfo]]:
+        try:
+            self._archive = self._open_files.enter_context(zipfile.ZipFile(self.path))
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise ValueError(f"{self.path} is not a ZIP file, or was cut short: {printable(error)}") from None
+        return ((_zip_name(entry), entry) for entry in self._archive.infolist() if not entry.filename.endswith("/"))
 
     @override
     def read(self, name: str) -> bytes:
-        entry, shown = self._entries[name], printable(f"{self._prefix}{name} in {self._path}")
+        entry, shown = self._entries[name], printable(f"{self._prefix}{name} in {self.path}")
         _refuse_large(shown, entry.file_size)
         try:
             return self._archive.read(entry)
@@ -107,39 +112,21 @@ class ZipFiles(Files):
             raise ValueError(f"{shown} cannot be unpacked: {printable(repr(error))}") from None
 
     @override
-    def fingerprint(self) -> str:
-        # the central directory contains a checksum of every file
-        return _hash((name, entry.file_size, entry.CRC) for name, entry in self._entries.items())
+    def _state(self, entry: zipfile.ZipInfo) -> tuple[int, ...]:
+        return entry.file_size, entry.CRC  # the central directory contains a checksum of every file
 
 
-class FolderFiles(Files):
-    """The files in a folder and its subfolders.
-
-    Args:
-        path: the folder.
-
-    Raises:
-        ValueError: a subfolder cannot be read, or two names differ only in their slashes or in how accents are written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        found = _Walk(path)
-        used = [(name, file) for name, file in found.files if _is_used(name)]
-        if doubled := [name for name, count in Counter(name for name, _ in used).items() if count > 1]:
-            raise ValueError(summarize(f"{path} contains two files of one name", doubled))
-        files = dict(used)
-        prefix, names = _without_common_folder(files)
-        self._files = {name: files[prefix + name] for name in names}
-        self.notes = (*_passed_over((name for name, _ in found.files), path), *found.notes())
+class _FolderFiles(Files):
+    """The files in a folder and its subfolders."""
 
     @override
-    def names(self) -> list[str]:
-        return list(self._files)
+    def _find(self) -> list[tuple[str, tuple[Path, os.stat_result]]]:
+        self._walk = _Walk(self.path)
+        return self._walk.files
 
     @override
     def read(self, name: str) -> bytes:
-        path, _ = self._files[name]
+        path, _ = self._entries[name]
         try:
             _refuse_large(printable(path), path.stat().st_size)
             return path.read_bytes()
@@ -147,10 +134,13 @@ class FolderFiles(Files):
             raise ValueError(f"{printable(path)} cannot be read: {error.strerror or error}") from None
 
     @override
-    def fingerprint(self) -> str:
+    def _state(self, entry: tuple[Path, os.stat_result]) -> tuple[int, ...]:
         # the time of the last status change (ctime) cannot be set back by programs that copy files, unlike mtime
-        stats = ((name, found) for name, (_, found) in self._files.items())
-        return _hash((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns) for name, found in stats)
+        return entry[1].st_size, entry[1].st_mtime_ns, entry[1].st_ctime_ns
+
+    @override
+    def _links(self) -> Iterator[str]:
+        return self._walk.notes()
 
 
 class _Walk:
@@ -235,12 +225,13 @@ def open_files(path: Path) -> Files:
         path: the ZIP file or folder.
 
     Raises:
-        ValueError: the path does not exist, or is a file but not a ZIP file.
+        ValueError: the path does not exist; a file is not a ZIP file or is damaged; a subfolder cannot be read; or two
+            files have one name, or names that differ only in their slashes or in how accents are written.
     """
     if path.is_dir():
-        return FolderFiles(path)
+        return _FolderFiles(path)
     if path.is_file():
-        return ZipFiles(path)
+        return _ZipFiles(path)
     raise ValueError(f"there is no file or folder {printable(path)}")
 
 
@@ -299,10 +290,3 @@ def _passed_over(names: Iterable[str], path: Path) -> tuple[str, ...]:
 def _refuse_large(name: str, size: int) -> None:
     if size > MAX_FILE:
         raise ValueError(f"{name} has {size:,} bytes; the limit for an image file is {MAX_FILE:,}; save it smaller")
-
-
-def _hash(entries: Iterable[tuple[Any, ...]]) -> str:
-    digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(f"{entry}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
@@ -27,9 +27,6 @@ from stablefield.data.sources import Source
 from stablefield.data.store import cached_pool
 from stablefield.files import printable
 from stablefield.pool import Pool
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -242,15 +239,14 @@ class Images(ImageSource):
     @override
     def _contents(self) -> Contents:
         with open_files(self.path) as files:
-            images = list_images(files, self.path, self.labels)
-        names = images.names
+            names, labels, classes = list_images(files, self.path, self.labels)
 
         @contextmanager
         def opened() -> Iterator[Read]:
             with open_files(self.path) as files:
                 yield lambda number: files.read(names[number])
 
-        found = ImageFiles(names, opened, self.preprocessing(), self.where, images.labels, images.classes, files.notes)
+        found = ImageFiles(names, opened, self.preprocessing(), self.where, labels, classes, files.notes)
         return found.select(self.max_images, self.skip_unreadable)
 
 
@@ -321,19 +317,11 @@ def preprocess_array(
     if preprocessing == neutral:
         yield from slices(array)
         return
-    for number, pixels in enumerate(array):
-        yield preprocessing(to_pil(pixels), f"image {number}").pixels[None]
-
-
-def to_pil(pixels: Pixels) -> "Image.Image":
-    """A Pillow image of one or three channels.
-
-    Args:
-        pixels: (C, H, W).
-    """
     from PIL import Image
 
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    for number, pixels in enumerate(array):
+        channels_last = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        yield preprocessing(Image.fromarray(channels_last), f"image {number}").pixels[None]
 
 
 def _report(problems: list[ImageError], count: int, where: str, most: int = 20) -> str:

@@ -9,7 +9,6 @@ the folders in it count as the top folders.
 """
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,23 +25,12 @@ from stablefield.files import printable
 _EDM_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
 
 
-@dataclass(frozen=True, eq=False)
-class ImageList:
-    """Names of the images of a data set, and their labels.
-
-    Attributes:
-        names: names of the files, in order.
-        labels: class of each image; None for images without labels.
-        classes: names of the classes, if they are known.
-    """
-
-    names: list[str]
-    labels: Int64[np.ndarray, "N"] | None
-    classes: tuple[str, ...] = ()
+# names of the images in order, their labels, and the names of the classes, if they are known
+ImageList = tuple[list[str], Int64[np.ndarray, "N"] | None, tuple[str, ...]]
 
 
 def list_images(files: Files, path: Path, labelled: bool = True) -> ImageList:
-    """The images among files, with their labels.
+    """Names of the images among files, their labels (None without), and the names of the classes.
 
     Args:
         files: the files.
@@ -60,7 +48,7 @@ def list_images(files: Files, path: Path, labelled: bool = True) -> ImageList:
         more = f" ({'; '.join(files.notes)})" if files.notes else ""
         raise ValueError(f"there are no images ({known}) in {printable(path)}{more}")
     if not labelled:
-        return ImageList(images, None)
+        return images, None, ()
     if LABELS in names:
         return _labels_of_json(images, files.read(LABELS), path)
     return _labels_of_folders(images, path)
@@ -80,7 +68,7 @@ def _labels_of_json(images: list[str], content: bytes, path: Path) -> ImageList:
             f'{name} is not {{"labels": [["name", label], ...]}} or {{"labels": null}}: {printable(repr(error))}'
         ) from None
     if listed is None:
-        return ImageList(images, None)
+        return images, None, ()
     labels = dict(listed)
     known = set(images)
     problems = {
@@ -92,14 +80,14 @@ def _labels_of_json(images: list[str], content: bytes, path: Path) -> ImageList:
     if found:
         which = ", which does not exist in the data" if problems["has a label for"] else ""
         raise ValueError(f"{name} {'; it '.join(found)}{which}; --no-labels (labels=false) ignores all labels")
-    return ImageList(images, class_labels([labels[image] for image in images], path, images), classes)
+    return images, class_labels([labels[image] for image in images], path, images), classes
 
 
 def _labels_of_folders(images: list[str], path: Path) -> ImageList:
     """Images with their top folders as classes."""
     loose = [name for name in images if "/" not in name]
     if len(loose) == len(images) or all(_EDM_NAME.fullmatch(name) for name in images):
-        return ImageList(images, None)
+        return images, None, ()
     if loose:
         raise ValueError(
             f"{summarize(f'{printable(path)} has images beside its class folders', loose)}; move them, or ignore the "
@@ -108,4 +96,4 @@ def _labels_of_folders(images: list[str], path: Path) -> ImageList:
     folders = [name.partition("/")[0] for name in images]
     classes = sorted(set(folders))
     number = {name: label for label, name in enumerate(classes)}
-    return ImageList(images, np.array([number[name] for name in folders], np.int64), tuple(map(printable, classes)))
+    return images, np.array([number[name] for name in folders], np.int64), tuple(map(printable, classes))
