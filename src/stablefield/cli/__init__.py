@@ -8,11 +8,11 @@ import faulthandler
 import os
 import sys
 from contextlib import suppress
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+from stablefield import __version__
 from stablefield.cli import (
     compare_command,
     config_command,
@@ -66,7 +66,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> bool:
     if wanted:
-        print(f"stablefield {version('stablefield')}")
+        print(f"stablefield {__version__}")
         raise typer.Exit
     return wanted
 

@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stablefield import __version__
 from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig, Weights
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
@@ -86,7 +86,7 @@ def floor(
         f"Floor of the loss: {Path(run or source or training.data_path or training.kind('data')).name}",
         excess,
     )
-    record = {"stablefield": version("stablefield"), "data": repr(training.make("data")), "loss": repr(loss)}
+    record = {"stablefield": __version__, "data": repr(training.make("data")), "loss": repr(loss)}
     write_text(out / "floor.json", json.dumps(finite({**record, "seed": seed, **report.record()}), indent=1) + "\n")
     print(f"written   {out}/floor.png, floor.json")
 

@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield import __version__
 from stablefield.evaluate.estimate import Estimate
 from stablefield.evaluate.frechet import Statistics
 from stablefield.files import append
@@ -44,7 +44,7 @@ class ScoreTable:
         """The table as it is written to files, with the date and the version of this package."""
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "stablefield": version("stablefield"),
+            "stablefield": __version__,
             "samples": dict(self.samples),
             "reference": dict(self.reference),
             "features": dict(self.features),

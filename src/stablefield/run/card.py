@@ -7,11 +7,11 @@ files, classes and data sets cannot add HTML, links, headings or cells of a tabl
 import json
 import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
+from stablefield import __version__
 from stablefield.checkpoint import Checkpoint
 from stablefield.config import Config
 from stablefield.files import printable
@@ -109,7 +109,7 @@ def _model(trained: TrainedRun, config: Config) -> dict[str, str]:
         "weights": escape(trained.weights),
         "conditioning": f"{classes:,} classes" if classes else "none",
         "checkpoint": escape(trained.checksum),
-        "exported with": f"stablefield {escape(version('stablefield'))}",
+        "exported with": f"stablefield {escape(__version__)}",
     }
 
 
