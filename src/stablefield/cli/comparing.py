@@ -15,15 +15,6 @@ from stablefield.studies.compare import (
 from stablefield.studies.compare import compare as run_comparison
 
 
-def objective_names(experiment: Experiment) -> tuple[str, ...]:
-    """Names of the objectives of an experiment; none if all runs share that of the configuration.
-
-    Args:
-        experiment: the experiment.
-    """
-    return tuple(name for name in experiment.objectives if name)
-
-
 def describe_plan(experiment: Experiment, out: Path) -> str:
     """Targets, runs and endpoints in a few lines.
 

@@ -65,9 +65,13 @@ def _open(
     ] = None,
 ) -> Any:
     """The `Source` that the arguments and options of a command describe."""
-    from stablefield.cli.inspecting import open_source
+    from stablefield.config import override, resolve
+    from stablefield.data import data_section
 
-    values = {
+    section = data_section(source, kind)
+    if kind is None:
+        print(f"kind      {section['kind']} (guessed; --kind overrides it)")
+    section |= {
         "resolution": resolution,
         "transform": transform,
         "mode": mode,
@@ -77,8 +81,13 @@ def _open(
         "skip_unreadable": skip_unreadable or None,
         "labels": False if no_labels else None,
     }
-    given = {key: value for key, value in values.items() if value is not None}
-    return open_source(source, kind, given, settings or [])
+    if other := [setting for setting in settings or [] if not setting.startswith("data.")]:
+        raise ConfigError(f"{other[0]}: only keys of the section data can be set here, such as data.split=test")
+    given = {key: value for key, value in section.items() if value is not None}
+    opened = resolve(override({"data": given}, settings or [])).make("data")
+    if opened.holdout:
+        raise ConfigError(f"data.holdout={opened.holdout}: data are held out in training only; remove this setting")
+    return opened
 
 
 @data.command()

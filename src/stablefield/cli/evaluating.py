@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from stablefield.evaluate import Estimate, ScoreTable, Statistics
+from stablefield.generate.images import save_sheet
 
 _TITLES = {
     "fid": "FID",
@@ -58,7 +59,7 @@ class TablePrinter:
         print("\n" + "\n".join([_title(table.features), *rows, *(f"  note: {note}" for note in table.notes)]))
         if table.pairs is not None:
             sheet = self.path.with_name(self.path.stem.replace("scores", "nearest") + ".png")
-            table.save_pairs(sheet)
+            save_sheet(sheet, table.pairs, columns=8)
             print(f"  samples and their nearest training images, most likely copies first: {sheet}")
 
 

@@ -48,7 +48,7 @@ def field(
     from stablefield.data import Store, content_hash
     from stablefield.studies.field import DataDistances, VarianceReport, measure, write_study
 
-    chosen = parse_sizes(sizes)
+    chosen = _parse_sizes(sizes)
     training = configured(source, kind, config, set_ or [], allowed_names(set_ or [], allow), "field")
     data_source = training.make("data")
     pool = training_pool(training, None if source else config, None, "field")
@@ -95,18 +95,8 @@ def field(
     print(f"written   {out}/{', '.join(files)}")
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """Parse a comma-separated list of sizes.
-
-    >>> parse_sizes("64, 1024")
-    (64, 1024)
-
-    Args:
-        text: the list as text.
-
-    Raises:
-        ConfigError: a part is not an integer above 0.
-    """
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    """The sizes in a comma-separated list."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -63,7 +63,7 @@ def floor(
     elif pool.labels is None:
         raise ConfigError("training.conditional=true needs labels, and the data have none; set it to false")
     loss = SquaredError(training.make("process"), training.make("times"), weight=training.make("weight"))
-    names = floor_targets(targets, training, len(pool))
+    names = _floor_targets(targets, training, len(pool))
     print(f"loss      {loss.process}, times {loss.times}, weight {loss.weight}; mean over the dimensions")
     points: dict[str, Any] = {
         "bins": bins,
@@ -91,17 +91,8 @@ def floor(
     print(f"written   {out}/floor.png, floor.json")
 
 
-def floor_targets(text: str | None, config: "Config", data_points: int) -> list[str]:
-    """Names of the targets whose floor is measured, as `LossFloor` has them.
-
-    Args:
-        text: targets, separated by commas; None for DSM, and the target of the configuration if its floor is another.
-        config: configuration of the training.
-        data_points: number of data points that are trained on.
-
-    Raises:
-        ConfigError: the floor of one of the targets is not known.
-    """
+def _floor_targets(text: str | None, config: "Config", data_points: int) -> list[str]:
+    """Names of the targets whose floor is measured; by default DSM, and the configured one if its floor is another."""
     from stablefield.config import floor_target, split_targets, target_section
 
     if text is None:

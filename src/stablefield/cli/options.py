@@ -33,7 +33,19 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key of the configuration; may be repeated."),
 ]
-Device = Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")]
+Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Start from published settings; stablefield recipes lists them.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Data to train on: a store, ZIP file, folder, array, IDX file or tar archive, or hf:NAME for a data set "
+        "of the Hugging Face hub. The kind is guessed.",
+    ),
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="TOML file with the keys that differ from the defaults.")]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -105,7 +117,7 @@ class SamplingOptions:
     precision: Annotated[str, typer.Option(help="Arithmetic of the network: float32, tf32, bfloat16 or float16.")] = (
         "float32"
     )
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")] = "auto"
+    device: Device = "auto"
 
     def given(self) -> list[str]:
         """Names of the options that are set, except `allow` and `device`, which do not concern samples."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,6 +83,21 @@ class Contents:
             return (block.cpu().numpy() for block in pool.stored_blocks(NULL_LABEL, _BLOCK))
 
         return cls(len(pool), blocks, labels, classes, pool.num_levels, pool.values)
+
+    def array(self, progress: Progress = silent) -> Shaped[np.ndarray, "N *D"]:
+        """All data in memory.
+
+        Args:
+            progress: called with (data points read, total).
+        """
+        blocks = self.blocks()
+        first, done = next(blocks), 0
+        data = np.empty((self.count, *first.shape[1:]), first.dtype)
+        for block in chain([first], blocks):
+            data[done : done + len(block)] = block
+            done += len(block)
+            progress(done, self.count)
+        return data
 
 
 def slices(array: Shaped[np.ndarray, "N *D"], size: int = _BLOCK) -> Iterator[Shaped[np.ndarray, "n *D"]]:

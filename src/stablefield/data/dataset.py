@@ -48,13 +48,8 @@ class DatasetSource(Source):
     def load(self, progress: Progress = silent) -> Pool:
         if self.store is None:
             contents = self.contents()
-            data, done = np.empty((contents.count, *self._item(0)[0].shape), self._item(0)[0].dtype), 0
-            for block in contents.blocks():
-                data[done : done + len(block)] = block
-                done += len(block)
-                progress(done, contents.count)
             labels = None if contents.labels is None else torch.from_numpy(contents.labels)
-            return Pool(torch.from_numpy(data), labels, values=self.values)
+            return Pool(torch.from_numpy(contents.array(progress)), labels, values=self.values)
         if not (self.store / "store.json").is_file():
             write_store(self.store, self.contents(), source=type(self.dataset).__name__, progress=progress)
         pool = Store(self.store, values=self.values).load()

@@ -143,7 +143,7 @@ class Preprocessing:
         if self.window is not None:
             image = _crop(image, self.window, name)
         if self.size is not None and self.transform is not None:
-            image = _crop(image, largest_window(image.size, self.size), name)
+            image = _crop(image, _largest_window(image.size, self.size), name)
         if self.size is not None and image.size != self.size:
             image = image.resize(self.size, Image.Resampling.LANCZOS)
         pixels = np.array(image)
@@ -241,13 +241,8 @@ def decode(content: bytes, name: str, preprocessing: Preprocessing) -> Decoded:
     raise ImageError(f"{name} has more pixels than the limit of 8192x8192", f"save it smaller, or {_SKIP}")
 
 
-def largest_window(size: tuple[int, int], proportions: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the largest window with the given proportions, to a pixel, that fits into an image.
-
-    Args:
-        size: (width, height) of the image.
-        proportions: (width, height) up to a common factor.
-    """
+def _largest_window(size: tuple[int, int], proportions: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the largest window with the given proportions, to a pixel, that fits into an image."""
     (width, height), (w, h) = size, proportions
     if width * h > height * w:
         return max(1, round(height * w / h)), height

@@ -7,7 +7,6 @@ import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,14 +60,7 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
         ValueError: the path exists already.
     """
     refuse_existing(path)
-    blocks = contents.blocks()
-    first = next(blocks)
-    data, done = np.empty((contents.count, *first.shape[1:]), first.dtype), 0
-    for block in chain([first], blocks):
-        data[done : done + len(block)] = block
-        done += len(block)
-        progress(done, contents.count)
-    arrays = {"data": data, "num_levels": np.array(contents.num_levels)}
+    arrays = {"data": contents.array(progress), "num_levels": np.array(contents.num_levels)}
     if contents.values is not None:
         arrays["values"] = np.array(contents.values)
     if contents.labels is not None:

@@ -1,6 +1,6 @@
 """From the data of a file to a checkpoint: weights of the moving average, and the arguments that build the network.
 
-The data may refer to the same part many times, or contain itself. Everything that is kept is copied by one `Copier`,
+The data may refer to the same part many times, or contain itself. Everything that is kept is copied by one `_Copier`,
 which limits the total size.
 """
 
@@ -73,10 +73,10 @@ def read(path: str | os.PathLike[str]) -> EDMCheckpoint:
     """
     path = Path(path)
     with refusing(path.name):
-        return _checkpoint(expect(read_file(path), dict), Copier(path.stat().st_size))
+        return _checkpoint(expect(read_file(path), dict), _Copier(path.stat().st_size))
 
 
-def _checkpoint(data: dict[str, Any], copier: Copier) -> EDMCheckpoint:
+def _checkpoint(data: dict[str, Any], copier: _Copier) -> EDMCheckpoint:
     if "ema" not in data:
         raise RefusedError(
             "there is no moving average (`ema`); read the network-snapshot-*.pkl of the same run instead"
@@ -99,34 +99,19 @@ def _checkpoint(data: dict[str, Any], copier: Copier) -> EDMCheckpoint:
 
 
 @dataclass
-class Copier:
-    """Copies data out of a file within a size budget, so that a small file cannot expand to a large one.
+class _Copier:
+    """Copies data out of a file within a size budget, so that a small file cannot expand to a large one."""
 
-    Attributes:
-        budget: bytes that may still be copied; a number or a character counts as one byte.
-    """
-
-    budget: int
+    budget: int  # bytes that may still be copied; a number or a character counts as one byte
 
     def charge(self, octets: int) -> None:
-        """Subtract from the budget.
-
-        Args:
-            octets: bytes about to be copied.
-
-        Raises:
-            RefusedError: the budget is exceeded.
-        """
+        """Subtract from the budget."""
         self.budget -= octets
         if self.budget < 0:
             raise RefusedError("the data expand to more than the size of the file")
 
     def tensor(self, view: TensorView) -> Shaped[Tensor, " *size"]:
-        """A contiguous copy of a tensor.
-
-        Args:
-            view: where its elements are.
-        """
+        """A contiguous copy of a tensor."""
         dtype, extent = view.storage.dtype, view.extent
         self.charge(1 + max(extent, view.numel) * dtype.itemsize)
         if extent == 0:
@@ -136,12 +121,7 @@ class Copier:
         return elements.as_strided(view.size, view.stride).contiguous()
 
     def state(self, module: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors as in `Module.state_dict`.
-
-        Args:
-            module: the `Object` of a module.
-            prefix: start of all names.
-        """
+        """Names and tensors as in `Module.state_dict`."""
         fields = expect(expect(module, Object).state, dict)
         for part in ("_parameters", "_buffers", "_modules"):
             for name, value in expect(fields[part], dict).items():
@@ -154,11 +134,7 @@ class Copier:
                     yield prefix + name, self.tensor(expect(value, TensorView))
 
     def plain(self, value: object) -> Any:
-        """A copy of containers, strings, numbers and tensors; anything else is refused.
-
-        Args:
-            value: data of the file.
-        """
+        """A copy of containers, strings, numbers and tensors; anything else is refused."""
         self.charge(1 + len(value) if isinstance(value, str) else 1)
         match value:
             case dict():
@@ -173,19 +149,11 @@ class Copier:
                 raise not_allowed(value.kind if isinstance(value, Object) else type(value).__name__)
 
     def json(self, value: object) -> dict[str, Any]:
-        """A dictionary as after a round trip through JSON: tuples become lists, and a tensor is a TypeError.
-
-        Args:
-            value: data of the file.
-        """
+        """A dictionary as after a round trip through JSON: tuples become lists, and a tensor is a TypeError."""
         return expect(json.loads(json.dumps(self.plain(value))), dict)
 
     def arguments(self, instance: Object) -> dict[str, Any]:
-        """Constructor arguments by name; the first four are the same for all preconditioners.
-
-        Args:
-            instance: an object with EDM's `_init_args` and `_init_kwargs`.
-        """
+        """Constructor arguments by name; the first four are the same for all preconditioners."""
         fields = expect(instance.state, dict)
         positional, keyword = expect(fields["_init_args"], tuple), expect(fields["_init_kwargs"], dict)
         names = ("img_resolution", "img_channels", "label_dim", "use_fp16")
@@ -194,11 +162,7 @@ class Copier:
         return self.json(dict(zip(names, positional, strict=False)) | keyword)
 
     def class_and_arguments(self, instance: object) -> dict[str, Any] | None:
-        """Class name and constructor arguments, or None if there is no such object.
-
-        Args:
-            instance: an `Object` or None.
-        """
+        """Class name and constructor arguments, or None if there is no such object."""
         if instance is None:
             return None
         return {"class_name": expect(instance, Object).kind, **self.arguments(expect(instance, Object))}
