@@ -17,7 +17,7 @@ from stablefield.kinds import ConfigError, refuse_if
 
 
 @given_by("sampling", SamplingOptions)
-def evaluate_command(
+def evaluate(
     what: Annotated[
         str, typer.Argument(metavar="RUN|IMAGES|NPZ", help="A run, samples, or data of any kind that `train` reads.")
     ],
@@ -80,7 +80,8 @@ def evaluate_command(
     from stablefield.cli.evaluating import TablePrinter, write_statistics
     from stablefield.data import guess_kind
     from stablefield.distributed import process_group
-    from stablefield.evaluate import evaluate, feature_statistics
+    from stablefield.evaluate import evaluate as score
+    from stablefield.evaluate import feature_statistics
     from stablefield.evaluate.inputs import is_run
     from stablefield.generate import SamplingPlan
     from stablefield.seeding import parse_seeds
@@ -124,7 +125,7 @@ def evaluate_command(
             if found and statistics:
                 write_statistics(statistics, found)
             return
-        scores = evaluate(
+        scores = score(
             subject,
             reference,
             seeds=first_seeds,

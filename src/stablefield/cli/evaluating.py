@@ -1,6 +1,7 @@
 """The work of `stablefield evaluate`: printing and writing tables of scores."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,9 @@ _TITLES = {
 }
 
 
+@dataclass
 class TablePrinter:
     """Callback that prints and writes each table of scores.
-
-    Args:
-        path: file that the scores are appended to, one JSON object per line.
-        statistics: file to write mean and covariance of the features to.
 
     Attributes:
         path: file that the scores are appended to, one JSON object per line.
@@ -40,8 +38,9 @@ class TablePrinter:
         started: True after the first table.
     """
 
-    def __init__(self, path: Path, statistics: Path | None = None) -> None:
-        self.path, self.statistics, self.started = path, statistics, False
+    path: Path
+    statistics: Path | None = None
+    started: bool = False
 
     def __call__(self, table: ScoreTable) -> None:
         """Print and write a table.

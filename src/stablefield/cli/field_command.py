@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
+from stablefield.cli.options import MeasuredOptions, given_by
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
 
 
+@given_by("measured", MeasuredOptions)
 def field(
-    source: DataPath = None,
+    *,
     out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = Path("field"),
     noise_levels: Annotated[
         int, typer.Option(min=2, max=4096, help="Number of noise levels, evenly spaced in log.")
@@ -35,24 +36,19 @@ def field(
         bool,
         typer.Option("--conditional", help="Measure class-conditional targets: only the source's class is used."),
     ] = False,
-    kind: Kind = None,
-    config: TrainingConfig = None,
-    set_: Set = None,
-    allow: Allow = None,
-    device: Device = "auto",
+    measured: MeasuredOptions,
 ) -> None:
     """Measure variance and bias of training targets by noise level, and report what to expect of stable targets."""
     from stablefield.build import choose_device
     from stablefield.cli.measuring import aligned, configured, training_pool
-    from stablefield.config import allowed_names
     from stablefield.data import Store, content_hash
     from stablefield.studies.field import DataDistances, VarianceReport, measure, write_study
 
     chosen = _parse_sizes(sizes)
-    training = configured(source, kind, config, set_ or [], allowed_names(set_ or [], allow), "field")
+    training = configured(measured, "field")
     data_source = training.make("data")
-    pool = training_pool(training, None if source else config, None, "field")
-    pool = replace(pool, data=pool.data.to(choose_device(device)))
+    pool = training_pool(measured, training, None, "field")
+    pool = replace(pool, data=pool.data.to(choose_device(measured.device)))
     process, times, weight = (training.make(section) for section in ("process", "times", "weight"))
     conditional = conditional or training.training.conditional
     distances = DataDistances.from_pool(pool, seed=seed)
@@ -91,7 +87,7 @@ def field(
         "draws": draws,
         "seed": seed,
     }
-    files = write_study(out, study, report, name=source or str(data_source), description=description)
+    files = write_study(out, study, report, name=measured.source or str(data_source), description=description)
     print(f"written   {out}/{', '.join(files)}")
 
 

@@ -21,14 +21,6 @@ Allow = Annotated[
         help="Allow a file to name this class of yours; importing it runs its code. May be repeated.",
     ),
 ]
-DataPath = Annotated[
-    str | None,
-    typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
-]
-Kind = Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")]
-TrainingConfig = Annotated[
-    Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
-]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key of the configuration; may be repeated."),
@@ -80,6 +72,32 @@ def given_by(parameter: str, make: Callable[..., object]) -> Callable[[Callable[
         return wrapped
 
     return decorate
+
+
+@dataclass(frozen=True)
+class MeasuredOptions:
+    """Arguments and options of commands that measure a training: its data and configuration.
+
+    Attributes:
+        source: path or name of the data; None for the data of the configuration.
+        kind: kind of the data; None to guess it.
+        config: file of the configuration; None for the default one.
+        set_: settings "SECTION.KEY=VALUE".
+        allow: classes outside this package that the configuration may name; those of `set_` are allowed, too.
+        device: name of the device.
+    """
+
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
+    ] = None
+    kind: Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")] = None
+    config: Annotated[
+        Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
+    ] = None
+    set_: Set = None
+    allow: Allow = None
+    device: Device = "auto"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from stablefield.schedule import EMA, Decay, LearningRate, average_names
 MOST_PREFETCHED = 2**16  # examples; memory is allocated for all of them
 _USUAL_SHARE = 0.1  # of a GPU's memory that data may need to be kept there
 _MOST = 2**53  # of images; beyond, floats do not hold every integer
-_POSITIVE = ("images", "batch_size", "micro_batch_size", "learning_rate", "gradient_clip", "adam_eps")
+_POSITIVE: tuple[str, ...] = ("images", "batch_size", "micro_batch_size", "learning_rate", "gradient_clip", "adam_eps")
 _POSITIVE += ("save_every", "keep_checkpoints", "log_every", "probes")
 _NOT_NEGATIVE = ("learning_rate_warmup", "ema_rampup_ratio", "learning_rate_decay_start", "sample_every", "probe_every")
 

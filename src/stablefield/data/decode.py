@@ -152,13 +152,14 @@ class Preprocessing:
 
     def _eight_bits(self, image: "Image.Image", name: str) -> tuple["Image.Image", tuple[str, ...]]:
         """The image upright and in 8 bits, grey or RGB, and what was done to it."""
-        from PIL import ImageOps
+        from PIL import Image, ImageOps
 
         turned = _orientation(image) in range(2, 9)
         transposed, remarks = (ImageOps.exif_transpose(image), ("turned",)) if turned else (image, ())
         if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PNG"):
             deep = np.asarray(transposed).astype(np.uint16)
-            return _from_array((deep >> 8).astype(np.uint8)), (*remarks, "dark" if deep.max() < 2**13 else "16 bits")
+            high = Image.fromarray((deep >> 8).astype(np.uint8))
+            return high, (*remarks, "dark" if deep.max() < 2**13 else "16 bits")
         image = transposed
         if image.mode not in _GREY | _COLOUR:
             raise ImageError(
@@ -270,9 +271,3 @@ def _orientation(image: "Image.Image") -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # notes of cameras that are damaged in any way
         return 1
-
-
-def _from_array(pixels: UInt8[np.ndarray, "H W"]) -> "Image.Image":
-    from PIL import Image
-
-    return Image.fromarray(pixels)

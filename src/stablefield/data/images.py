@@ -279,7 +279,8 @@ def in_order(function: Callable[[S], T], items: Iterable[S], together: int = 4) 
         together: number of arguments that a thread is given at once, to be woken less often. At most three times as
             many results per thread are held.
     """
-    threads, rest = _cores(), iter(items)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads, rest = cores or 1, iter(items)
     if threads == 1:
         yield from map(function, rest)
         return
@@ -372,8 +373,3 @@ def _first(count: int, blocks: Iterator[Shaped[np.ndarray, "n *D"]]) -> Iterator
         count -= len(block)
         if count <= 0:
             return
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -50,12 +50,8 @@ class _Network(nn.Module):
 class Classifier(Features):
     """Features of a trained classifier: the input of its last layer.
 
-    Args:
-        network: the trained network, for images in [-1, 1].
-        accuracy: fraction of held-out images that it classifies correctly.
-
     Attributes:
-        network: the network, in evaluation mode.
+        network: the trained network, for images in [-1, 1]; it is set to evaluation mode.
         accuracy: fraction of held-out images that it classifies correctly.
     """
 
