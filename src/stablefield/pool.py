@@ -222,6 +222,15 @@ class Pool:
             return _prefetched_blocks(self.data, size)
         return map(self.stored, self.indices(label).split(size))
 
+    def evenly_spaced(self, most: int) -> Int[Tensor, "n"]:
+        """Indices of evenly spaced data points, which represent a data set that is ordered by class.
+
+        Args:
+            most: number of data points, of a pool with fewer all.
+        """
+        n = min(most, len(self))
+        return torch.arange(n) * len(self) // n
+
     def draw(self, n: int, label: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
         """Indices of n distinct random data points with a label, in random order.
 

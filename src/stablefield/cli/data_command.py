@@ -129,7 +129,7 @@ def inspect(
 
     Prints size, type, range, classes and hash of the data, and verifies a store. --sheet and --plot write images.
     """
-    from stablefield.cli.inspecting import contact_sheet, describe, propose
+    from stablefield.cli.inspecting import describe, propose
     from stablefield.data import inspect as inspect_data
     from stablefield.data import printable
     from stablefield.data.store import refuse_existing
@@ -146,7 +146,7 @@ def inspect(
         raise ConfigError(f"--sheet is for images, and these data are {found.pool} with values={found.pool.values}")
     print("\n".join(describe(found)))
     if sheet:
-        save_sheet(sheet, contact_sheet(found.pool))
+        save_sheet(sheet, found.pool.take(found.pool.evenly_spaced(100)))
         print(f"sheet     {printable(sheet)}")
     if noise and found.summary.std > 0:
         print("\n".join(propose(found.pool, found.summary.std, plot)))

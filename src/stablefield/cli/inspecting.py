@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from stablefield.cli.progress import progress_bar
 from stablefield.data import Inspection, printable
 from stablefield.objective import EDMWeight
@@ -60,20 +58,6 @@ def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16) ->
         *(f"          {line}" for line in (*proposal.reasons(), *report.summary())),
         *([f"plot      {printable(plot)}"] if plot else []),
     ]
-
-
-def contact_sheet(pool: Pool, images: int = 100) -> torch.Tensor:
-    """Evenly spaced images of a data set, which is often ordered by class.
-
-    Args:
-        pool: the images.
-        images: largest number of images.
-
-    Returns:
-        Floats in [-1, 1] of shape (n, C, H, W).
-    """
-    n = min(images, len(pool))
-    return pool.take(torch.arange(n) * len(pool) // n)
 
 
 def _class_lines(counts: tuple[int, ...], classes: tuple[str, ...], most: int = 20) -> list[str]:

@@ -6,11 +6,10 @@ in memory as a whole. The hash and the summary of a data set are computed in blo
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,9 +17,6 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from stablefield.pool import NULL_LABEL, Pool, Values
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
 
 Progress = Callable[[int, int], None]  # called with (done, total)
 StageProgress = Callable[[str], AbstractContextManager[Progress]]  # title of a stage -> its progress callback
@@ -118,32 +114,25 @@ def content_hash(pool: Pool) -> str:
     Args:
         pool: the data, or a view of them.
     """
-    contents = Contents.from_pool(pool)
-    dtype = np.dtype(str(pool.data.dtype).removeprefix("torch."))
-    digest = begin_hash(dtype, (len(pool), *pool.shape), pool.num_levels)
-    for block in contents.blocks():
-        digest.update(np.ascontiguousarray(block).data)
-    return end_hash(digest, contents.labels)
+    contents, dtype = Contents.from_pool(pool), np.dtype(str(pool.data.dtype).removeprefix("torch."))
+    return hash_blocks(contents, (len(pool), *pool.shape), dtype, contents.blocks())
 
 
-def begin_hash(dtype: np.dtype, shape: tuple[int, ...], num_levels: int) -> "_Hash":
-    """First step of `content_hash`; then it must be updated with the bytes of all data, in order.
+def hash_blocks(
+    contents: Contents, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[Shaped[np.ndarray, "n *D"]]
+) -> str:
+    """`content_hash` of data that are read block by block for another purpose, too.
 
     Args:
-        dtype: type of the data.
+        contents: the data, for their labels and number of levels.
         shape: (N, *D).
-        num_levels: number of values of quantized data.
+        dtype: type of the data.
+        blocks: all data, in order.
     """
-    return hashlib.sha256(f"{dtype.name} {tuple(shape)} {num_levels}".encode())
-
-
-def end_hash(digest: "_Hash", labels: Int64[np.ndarray, "N"] | None) -> str:
-    """Last step of `content_hash`: adds the labels and returns the hash in hexadecimal digits.
-
-    Args:
-        digest: hash of the data, from `begin_hash`.
-        labels: class of each data point; None for data without labels.
-    """
+    digest = hashlib.sha256(f"{dtype.name} {tuple(shape)} {contents.num_levels}".encode())
+    for block in blocks:
+        digest.update(np.ascontiguousarray(block).data)
+    labels = contents.labels
     digest.update(b"no labels" if labels is None else b"labels" + labels.astype("<i8").tobytes())
     return digest.hexdigest()
 

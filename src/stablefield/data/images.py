@@ -108,16 +108,13 @@ class ImageSource(Source):
 
     def _first(self, contents: Contents) -> Contents:
         """The first `max_images` images, without labels if these are to be ignored."""
-        count = min(self.max_images or contents.count, contents.count)
-        if count == contents.count and self.labels:
+        if not self.labels:
+            contents = replace(contents, labels=None, classes=())
+        count, blocks, labels = self.max_images, contents.blocks, contents.labels
+        if count is None or count >= contents.count:
             return contents
-        labels = contents.labels[:count] if self.labels and contents.labels is not None else None
-        classes, blocks = contents.classes if labels is not None else (), contents.blocks
-        if count < contents.count:
-            return replace(
-                contents, count=count, blocks=lambda: _first(count, blocks()), labels=labels, classes=classes
-            )
-        return replace(contents, labels=labels, classes=classes)
+        labels = None if labels is None else labels[:count]
+        return replace(contents, count=count, blocks=lambda: _first(count, blocks()), labels=labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +236,7 @@ class Images(ImageSource):
     @override
     def _contents(self) -> Contents:
         with open_files(self.path) as files:
-            names, labels, classes = list_images(files, self.path, self.labels)
+            names, labels, classes = list_images(files, self.labels)
 
         @contextmanager
         def opened() -> Iterator[Read]:

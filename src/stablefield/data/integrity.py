@@ -37,10 +37,25 @@ def check_once(folder: Path, nbytes: int, check: Callable[[], None]) -> None:
         raise ValueError(result)
     if known == state:
         return
+
+    def compare() -> None:
+        try:
+            check()
+        except ValueError as error:
+            remember(folder, state, str(error))
+            raise
+        remember(folder, state)
+
+    def compare_later() -> None:
+        try:
+            compare()
+        except ValueError as error:
+            LOGGER.error("%s; stop this program: it uses the damaged data", error)
+
     if nbytes <= _WAIT:
-        _check(folder, state, check)
+        compare()
     else:
-        threading.Thread(target=_check_later, args=(folder, state, check), daemon=True).start()
+        threading.Thread(target=compare_later, daemon=True).start()
 
 
 def remember(folder: Path, state: str, result: str = _GOOD) -> None:
@@ -64,22 +79,6 @@ def state_of(folder: Path) -> str:
     stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
     states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
     return hashlib.sha256(repr(states).encode(errors="surrogateescape")).hexdigest()
-
-
-def _check(folder: Path, state: str, check: Callable[[], None]) -> None:
-    try:
-        check()
-    except ValueError as error:
-        remember(folder, state, str(error))
-        raise
-    remember(folder, state)
-
-
-def _check_later(folder: Path, state: str, check: Callable[[], None]) -> None:
-    try:
-        _check(folder, state, check)
-    except ValueError as error:
-        LOGGER.error("%s; stop this program: it uses the damaged data", error)
 
 
 def _remembered(folder: Path) -> tuple[str, str]:

@@ -29,19 +29,18 @@ _EDM_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
 ImageList = tuple[list[str], Int64[np.ndarray, "N"] | None, tuple[str, ...]]
 
 
-def list_images(files: Files, path: Path, labelled: bool = True) -> ImageList:
+def list_images(files: Files, labelled: bool = True) -> ImageList:
     """Names of the images among files, their labels (None without), and the names of the classes.
 
     Args:
         files: the files.
-        path: where they are, for errors.
         labelled: False to ignore labels.
 
     Raises:
         ValueError: there are no images; `dataset.json` is damaged or does not fit the images; labels are not classes;
             or there are images beside class folders.
     """
-    names = files.names()
+    names, path = files.names(), files.path
     images = [name for name in names if name.lower().endswith(SUFFIXES)]
     if not images:
         known = ", ".join(SUFFIXES)

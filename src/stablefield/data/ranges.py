@@ -1,7 +1,5 @@
 """A question about the values of data that do not look as networks expect them."""
 
-import torch
-
 from stablefield.pool import Pool
 
 _SAMPLE = 512  # data points that are looked at
@@ -19,9 +17,7 @@ def range_question(pool: Pool, sigma_data: float | None = None) -> str | None:
         pool: the data.
         sigma_data: standard deviation of the data that the configuration assumes; by default 0.5.
     """
-    count = min(_SAMPLE, len(pool))
-    index = torch.arange(count) * len(pool) // count
-    stored = pool.stored(index)
+    stored = pool.stored(pool.evenly_spaced(_SAMPLE))
     values = pool.decode(stored).double()
     low, high = stored.min().item(), stored.max().item()
     std = float(values.std(correction=0)) if values.numel() > 1 else 0.0

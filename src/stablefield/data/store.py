@@ -11,18 +11,18 @@ that are used directly from a ZIP file or a folder are decoded into such a store
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from typing_extensions import override
 
 from stablefield.data.arrays import as_tensor, map_array
-from stablefield.data.contents import Contents, Progress, begin_hash, content_hash, end_hash, silent
+from stablefield.data.contents import Contents, Progress, content_hash, hash_blocks, silent
 from stablefield.data.integrity import check_once, remember, state_of
 from stablefield.data.labels import class_labels
 from stablefield.data.limits import read_json
@@ -233,25 +233,29 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
     """Write data and labels, and return the entries of `store.json` about them."""
     blocks = contents.blocks()
     first = next(blocks)
-    shape, done = (contents.count, *first.shape[1:]), 0
-    digest = begin_hash(first.dtype, shape, contents.num_levels)
+    shape = (contents.count, *first.shape[1:])
+
+    def written(file: BinaryIO) -> Iterator[np.ndarray]:
+        done = 0
+        for block in chain([first], blocks):
+            # a write to a full disk raises an error, whereas an assignment to a memory map would kill the process
+            flat = np.ascontiguousarray(_checked(block, first))
+            file.write(flat.data)
+            yield flat
+            done += len(block)
+            progress(done, contents.count)
+        assert done == contents.count
+
     with (folder / "data.npy").open("xb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for block in chain([first], blocks):
-            # a write to a full disk raises an error, whereas an assignment to a memory map would kill the process
-            flat = np.ascontiguousarray(_checked(block, first)).data
-            file.write(flat)
-            digest.update(flat)
-            done += len(block)
-            progress(done, contents.count)
-    assert done == contents.count
+        found = hash_blocks(contents, shape, first.dtype, written(file))
     if contents.labels is not None:
         with (folder / "labels.npy").open("xb") as file:
             np.save(file, contents.labels.astype(np.int64))
     return {
         "format": FORMAT,
-        "hash": end_hash(digest, contents.labels),
+        "hash": found,
         "shape": shape,
         "dtype": first.dtype.name,
         "num_levels": contents.num_levels,
