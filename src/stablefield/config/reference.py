@@ -37,13 +37,13 @@ class _Kind(NamedTuple):
     """A kind of a section (that of the section if it has none), the first sentence about its class, and its keys."""
 
     section: str
-    name: str
+    kind: str
     summary: str
     keys: tuple[_Key, ...]
 
     @property
     def place(self) -> str:
-        return f"{self.section}.kind={self.name}" if self.section in BASES else self.section
+        return f"{self.section}.kind={self.kind}" if self.section in BASES else self.section
 
 
 def _list_keys(section: str, kind: str) -> _Kind:
