@@ -81,7 +81,7 @@ class Contents:
         return cls(len(pool), blocks, labels, classes, pool.num_levels, pool.values)
 
     def array(self, progress: Progress = silent) -> Shaped[np.ndarray, "N *D"]:
-        """All data in memory.
+        """The data as one array in memory.
 
         Args:
             progress: called with (data points read, total).

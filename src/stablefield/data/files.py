@@ -1,11 +1,19 @@
-"""Image files in a ZIP file or a folder: their names in order, and their contents.
+"""Image files in a ZIP file or a folder: their names in order, contents and labels.
 
 Each file is used once, whatever links lead to it. Hidden files are ignored; other files that are not images, and links
 to files that are there already, are counted in a note.
+
+Labels are read from `dataset.json` in the layout of EDM and StyleGAN,
+
+    {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", [0, 1, 0]], ...]}     or {"labels": null}
+
+Without that file, each top folder is a class, numbered in alphabetical order. If a single folder contains everything,
+the folders in it count as the top folders.
 """
 
 import hashlib
 import os
+import re
 import stat
 import unicodedata
 import zipfile
@@ -17,14 +25,23 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
 from typing_extensions import override
 
 from stablefield.data.decode import SUFFIXES
-from stablefield.data.limits import MAX_FILE
+from stablefield.data.labels import class_labels
+from stablefield.data.limits import MAX_FILE, read_json
 from stablefield.data.notices import summarize
 from stablefield.files import printable
 
 LABELS = "dataset.json"  # the file of labels
+
+# names of the images in order, their labels, and the names of the classes, if they are known
+ImageList = tuple[list[str], Int64[np.ndarray, "N"] | None, tuple[str, ...]]
+
+# EDM's layout has folders of a thousand images, which are not classes
+_EDM_NAME = re.compile(r"\d{5}/img\d{8}\.\w+")
 
 
 class Files(AbstractContextManager["Files"], ABC):
@@ -54,16 +71,33 @@ class Files(AbstractContextManager["Files"], ABC):
     def __exit__(self, *error: object) -> None:
         self._open_files.close()
 
-    def names(self) -> list[str]:
-        """Names of all files, sorted."""
-        return list(self._entries)
+    def images(self, labelled: bool = True) -> ImageList:
+        """Names of the images, their labels (None without), and the names of the classes.
+
+        Args:
+            labelled: False to ignore labels.
+
+        Raises:
+            ValueError: there are no images; `dataset.json` is damaged or does not fit the images; labels are not
+                classes; or there are images beside class folders.
+        """
+        images = [name for name in self._entries if name.lower().endswith(SUFFIXES)]
+        if not images:
+            known = ", ".join(SUFFIXES)
+            more = f" ({'; '.join(self.notes)})" if self.notes else ""
+            raise ValueError(f"there are no images ({known}) in {printable(self.path)}{more}")
+        if not labelled:
+            return images, None, ()
+        if LABELS in self._entries:
+            return _labels_of_json(images, self.read(LABELS), self.path)
+        return _labels_of_folders(images, self.path)
 
     @abstractmethod
     def read(self, name: str) -> bytes:
         """The content of a file; several threads may read at once.
 
         Args:
-            name: one of `names`.
+            name: one of the names of images.
 
         Raises:
             ValueError: the file is damaged, too large or cannot be read.
@@ -202,7 +236,7 @@ class _Walk:
                     self._add_file(inner, Path(entry.path), os.stat(entry.path))
 
     def _add_file(self, name: str, path: Path, found: os.stat_result) -> None:
-        name = normal_name(name)
+        name = _normal_name(name)
         if not stat.S_ISREG(found.st_mode):
             self._broken.append(name)
         elif not _is_used(name) or self._is_new(name, found):
@@ -246,12 +280,8 @@ def _without_common_folder(names: Iterable[str]) -> tuple[str, list[str]]:
     return prefix, inside
 
 
-def normal_name(name: str) -> str:
-    """A name with forward slashes and composed letters (NFC), whichever program wrote it.
-
-    Args:
-        name: a name with folders.
-    """
+def _normal_name(name: str) -> str:
+    """A name with forward slashes and composed letters (NFC), whichever program wrote it."""
     return unicodedata.normalize("NFC", name.replace("\\", "/")).removeprefix("./")
 
 
@@ -261,7 +291,7 @@ def _zip_name(entry: zipfile.ZipInfo) -> str:
     if not entry.flag_bits & 0x800 and not name.isascii():
         with suppress(UnicodeError):
             name = name.encode("cp437").decode("utf-8")
-    return normal_name(name)
+    return _normal_name(name)
 
 
 def _is_hidden(name: str) -> bool:
@@ -290,3 +320,48 @@ def _passed_over(names: Iterable[str], path: Path) -> tuple[str, ...]:
 def _refuse_large(name: str, size: int) -> None:
     if size > MAX_FILE:
         raise ValueError(f"{name} has {size:,} bytes; the limit for an image file is {MAX_FILE:,}; save it smaller")
+
+
+def _labels_of_json(images: list[str], content: bytes, path: Path) -> ImageList:
+    """Images with the labels in `dataset.json`."""
+    name = f"{LABELS} in {printable(path)}"
+    if len(content) > 2**20 + 2**16 * len(images):
+        raise ValueError(f"{name} has {len(content):,} bytes; the limit is 1 MiB and 64 KiB per image")
+    parsed = read_json(content, name, 1000 + 6 * len(images))
+    try:
+        entries, classes = parsed["labels"], tuple(map(printable, parsed.get("classes") or ()))
+        listed = None if entries is None else [(_normal_name(str(image)), label) for image, label in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'{name} is not {{"labels": [["name", label], ...]}} or {{"labels": null}}: {printable(repr(error))}'
+        ) from None
+    if listed is None:
+        return images, None, ()
+    labels = dict(listed)
+    known = set(images)
+    problems = {
+        "has two labels for": [image for image, label in listed if labels[image] != label],
+        "has no label for": [image for image in images if image not in labels],
+        "has a label for": sorted(labels.keys() - known),
+    }
+    found = [summarize(problem, names) for problem, names in problems.items() if names]
+    if found:
+        which = ", which does not exist in the data" if problems["has a label for"] else ""
+        raise ValueError(f"{name} {'; it '.join(found)}{which}; --no-labels (labels=false) ignores all labels")
+    return images, class_labels([labels[image] for image in images], path, images), classes
+
+
+def _labels_of_folders(images: list[str], path: Path) -> ImageList:
+    """Images with their top folders as classes."""
+    loose = [name for name in images if "/" not in name]
+    if len(loose) == len(images) or all(_EDM_NAME.fullmatch(name) for name in images):
+        return images, None, ()
+    if loose:
+        raise ValueError(
+            f"{summarize(f'{printable(path)} has images beside its class folders', loose)}; move them, or ignore the "
+            "labels with --no-labels (labels=false)"
+        )
+    folders = [name.partition("/")[0] for name in images]
+    classes = sorted(set(folders))
+    number = {name: label for label, name in enumerate(classes)}
+    return images, np.array([number[name] for name in folders], np.int64), tuple(map(printable, classes))

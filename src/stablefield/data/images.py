@@ -21,7 +21,6 @@ from stablefield.data.contents import Contents, Progress, silent, slices
 from stablefield.data.decode import Decoded, ImageError, Mode, Pixels, Preprocessing, Transform, decode, parse_size
 from stablefield.data.files import open_files
 from stablefield.data.labels import number_classes
-from stablefield.data.listing import list_images
 from stablefield.data.notices import summarize
 from stablefield.data.sources import Source
 from stablefield.data.store import cached_pool
@@ -236,7 +235,7 @@ class Images(ImageSource):
     @override
     def _contents(self) -> Contents:
         with open_files(self.path) as files:
-            names, labels, classes = list_images(files, self.labels)
+            names, labels, classes = files.images(self.labels)
 
         @contextmanager
         def opened() -> Iterator[Read]:
