@@ -77,7 +77,7 @@ def compare(
     (data.holdout; by default a sixth, at most 5,000). The command can be stopped at any time; the same command resumes
     it, and may add targets, objectives and seeds.
     """
-    from stablefield.cli.comparing import describe_plan, print_step_times, run_with_progress
+    from stablefield.cli.comparing import print_step_times, run_with_progress
     from stablefield.cli.training import allow_option, merge_layers
     from stablefield.config import allowed_names, override, resolve, split_targets
     from stablefield.seeding import parse_seeds
@@ -107,7 +107,6 @@ def compare(
         if measure:
             print_step_times(experiment, out)
             return
-        print(describe_plan(experiment, out))
         run_with_progress(experiment, out, jobs, seconds)
     comparison = Comparison.read(out, allow=allowed)
     path = page or out / "README.md"

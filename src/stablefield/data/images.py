@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
 from typing_extensions import override
 
-from stablefield.data.contents import Contents, Progress, silent, slices
+from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.decode import Decoded, ImageError, Mode, Pixels, Preprocessing, Transform, decode, parse_size
 from stablefield.data.files import open_files
 from stablefield.data.labels import number_classes
@@ -312,7 +312,7 @@ def preprocess_array(
     """
     neutral = Preprocessing(drop_alpha=preprocessing.drop_alpha, background=preprocessing.background)
     if preprocessing == neutral:
-        yield from slices(array)
+        yield from (array[start : start + 256] for start in range(0, len(array), 256))
         return
     from PIL import Image
 

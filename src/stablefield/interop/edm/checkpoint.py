@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from stablefield.data.pickles import RefusedError, Stream, Table, expect, not_allowed, refusing, unpickle
+from stablefield.data.pickles import Name, RefusedError, Stream, Table, expect, not_allowed, refusing, unpickle
 from stablefield.interop.edm.allowlist import (
     ALLOWED,
     PRECONDITIONERS,
@@ -38,7 +38,6 @@ from stablefield.interop.edm.allowlist import (
     Object,
     Storage,
     TensorView,
-    find_storage,
 )
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -231,7 +230,7 @@ def _read_legacy(stream: Stream, table: Table) -> object:
         raise RefusedError("an archive has an unknown version, or is from a big-endian machine")
 
     storages: dict[str, Storage] = {}
-    data = unpickle(stream, table, partial(find_storage, storages))
+    data = unpickle(stream, table, partial(_find_storage, storages))
     keys = [expect(key, str) for key in expect(unpickle(stream, {}), list)]
     if sorted(keys) != sorted(storages):
         raise RefusedError(f"an archive refers to {len(storages)} storages, but {len(keys)} follow")
@@ -252,7 +251,7 @@ def _read_zip(path: Path, table: Table) -> object:
         raise RefusedError("a record of the ZIP file begins before the file") from error
     if records.get("byteorder", b"little") != b"little":
         raise RefusedError("the file is from a big-endian machine")
-    data = unpickle(Stream(records["data.pkl"]), table, partial(find_storage, storages))
+    data = unpickle(Stream(records["data.pkl"]), table, partial(_find_storage, storages))
     for key, storage in storages.items():
         storage.fill(memoryview(records[f"data/{key}"]))
     return data
@@ -274,3 +273,22 @@ def _read_records(path: Path) -> dict[str, bytes]:
         if not stored or sum(info.file_size for info in infos) > path.stat().st_size:
             raise RefusedError("the ZIP file has compressed or overlapping records")
         return {name: archive.read(info) for name, info in records.items()}
+
+
+def _find_storage(storages: dict[str, Storage], identity: object) -> Storage | Name:
+    """The storage that a persistent id stands for, new or known by its key; in the legacy format also a class name."""
+    match identity:
+        case ("module", Name() as name, *_):  # its source follows, and is ignored
+            return name
+        case ("storage", Name(path), str(key), str(), int(count)):
+            pass
+        case ("storage", Name(path), str(key), str(), int(count), None):
+            pass
+        case _:
+            raise RefusedError("a persistent id is not that of a storage")
+    if path not in STORAGE_TYPES or count < 0:
+        raise RefusedError("a persistent id is that of a storage that is not allowed here")
+    storage = storages.setdefault(key, Storage(STORAGE_TYPES[path], count))
+    if (storage.dtype, storage.count) != (STORAGE_TYPES[path], count):
+        raise RefusedError("a storage is used with two types or sizes")
+    return storage
