@@ -222,7 +222,7 @@ def _read_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) ->
     try:
         with archive.open(entry) as file:
             shape, fortran, dtype, size = _header(file, name, entry.file_size)  # type: ignore[arg-type]
-            flat = read_bytes(file, size)
+            flat = read_bytes(file.read, size)
             if len(flat) < size:
                 raise ValueError(f"{name} is cut short: it needs {size:,} bytes and has {len(flat):,}")
     except ValueError:

@@ -82,13 +82,34 @@ class Contents:
 
         return cls(len(pool), blocks, labels, classes, pool.num_levels, pool.values)
 
+    def checked_blocks(self) -> Iterator[Shaped[np.ndarray, "n *D"]]:
+        """The blocks.
+
+        Raises:
+            ValueError: blocks differ in type or shape, or values are not finite.
+        """
+        first: np.ndarray | None = None
+        for block in self.blocks():
+            first = block if first is None else first
+            if block.dtype != first.dtype or block.shape[1:] != first.shape[1:]:
+                raise ValueError(
+                    f"all data must have the same type and shape, but {block.dtype} {block.shape[1:]} comes after "
+                    f"{first.dtype} {first.shape[1:]}"
+                )
+            if block.dtype.kind == "f" and not np.isfinite(block).all():
+                raise ValueError("data contains values that are not finite")
+            yield block
+
     def array(self, progress: Progress = silent) -> Shaped[np.ndarray, "N *D"]:
         """The data as one array in memory.
 
         Args:
             progress: called with (data points read, total).
+
+        Raises:
+            ValueError: as for `checked_blocks`.
         """
-        blocks = self.blocks()
+        blocks = self.checked_blocks()
         first, done = next(blocks), 0
         data = np.empty((self.count, *first.shape[1:]), first.dtype)
         for block in chain([first], blocks):

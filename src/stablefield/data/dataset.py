@@ -78,15 +78,7 @@ class DatasetSource(Source):
         return Contents(len(self.dataset), self._blocks, labels, classes, values=self.values)
 
     def _blocks(self) -> Iterator[Shaped[np.ndarray, "1 *D"]]:
-        first = self._item(0)[0]
-        for number in range(len(self.dataset)):
-            x = self._item(number)[0]
-            if x.shape != first.shape or x.dtype != first.dtype:
-                raise ValueError(
-                    f"all items must have the same type and shape, but item {number} is {x.dtype} {x.shape}, and item "
-                    f"0 {first.dtype} {first.shape}"
-                )
-            yield x[None]
+        return (self._item(number)[0][None] for number in range(len(self.dataset)))
 
     def _item(self, number: int) -> tuple[np.ndarray, Any]:
         """X and the label of an item; None without a label."""

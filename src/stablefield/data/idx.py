@@ -108,7 +108,7 @@ def _read_idx(path: Path) -> Shaped[np.ndarray, "N ..."]:
                 refuse_unpacked(where, packed, size, "unpack it with gunzip")
             elif packed != header + size:
                 raise ValueError(f"{where} is damaged: {shape} needs {header + size:,} bytes, the file has {packed:,}")
-            content = read_bytes(file, size)
+            content = read_bytes(file.read, size)
             if len(content) < size or file.read(1):
                 found = f"{len(content):,}" if len(content) < size else "more"
                 raise ValueError(

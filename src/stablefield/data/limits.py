@@ -8,7 +8,8 @@ Each refusal names the limit and a way out.
 """
 
 import json
-from typing import IO, Any, BinaryIO
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -74,15 +75,15 @@ class Unpacked:
         return content
 
 
-def read_bytes(file: IO[bytes], size: int) -> UInt8[np.ndarray, "n"]:
+def read_bytes(read: Callable[[int], bytes], size: int) -> UInt8[np.ndarray, "n"]:
     """The next bytes of a file, fewer if it ends before.
 
     Args:
-        file: the file, maybe one that is unpacked as it is read.
+        read: method of the file, which may be unpacked as it is read.
         size: number of bytes, for which memory is allocated at once.
     """
     content, done = np.empty(size, np.uint8), 0
-    while done < size and (part := file.read(min(2**20, size - done))):
+    while done < size and (part := read(min(2**20, size - done))):
         content[done : done + len(part)] = np.frombuffer(part, np.uint8)
         done += len(part)
     return content[:done]

@@ -241,7 +241,7 @@ def _checksum(metadata: Mapping[str, Any]) -> str:
 
 def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any]:
     """Write data and labels, and return the entries of `store.json` about them."""
-    blocks = contents.blocks()
+    blocks = contents.checked_blocks()
     first = next(blocks)
     shape = (contents.count, *first.shape[1:])
 
@@ -249,7 +249,7 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
         done = 0
         for block in chain([first], blocks):
             # a write to a full disk raises an error, whereas an assignment to a memory map would kill the process
-            flat = np.ascontiguousarray(_checked(block, first))
+            flat = np.ascontiguousarray(block)
             file.write(flat.data)
             yield flat
             done += len(block)
@@ -274,18 +274,6 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
         "classes": list(contents.classes),
         "notes": contents.notes,
     }
-
-
-def _checked(block: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The block, which must be finite and of the type and shape of the first."""
-    if block.dtype != first.dtype or block.shape[1:] != first.shape[1:]:
-        raise ValueError(
-            f"all data must have the same type and shape, but {block.dtype} {block.shape[1:]} comes after "
-            f"{first.dtype} {first.shape[1:]}"
-        )
-    if block.dtype.kind == "f" and not np.isfinite(block).all():
-        raise ValueError("data contains values that are not finite")
-    return block
 
 
 # ---- which stores were compared with their hash, in which state of their files
