@@ -105,14 +105,8 @@ def build(
     batches = augmentation.augment_batches(order, training.seed, ranks.device)
     if training.label_dropout:
         batches = LabelDropout(batches, training.label_dropout, training.seed)
-    return Components(
-        data,
-        pool,
-        denoiser,
-        Objective(times, target, config.make("weight")),
-        batches,
-        held_out,
-    )
+    objective = Objective(times, target, config.make("weight"))
+    return Components(data, pool, denoiser, objective, batches, held_out)
 
 
 def _split(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:

@@ -6,12 +6,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from stablefield.cli.progress import progress_bar
 from stablefield.engine.stopping import stop_signals
-from stablefield.studies.compare import (
-    Arm,
-    Experiment,
-    describe_machine,
-    measure_steps,
-)
+from stablefield.studies.compare import Arm, Experiment, describe_machine, measure_steps
 from stablefield.studies.compare import compare as run_comparison
 
 

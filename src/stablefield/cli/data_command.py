@@ -36,8 +36,7 @@ def _open(
         ),
     ],
     kind: Annotated[
-        str | None,
-        typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed."),
+        str | None, typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed.")
     ] = None,
     resolution: Annotated[
         str | None, typer.Option(metavar="WxH", help="Resize images to this width and height.")

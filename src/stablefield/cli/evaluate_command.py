@@ -41,8 +41,7 @@ def evaluate(
         ),
     ] = False,
     weights: Annotated[
-        Path | None,
-        typer.Option(help="File with Inception's weights; by default torch-fidelity downloads them."),
+        Path | None, typer.Option(help="File with Inception's weights; by default torch-fidelity downloads them.")
     ] = None,
     samples: Annotated[
         int | None,
@@ -102,10 +101,7 @@ def evaluate(
             statistics and len(features or []) > 1,
             f"--statistics holds one kind of features, not {len(features or [])}; pass --features once",
         ),
-        (
-            held_out and not (run or reference),
-            "--held-out needs data, not statistics, both itself and as --reference",
-        ),
+        (held_out and not (run or reference), "--held-out needs data, not statistics, both itself and as --reference"),
         (out and not (run or reference), "--out is for scores, which need a reference; pass --reference"),
     )
     file, keep = _files(what, run, out)

@@ -23,8 +23,7 @@ def field(
         typer.Option(help="Lowest sigma / alpha.", show_default="a tenth of the smallest distance in the data"),
     ] = None,
     high: Annotated[
-        float | None,
-        typer.Option(help="Highest sigma / alpha.", show_default="the largest distance in the data"),
+        float | None, typer.Option(help="Highest sigma / alpha.", show_default="the largest distance in the data")
     ] = None,
     sizes: Annotated[
         str, typer.Option(metavar="N,...", help="Sizes of the support, with the source.")
@@ -33,8 +32,7 @@ def field(
     draws: Annotated[int, typer.Option(min=3, max=2**20, help="Number of reference batches per size.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     conditional: Annotated[
-        bool,
-        typer.Option("--conditional", help="Measure class-conditional targets: only the source's class is used."),
+        bool, typer.Option("--conditional", help="Measure class-conditional targets: only the source's class is used.")
     ] = False,
     measured: MeasuredOptions,
 ) -> None:

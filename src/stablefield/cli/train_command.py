@@ -62,14 +62,7 @@ def train(
     """Train a denoiser. By default: scikit-learn's digits, EDM's settings, stable targets from 1,024 references."""
     from stablefield.build import build, choose_device
     from stablefield.cli.progress import progress_bar
-    from stablefield.cli.training import (
-        allow_option,
-        init_from_run,
-        merge_layers,
-        resumed_config,
-        run,
-        summary,
-    )
+    from stablefield.cli.training import allow_option, init_from_run, merge_layers, resumed_config, run, summary
     from stablefield.config import ConfigError, allowed_names, overlay, override, resolve, target_kind, target_section
     from stablefield.data.identity import fingerprint, is_same
     from stablefield.distributed import process_group
