@@ -88,17 +88,18 @@ class Contents:
         Raises:
             ValueError: blocks differ in type or shape, or values are not finite.
         """
-        first: np.ndarray | None = None
+        first, done = None, 0
         for block in self.blocks():
-            first = block if first is None else first
-            if block.dtype != first.dtype or block.shape[1:] != first.shape[1:]:
+            kind = f"{block.dtype} {block.shape[1:]}"
+            first = first or kind
+            if kind != first:
                 raise ValueError(
-                    f"all data must have the same type and shape, but {block.dtype} {block.shape[1:]} comes after "
-                    f"{first.dtype} {first.shape[1:]}"
+                    f"all data must have the same type and shape, but data point {done} is {kind}, and the first {first}"
                 )
             if block.dtype.kind == "f" and not np.isfinite(block).all():
                 raise ValueError("data contains values that are not finite")
             yield block
+            done += len(block)
 
     def array(self, progress: Progress = silent) -> Shaped[np.ndarray, "N *D"]:
         """The data as one array in memory.
