@@ -94,7 +94,7 @@ class Contents:
             first = first or kind
             if kind != first:
                 raise ValueError(
-                    f"all data must have the same type and shape, but data point {done} is {kind}, and the first {first}"
+                    f"all data must have the same type and shape, but data point {done} is {kind}, the first {first}"
                 )
             if block.dtype.kind == "f" and not np.isfinite(block).all():
                 raise ValueError("data contains values that are not finite")
