@@ -33,9 +33,9 @@ from stablefield.kernel.gaussian import check_tensor
 from stablefield.pool import Pool
 from stablefield.prediction import canonical_prediction_type
 from stablefield.process import NoisyBatch, move
-from stablefield.stable.checks import Loop, check_noise, check_order, check_references, check_target, rounding
+from stablefield.stable.checks import Loop, check_call, rounding
 from stablefield.stable.drawn import Drawn, TensorPool, as_tensor
-from stablefield.stable.references import Bank, Gather, Minibatch, References, hash_of
+from stablefield.stable.references import Bank, Gather, Minibatch, hash_of
 from stablefield.targets.base import TargetEstimator
 from stablefield.targets.dsm import DSMTarget
 from stablefield.targets.exact import ExactTarget
@@ -251,11 +251,7 @@ class StableTarget:
             )
         if not bool((loop.sigma > 0).any()):
             raise ValueError("sigma is 0 for every example: x_t holds no noise")
-        check_target(loop)
-        check_noise(loop)
-        if isinstance(self.references, References):
-            check_order(noisy, self.references)
-            check_references(noisy, self.references)
+        check_call(loop, noisy, self.references)
 
     def _in_range(self, noisy: NoisyBatch) -> Tensor:
         """True if every index counts a reference."""

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -60,15 +59,14 @@ def cached_floor(
     return LossFloor(floors, tensors.get("label"))
 
 
-def loss_of_linear_denoiser(pool: Pool, loss: SquaredError, points: int = 4096) -> float:
+def loss_of_linear_denoiser(pool: Pool, loss: SquaredError) -> float:
     """The loss of the best linear denoiser, which a trained network should be far below.
 
     Args:
         pool: the data.
         loss: the loss.
-        points: number of noise levels.
     """
-    t = loss.quantile((torch.arange(points, dtype=torch.float64) + 0.5) / points)
+    t = loss.quantile((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
     alpha, sigma = loss.process.scales(t)
     linear = LinearDenoiser.from_pool(pool)
     return float((loss.factor_of_x0(t, len(linear.variances)) * linear.squared_error(sigma / alpha)).mean())
@@ -92,12 +90,10 @@ class FloorReport:
         """Floor and excess by noise level, as rows of cells."""
         columns = {f"floor {name}": floor for name, floor in self.floors.items()}
         columns |= {} if self.excess is None else {"excess": self.excess}
-        ends = next(iter(columns.values())).noise_levels.tolist()
-        names = [f"{low:.3g}..{high:.3g}" for low, high in pairwise(ends)]
         rows = [["sigma / alpha", *columns]]
-        for i, name in enumerate([*names, "all"]):
+        for i, name in enumerate([*next(iter(columns.values())).names, "all"]):
             cells = (
-                (values.by_bin[i], values.errors_by_bin[i]) if i < len(names) else (values.value, values.error)
+                (values.value, values.error) if name == "all" else (values.by_bin[i], values.errors_by_bin[i])
                 for values in columns.values()
             )
             rows.append([name, *(_cell(float(value), float(error)) for value, error in cells)])
@@ -122,13 +118,8 @@ class FloorReport:
         """Values, standard errors and noise levels, for a JSON file."""
 
         def numbers(values: ByNoise) -> dict[str, Any]:
-            by_bin = {"by_bin": values.by_bin.tolist(), "errors_by_bin": values.errors_by_bin.tolist()}
-            return {
-                "value": values.value,
-                "error": values.error,
-                "noise_levels": values.noise_levels.tolist(),
-                **by_bin,
-            }
+            numbers = {"value": values.value, "error": values.error, "noise_levels": values.noise_levels.tolist()}
+            return {**numbers, "by_bin": values.by_bin.tolist(), "errors_by_bin": values.errors_by_bin.tolist()}
 
         return {
             "floors": {name: numbers(floor) for name, floor in self.floors.items()},
