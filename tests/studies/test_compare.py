@@ -17,7 +17,7 @@ from stablefield import VE, DSMTarget, IdealDenoiser, Objective, Pool, Precondit
 from stablefield.build import build
 from stablefield.checkpoint import read
 from stablefield.cli import app
-from stablefield.cli.compare_command import parse_duration
+from stablefield.cli.compare_command import _parse_duration
 from stablefield.config import ConfigError, override, resolve, split_targets
 from stablefield.engine.fit import fit
 from stablefield.engine.session import initial_state
@@ -557,7 +557,7 @@ def test_invalid_options_are_refused_before_anything_is_written(arguments, messa
 
 
 def test_durations_have_a_unit():
-    assert [parse_duration(text) for text in ("90s", "60m", "1.5h")] == [90, 3600, 5400]
+    assert [_parse_duration(text) for text in ("90s", "60m", "1.5h")] == [90, 3600, 5400]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ samples are drawn with the label of no map. The pool is not transformed: targets
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -197,7 +197,19 @@ class AugmentationParameters:
 
 
 @dataclass(frozen=True)
-class AugmentedBatches(BatchSource):
+class _ChangedBatches(BatchSource):
+    """Base class of batches that are changed after they are drawn; they have the size of those that are drawn."""
+
+    batches: BatchSource
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """Batch size, in examples per step over all ranks."""
+        return self.batches.size
+
+
+@dataclass(frozen=True)
+class AugmentedBatches(_ChangedBatches):
     """Batches with transformed images; the transformation of an image depends only on its number in the run.
 
     Attributes:
@@ -205,17 +217,11 @@ class AugmentedBatches(BatchSource):
         augmentation: the random transformations.
         seed: seed of the transformations.
         device: device that the images are transformed on; by default the one that they are on.
-        size: batch size over all ranks, that of `batches`.
     """
 
-    batches: BatchSource
     augmentation: EDMAugmentation
     seed: int
     device: torch.device | None = None
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", self.batches.size)
 
     @override
     def __call__(self, images: int) -> Batch:
@@ -226,7 +232,7 @@ class AugmentedBatches(BatchSource):
 
 
 @dataclass(frozen=True)
-class LabelDropout(BatchSource):
+class LabelDropout(_ChangedBatches):
     """Batches in which some labels are replaced by the null label, as classifier-free guidance needs.
 
     The network then learns predictions with and without a label (Ho & Salimans 2022).
@@ -235,16 +241,10 @@ class LabelDropout(BatchSource):
         batches: batches with labels.
         probability: probability that an example gets the null label.
         seed: seed of these draws.
-        size: batch size over all ranks, that of `batches`.
     """
 
-    batches: BatchSource
     probability: float
     seed: int
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", self.batches.size)
 
     @override
     def __call__(self, images: int) -> Batch:

@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from stablefield.data.contents import DataSummary, Progress, content_hash, silent
+from stablefield.data.contents import DataSummary, Progress, content_hash, range_question, silent
 from stablefield.data.decode import SUFFIXES
 from stablefield.data.export import write_npz, write_zip
 from stablefield.data.notices import say
-from stablefield.data.ranges import range_question
 from stablefield.data.sources import Source
 from stablefield.data.store import Store, refuse_existing, write_store
 from stablefield.pool import Pool

@@ -7,14 +7,14 @@ import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import UInt8
 
 from stablefield.data.contents import Contents, Progress, silent
-from stablefield.data.decode import Pixels
 from stablefield.data.images import in_order
 from stablefield.data.png import encode_png
 from stablefield.data.store import refuse_existing
@@ -41,7 +41,8 @@ def write_zip(path: Path, contents: Contents, *, progress: Progress = silent) ->
         )
     names: list[str] = []
     with _new_file(path) as file, zipfile.ZipFile(file, "w") as archive:
-        for content in in_order(_encode_png, _images(contents)):
+        # they are not compressed, so that they are written and read quickly
+        for content in in_order(partial(encode_png, level=0), _images(contents)):
             name = f"{len(names) // 1000:05d}/img{len(names):08d}.png"
             archive.writestr(zipfile.ZipInfo(name), content)
             names.append(name)
@@ -61,14 +62,7 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
         ValueError: the path exists already.
     """
     refuse_existing(path)
-    blocks = contents.blocks()
-    first = next(blocks)
-    data, done = np.empty((contents.count, *first.shape[1:]), first.dtype), 0
-    for block in chain([first], blocks):
-        data[done : done + len(block)] = block
-        done += len(block)
-        progress(done, contents.count)
-    arrays = {"data": data, "num_levels": np.array(contents.num_levels)}
+    arrays = {"data": contents.array(progress), "num_levels": np.array(contents.num_levels)}
     if contents.values is not None:
         arrays["values"] = np.array(contents.values)
     if contents.labels is not None:
@@ -79,8 +73,8 @@ def write_npz(path: Path, contents: Contents, *, progress: Progress = silent) ->
         np.savez(file, **arrays)  # type: ignore[arg-type]  # mypy assumes that numpy's own flag may be among the names
 
 
-def _images(contents: Contents) -> Iterator[Pixels]:
-    """The images one by one, or an error if the data are not images in bytes."""
+def _images(contents: Contents) -> Iterator[UInt8[np.ndarray, "H W C"]]:
+    """The images one by one, channels last, or an error if the data are not images in bytes."""
     for block in contents.blocks():
         if block.dtype != np.uint8 or block.ndim != 4 or block.shape[1] not in (1, 3):
             raise ValueError(
@@ -91,12 +85,7 @@ def _images(contents: Contents) -> Iterator[Pixels]:
             raise ValueError(
                 f"a ZIP file can only contain images, not bytes {block.shape[1:]} with values=float; {_ALTERNATIVE}"
             )
-        yield from block
-
-
-def _encode_png(pixels: Pixels) -> bytes:
-    """An image as a PNG file, which is not compressed, so that it is written and read quickly."""
-    return encode_png(np.ascontiguousarray(pixels.transpose(1, 2, 0)), level=0)
+        yield from np.ascontiguousarray(block.transpose(0, 2, 3, 1))
 
 
 def _labels_json(names: list[str], contents: Contents) -> str:

@@ -96,18 +96,6 @@ class Reference:
         """Number of data points; None if unknown."""
         return len(self.pool) if self.pool else self.statistics.n if self.statistics else None
 
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse samples of another shape.
-
-        Args:
-            shape: shape of one sample.
-
-        Raises:
-            ConfigError: the reference data have another shape.
-        """
-        if self.pool and self.pool.shape != shape:
-            raise ConfigError(f"samples of shape {shape} cannot be compared with {self.pool} from {self.name}")
-
     def metadata(self) -> dict[str, Any]:
         """Name, number of data points and hash, which are stored with every score."""
         return {"name": self.name, "n": self.n, "hash": self.hash or None}

@@ -4,14 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from stablefield.checkpoint import CheckpointError, read, save
+from stablefield.checkpoint import cached_tensors
 from stablefield.data import Progress, content_hash, silent
-from stablefield.files import cached
 from stablefield.floor import ByNoise, LossFloor, SquaredError
 from stablefield.pool import Pool
 from stablefield.studies.field.linear import LinearDenoiser
@@ -47,27 +45,18 @@ def cached_floor(
     description = {"kind": "floor 1", "data": data_hash, "loss": repr(loss), "targets": list(targets), **options}
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
-    def find(path: Path) -> LossFloor | None:
-        try:
-            checkpoint = read(path)
-        except CheckpointError:
-            return None
-        if checkpoint.config != description:
-            return None
-        tensors = checkpoint.tensors
-        floors = {name: ByNoise(tensors[name], tensors["noise_levels"]) for name in targets}
-        return LossFloor(floors, tensors.get("label"))
-
-    def make(path: Path) -> None:
+    def compute() -> dict[str, torch.Tensor]:
         found = LossFloor.measure(
             pool, loss, targets=targets, device=device, progress=progress, bins=bins, per_bin=per_bin, seed=seed,
             label_dropout=label_dropout,
         )  # fmt: skip
         tensors = {name: floor.values.contiguous() for name, floor in found.floors.items()}
         tensors["noise_levels"] = next(iter(found.floors.values())).noise_levels
-        save(path, tensors | ({} if found.label is None else {"label": found.label}), config=description, images=0)
+        return tensors | ({} if found.label is None else {"label": found.label})
 
-    return cached(f"{data_hash[:32]}-floor-{digest[:16]}.safetensors", find, make)
+    tensors = cached_tensors(f"{data_hash[:32]}-floor-{digest[:16]}.safetensors", description, compute)
+    floors = {name: ByNoise(tensors[name], tensors["noise_levels"]) for name in targets}
+    return LossFloor(floors, tensors.get("label"))
 
 
 def loss_of_linear_denoiser(pool: Pool, loss: SquaredError) -> float:

@@ -39,9 +39,8 @@ class LinearDenoiser:
         Args:
             pool: the data.
         """
-        n = min(len(pool), max(256, MAX_ELEMENTS // math.prod(pool.shape)))
-        x = pool.take(torch.arange(n) * len(pool) // n)
-        x = x - x.mean(0)
+        x = pool.take(pool.evenly_spaced(max(256, MAX_ELEMENTS // math.prod(pool.shape))))
+        n, x = len(x), x - x.mean(0)
         for _ in range(2, x.ndim):
             x = torch.tensordot(x, _cosines(x.shape[2]).to(x), ([2], [1]))  # moves the transformed axis to the end
         if 4 * x.shape[1] <= n:

@@ -135,9 +135,9 @@ def propose_noise(
     Raises:
         ValueError: all data points are the same.
     """
-    count = min(len(pool), max(1024, MAX_VALUES // math.prod(pool.shape)))
-    few = pool if count == len(pool) else pool.subset(torch.arange(count) * len(pool) // count)
-    size = min(1024, max(2, count // 4))
+    index = pool.evenly_spaced(max(1024, MAX_VALUES // math.prod(pool.shape)))
+    few = pool if len(index) == len(pool) else pool.subset(index)
+    size = min(1024, max(2, len(few) // 4))
     study = measure(few, sizes=[size], examples=examples, draws=4, progress=progress)
     return NoiseProposal.from_pool(few, sigma_data, study.linear), study
 
