@@ -42,7 +42,7 @@ def cost(data: Path, batch: int, sizes: list[int]) -> None:
     kinds["stf-published"] = ["target.kind=stf-published"]
     for name, settings in kinds.items():
         parts = build(resolve(override(read_recipe("cifar10-ncsnpp-edm-stf"), [*given, *settings])))
-        noisy = perturb(TrainState(parts.denoiser), parts.objective.times, parts.batches, 0, SEED)
+        noisy = perturb(TrainState(parts.denoiser), parts.objective, parts.batches, 0, SEED)
         parts.objective.target(noisy, generator=generator(SEED))
         start = time.process_time()
         target = parts.objective.target(noisy, generator=generator(SEED))

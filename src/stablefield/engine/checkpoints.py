@@ -238,8 +238,6 @@ class CheckpointManager:
         components: the parts of the run, for its data.
 
     Attributes:
-        folder: folder of the run.
-        config: configuration of the run.
         keep: number of checkpoints to keep, including the newest.
         identity: fingerprint of all data of the run, including held-out images.
         metadata: what checkpoints store besides tensors (see `run.describe`).

@@ -37,9 +37,6 @@ class Session:
 
     Attributes:
         config: the configuration, in which "auto" for `training.compile` has been decided.
-        components: the parts of the run.
-        folder: folder of the run.
-        ranks: this process and those it trains with.
         state: the state of training.
         checkpoints: the checkpoints in the folder.
 

@@ -63,10 +63,7 @@ class Probes:
 
     Attributes:
         pool: the training data.
-        loss: the loss.
-        target: kind of the targets.
-        bins: number of ranges of the noise level.
-        per_bin: number of examples in each.
+        loss, target, bins, per_bin: as they were given.
         noise_levels: sigma / alpha at the ends of the ranges, (bins + 1,).
 
     Raises:
@@ -301,11 +298,11 @@ def draw_points(
     Args:
         pool: the data that sources are drawn from.
         loss: the loss, for its process and noise levels.
-        bins: number K of ranges.
-        per_bin: number m of examples of each range.
+        bins: number of ranges of the noise level.
+        per_bin: number of examples in each of them.
         seed: seed of all draws.
         label_dropout: probability that an example has no label.
-        only: numbers of the examples to return, between 0 and K m; all by default.
+        only: numbers of the examples to return, between 0 and bins * per_bin; all by default.
     """
     count = bins * per_bin
     only = torch.arange(count) if only is None else only

@@ -99,7 +99,7 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is of another program or version.
-        ConfigError: the checkpoint names a class that is not allowed.
+        ConfigError: the checkpoint names a class that is not allowed, or its configuration is not valid.
         ValueError: the checkpoint has no such weights.
     """
     return open_run(run, weights=weights, device=device, allow=allow).denoiser
@@ -117,9 +117,7 @@ def open_run(
         allow: classes outside this package that the network may be, as for `load`.
 
     Raises:
-        CheckpointError: the checkpoint does not exist, is damaged, or is of another program or version.
-        ConfigError: the checkpoint names a class that is not allowed, or its configuration is not valid.
-        ValueError: the checkpoint has no such weights.
+        CheckpointError, ConfigError, ValueError: as for `load`.
     """
     path = _download(str(run)) if _is_hub_name(run) else Path(run)
     if weights == "best" and not RunFolder(path).best.exists():

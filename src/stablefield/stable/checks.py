@@ -40,12 +40,9 @@ class Loop:
         target: the loop's target, (B, *D).
         x_t: noisy data, (B, *D).
         x: clean data, (B, *D).
-        alpha: scale of the data in x_t, (B,).
-        sigma: noise level, (B,).
-        d_alpha: derivative of alpha with respect to t, (B,).
-        d_sigma: derivative of sigma with respect to t, (B,).
-        unit: unit roundoff of the types of x_t and target.
-        tiny: smallest number of those types.
+        alpha, sigma: scale of the data in x_t and noise level, (B,).
+        d_alpha, d_sigma: their derivatives with respect to t, (B,).
+        unit, tiny: unit roundoff and smallest number of the types of x_t and target.
     """
 
     prediction_type: str
@@ -136,19 +133,29 @@ def rounding(computed: Iterable[Tensor], given: Iterable[Tensor | float]) -> tup
     return max(limit.eps for limit in limits) / 2, max(limit.smallest_normal * limit.eps for limit in limits)
 
 
-def check_call(loop: Loop, noisy: NoisyBatch, references: TargetEstimator) -> None:
+def check_call(loop: Loop, noisy: NoisyBatch, references: TargetEstimator, default_rates: bool) -> None:
     """Refuse arguments of a call that contradict one another.
 
     Args:
         loop: what was handed in.
         noisy: the same as a batch.
         references: what it is to be averaged over.
+        default_rates: True if the derivatives of alpha and sigma are -1 and 1 by default.
 
     Raises:
-        ValueError: the target is not of the prediction type; the mean square of (x_t - alpha x) / sigma is not 1; an
-            index is out of range, or does not count the references; or a statistic of every reference is above, or
-            below, that of every example, such as [0, 1] beside [-1, 1].
+        ValueError: a velocity lacks the derivatives, where alpha + sigma is not 1; there is no noise; the target is not
+            of the prediction type; the mean square of (x_t - alpha x) / sigma is not 1; an index is out of range, or
+            does not count the references; or a statistic of every reference is above, or below, that of every example,
+            such as [0, 1] beside [-1, 1].
     """
+    off = float((loop.alpha + loop.sigma - 1).abs().max())
+    if loop.prediction_type == "velocity" and default_rates and off > 1e-5 + 16 * loop.unit:
+        raise ValueError(
+            "a velocity needs d_alpha= and d_sigma=, the derivatives of alpha and sigma with respect to t, because "
+            f"alpha + sigma is not 1 (off by {off:.3g})"
+        )
+    if not bool((loop.sigma > 0).any()):
+        raise ValueError("sigma is 0 for every example: x_t holds no noise")
     _check_target(loop)
     _check_noise(loop)
     if isinstance(references, Drawn):
@@ -159,7 +166,7 @@ def check_call(loop: Loop, noisy: NoisyBatch, references: TargetEstimator) -> No
 
 def _check_target(loop: Loop) -> None:
     """Refuse a target that is not of the prediction type, and name the type, sign or process that fits."""
-    if loop.fits() or not bool((loop.sigma != 0).any()):
+    if loop.fits():
         return
     excess = torch.where(loop.per(loop.sigma == 0), 0.0, loop.excess()).flatten(1).amax(1)
     example = int(excess.argmax())

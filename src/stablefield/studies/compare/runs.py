@@ -50,9 +50,7 @@ class Worker:
         stage_progress: opens a progress callback for each stage of the preparation, given its title.
 
     Attributes:
-        out: folder of the experiment.
         experiment: the experiment.
-        stage_progress: opens a progress callback for each stage of the preparation.
     """
 
     def __init__(self, out: Path, allow: Iterable[Allowed] = (), stage_progress: StageProgress = silent_stage) -> None:
@@ -60,18 +58,15 @@ class Worker:
         self._reference: Reference | None = None
         self._evaluators: dict[str, Evaluator] = {}
 
-    def reference(self, parts: Components | None = None) -> Reference:
+    def reference(self, parts: Components) -> Reference:
         """Data that samples are compared with, prepared at the first call.
 
         Args:
-            parts: components of any run; built if there are none.
+            parts: components of any run.
         """
         if self._reference is None:
-            experiment = self.experiment
-            parts = parts or build(experiment.configure(experiment.arms[0], experiment.seeds[0]))
-            self._reference = Reference.make(
-                parts, experiment.spaces, experiment.samples, self.out / "checkpoints", self.stage_progress
-            )
+            names, samples, cache = self.experiment.spaces, self.experiment.samples, self.out / "checkpoints"
+            self._reference = Reference.make(parts, names, samples, cache, self.stage_progress)
         return self._reference
 
     def evaluator(self, arm: Arm, parts: Components) -> Evaluator:
@@ -139,7 +134,7 @@ def run_all(worker: Worker, jobs: int, report: ReportRun, should_stop: Callable[
     """Train and evaluate all runs that are not finished, seed by seed, so that pairs are completed early.
 
     Args:
-        worker: the worker of this process.
+        worker: the worker of this process, whose reference is made: its statistics are cached for all processes.
         jobs: number of runs that are trained at once; with more than one, each in a process of its own.
         report: called as runs proceed.
         should_stop: called after every step; once it returns True, everything is saved and no more is trained.
@@ -155,7 +150,6 @@ def run_all(worker: Worker, jobs: int, report: ReportRun, should_stop: Callable[
             left.append(run)
     if jobs == 1 or len(left) < 2:
         return all(worker(arm, seed, partial(report, arm, seed), should_stop) for arm, seed in left)
-    worker.reference()  # its statistics are cached for all processes
     context = multiprocessing.get_context("spawn")
     messages, stopping = context.Queue(), context.Event()
     arguments = (worker.out, experiment.config.allowed, messages, stopping)

@@ -11,6 +11,8 @@ from itertools import pairwise
 from math import inf, isfinite, isnan, log, nan, sqrt
 from statistics import correlation, fmean, stdev
 
+from scipy.special import stdtr, stdtrit
+
 CONFIDENCE = 0.95
 MIN_PAIRS = 5  # for the spread over seeds
 
@@ -152,13 +154,9 @@ class Curve:
 
 def _student_quantile(degrees: int) -> float:
     """Quantile of Student's t distribution for a two-sided interval."""
-    from scipy.special import stdtrit
-
     return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 
 def _student_p(t: float, degrees: int) -> float:
     """Two-sided p-value of a t statistic."""
-    from scipy.special import stdtr
-
     return float(2 * stdtr(degrees, -abs(t)))

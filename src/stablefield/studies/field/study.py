@@ -65,8 +65,7 @@ class VarianceStudy:
     Attributes:
         process: the process that makes x_t from x.
         t: times, (L,).
-        alpha: scale of the data in x_t at each time, (L,).
-        sigma: noise level at each time, (L,).
+        alpha, sigma: scale of the data in x_t and noise level at each time, (L,).
         num_data_points: N, the number of data points.
         dim: number of dimensions of a data point.
         linear: the linear denoiser of the data.
