@@ -27,6 +27,8 @@ def test_the_version_is_written_once():
     written = re.findall(r'^__version__ = "(\d+\.\d+\.\d+)"$', (ROOT / "src/stablefield/__init__.py").read_text(), re.M)
     assert written == [stablefield.__version__]
     assert f"## {stablefield.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for file in (ROOT / "src").rglob("*.py"):  # also known where the package is not installed, only on the path
+        assert "importlib.metadata" not in file.read_text(encoding="utf-8"), file
     assert FORMAT_VERSION >= 2
 
 

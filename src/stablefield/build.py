@@ -80,7 +80,7 @@ def build(
     ranks = ranks or Ranks(choose_device(training.device))
     source: Source = config.make("data")
     data = source.load(progress)
-    if ranks.is_main and (question := range_question(data, config["preconditioning"].get("sigma_data"))):
+    if ranks.is_main and (question := range_question(data, config.sigma_data)):
         say(f"{source.where}: {question}")
     if training.sample_every and not data.images:
         raise ConfigError(
@@ -105,39 +105,26 @@ def build(
     batches = augmentation.augment_batches(order, training.seed, ranks.device)
     if training.label_dropout:
         batches = LabelDropout(batches, training.label_dropout, training.seed)
-    return Components(
-        data,
-        pool,
-        denoiser,
-        Objective(times, target, config.make("weight")),
-        batches,
-        held_out,
-    )
+    objective = Objective(times, target, config.make("weight"))
+    return Components(data, pool, denoiser, objective, batches, held_out)
 
 
 def _split(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
     """The data that are trained on, and those that are held out."""
-    _check_classes(data)
-    try:
-        pool, held_out = split(data, holdout)
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from None
-    if data.labels is not None and pool.labels is not None and len(pool.labels.unique()) < data.num_classes:
-        raise ConfigError(f"data.holdout={holdout} leaves no data points of some class to train on; hold out fewer")
-    return pool, held_out
-
-
-def _check_classes(pool: Pool) -> None:
-    """Refuse labels with gaps: a class without data points would be sampled from, but never trained."""
-    if pool.labels is None:
-        return
-    present = pool.labels.unique().tolist()
-    if present != list(range(len(present))):
+    present = [] if data.labels is None else data.labels.unique().tolist()
+    if present != list(range(len(present))):  # a class without data points would be sampled from, but never trained
         missing = next(label for label, found in enumerate(present) if label != found)
         raise ConfigError(
             f"conditional training needs classes counted from 0 without gaps: class {missing} has no data points, but "
             f"there is a class {present[-1]}; renumber the labels"
         )
+    try:
+        pool, held_out = split(data, holdout)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
+    if pool.labels is not None and len(pool.labels.unique()) < len(present):
+        raise ConfigError(f"data.holdout={holdout} leaves no data points of some class to train on; hold out fewer")
+    return pool, held_out
 
 
 def _build_target(
@@ -164,7 +151,7 @@ def _build_target(
     if config.training.target_sharding:
         raise ConfigError(
             "training.target_sharding is for targets that average over all data, not target.kind="
-            f"{config['target']['kind']!r}; set target.kind=exact or leave it out"
+            f"{config.kind('target')!r}; set target.kind=exact or leave it out"
         )
     return target
 
@@ -246,7 +233,7 @@ def build_denoiser(
                 raise ConfigError(f"the network {kind!r} cannot be made for data {shape}: {reason}") from error
         return Preconditioned(network, config.make("process"), config.make("preconditioning"), num_classes)
 
-    kind = config["network"]["kind"]
+    kind = config.kind("network")
     try:
         sizes = {name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in make("meta").state_dict().items()}
     except Exception as error:  # a user's network may need real tensors

@@ -35,7 +35,7 @@ def used(config, section):
         case "network":
             return torch.stack([p.abs().max() for p in build_denoiser(config, (3, 16, 16), 0).parameters()])
     noise_range = config.make("preconditioning").noise_range
-    return config.make("grid").within(process, config["sampler"]["steps"], noise_range)
+    return config.make("grid").within(process, config.sections["sampler"]["steps"], noise_range)
 
 
 def refused(sections, section):

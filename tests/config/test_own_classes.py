@@ -99,13 +99,17 @@ def test_a_process_with_times_up_to_1_gets_the_defaults_of_vp():
         pass
 
     config = resolve({"process": {"kind": f"{__name__}:Own"}}, allow=[named(Own)])
-    assert (config["times"]["kind"], config["weight"]["kind"], config["grid"]["kind"]) == ("uniform", "snr", "uniform")
+    assert (config.kind("times"), config.kind("weight"), config.kind("grid")) == (
+        "uniform",
+        "snr",
+        "uniform",
+    )
 
     class OwnVE(VE):
         pass
 
     config = resolve({"process": {"kind": f"{__name__}:OwnVE"}}, allow=[named(OwnVE)])
-    assert config["times"]["kind"] == "lognormal"
+    assert config.kind("times") == "lognormal"
 
 
 def named(own):
@@ -123,7 +127,7 @@ def test_arguments_are_matched_by_type_and_not_by_name():
         maybe: TimeGrid | None = None
 
     config = resolve({"target": {"kind": f"{__name__}:Own", "grid": 2}}, allow=[named(Own)])
-    assert config["target"] == {"kind": f"{__name__}:Own", "grid": 2, "shape": [3]}
+    assert config.sections["target"] == {"kind": f"{__name__}:Own", "grid": 2, "shape": [3]}
     pool = Pool(torch.zeros(4, 2))
     made = config.make("target", "something else", pool)
     assert (made.grid, made.everything, made.shape, made.maybe) == (2, pool, (3,), None)
@@ -148,7 +152,7 @@ def test_networks_are_given_shape_and_number_of_classes_by_name():
             self.seen = (shape, num_classes, order, activation)
 
     config = resolve({"network": {"kind": f"{__name__}:Own", "order": 5}}, allow=[named(Own)])
-    assert config["network"] == {"kind": f"{__name__}:Own", "order": 5}
+    assert config.sections["network"] == {"kind": f"{__name__}:Own", "order": 5}
     assert config.make("network", shape=(1, 2), num_classes=7).seen == ((1, 2), 7, 5, nn.SiLU)
 
 
@@ -185,7 +189,7 @@ def test_a_tabulated_process_is_configured_by_numbers_or_by_a_file(form, tmp_pat
         path.write_text(json.dumps(TABLE) if form == "json" else "\n".join(map(str, TABLE)))
     given = TABLE if form == "numbers" else str(path)
     config = resolve({"process": {"kind": "tabulated", "alphas_cumprod": given}})
-    assert config["process"]["alphas_cumprod"] == TABLE  # a run does not need the file
+    assert config.sections["process"]["alphas_cumprod"] == TABLE  # a run does not need the file
     assert config.make("process") == Tabulated(tuple(TABLE))
 
 

@@ -88,7 +88,7 @@ def test_a_run_with_the_exact_target_measures_distances_before_it_starts(cache: 
     assert target.target.projection_dims == 8
     assert repr(target).endswith("uint8), missing_mass=1e-08, projection_dims=8), examples=1024)")
     assert measured == [-1]
-    assert config["target"] == {"kind": "exact", "missing_mass": 1e-8, "projection_dims": 8}
+    assert config.sections["target"] == {"kind": "exact", "missing_mass": 1e-8, "projection_dims": 8}
 
 
 def test_a_run_that_streams_all_data_measures_no_distances(cache: Path, measured: list[int]) -> None:

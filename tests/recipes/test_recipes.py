@@ -90,22 +90,22 @@ def test_a_recipe_has_the_hyper_parameters_of_its_paper(name):
     sections, batch, rate, warmup, duration, half_life, dropout, multipliers, augmentation, evaluations = TABLE[name]
     config = resolved(name)
     for section, values in sections.items():
-        assert values.items() <= config[section].items()
+        assert values.items() <= config.sections[section].items()
     training = config.training
     assert (training.batch_size, training.learning_rate) == (batch, rate)
     assert (training.learning_rate_warmup / 1e6, training.images / 1e6) == (warmup, duration)
     assert training.ema_half_life / 1e6 == pytest.approx(half_life, rel=1e-3)
-    network, sampler = config["network"], build_sampler(config)
+    network, sampler = config.sections["network"], build_sampler(config)
     assert (network["dropout"], network["channel_mult"]) == (dropout, multipliers)
-    assert config["augmentation"].get("p", config["augmentation"]["kind"]) == augmentation
-    assert network["augment_dim"] == (9 if config["augmentation"]["kind"] == "edm" else 0)
-    assert config["target"]["kind"] == "stf"
+    assert config.sections["augmentation"].get("p", config.kind("augmentation")) == augmentation
+    assert network["augment_dim"] == (9 if config.kind("augmentation") == "edm" else 0)
+    assert config.kind("target") == "stf"
     network_evaluations = {
         "heun": 2 * sampler.steps - 1,
         "predictor-corrector": 2 * sampler.steps,
         "euler-maruyama": sampler.steps,
     }
-    assert network_evaluations[config["sampler"]["kind"]] == evaluations
+    assert network_evaluations[config.kind("sampler")] == evaluations
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name][0] is not EDM])
@@ -124,7 +124,7 @@ def test_hyper_parameters_in_steps_are_converted_to_images(name):
 def test_the_scales_of_the_papers_losses_are_carried_over_to_a_mean_over_dimensions(name):
     # scale of our loss relative to the published one: EDM's is a sum, score_sde's half a sum for VE and a mean for VP
     training, dims = resolved(name).training, math.prod(SIZES[name][0])
-    scale = {"edm": 1 / dims, "ve": 2 / dims, "vp": 1}[resolved(name)["preconditioning"]["kind"]]
+    scale = {"edm": 1 / dims, "ve": 2 / dims, "vp": 1}[resolved(name).kind("preconditioning")]
     loss_scale = 100 if name.startswith("imagenet") else 1
     assert training.adam_eps == pytest.approx(1e-8 * scale / loss_scale, rel=2e-3)
     clip = None if TABLE[name][0] is EDM else pytest.approx(scale, rel=2e-3)
@@ -132,17 +132,17 @@ def test_the_scales_of_the_papers_losses_are_carried_over_to_a_mean_over_dimensi
 
 
 def test_a_recipe_samples_with_the_snr_of_its_paper():
-    assert resolved("cifar10-ncsnpp-ve")["sampler"]["snr"] == 0.16
-    assert resolved("celeba64-ncsnpp-ve")["sampler"]["snr"] == 0.17
+    assert resolved("cifar10-ncsnpp-ve").sections["sampler"]["snr"] == 0.16
+    assert resolved("celeba64-ncsnpp-ve").sections["sampler"]["snr"] == 0.17
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name][8] not in ("none", "mirror")])
 def test_recipes_with_augmentation_see_references_through_it_and_offer_the_published_estimator(name):
-    assert resolved(name)["target"]["augmented_size"] > 1
+    assert resolved(name).sections["target"]["augmented_size"] > 1
     published = resolve(
         override(overlay(read_recipe(name), {"data": {"path": "x.npz"}}), ["target.kind=stf-published"])
     )
-    assert published["target"] == {"kind": "stf-published", "size": 1024}
+    assert published.sections["target"] == {"kind": "stf-published", "size": 1024}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -159,8 +159,8 @@ def test_every_recipe_trains_with_a_smaller_network(name, tmp_path):
     shape, classes, _ = SIZES.get(name, ((1, 28, 28), 10, 0))
     classes = min(classes, 3)
     config = resolved(name)
-    settings = [f"network.{key}" for key in SMALLER[config["network"]["kind"]]]
-    settings += ["target.size=8"] if config["target"]["kind"] == "stf" else []
+    settings = [f"network.{key}" for key in SMALLER[config.kind("network")]]
+    settings += ["target.size=8"] if config.kind("target") == "stf" else []
     settings += ["training.images=4", "training.batch_size=2"]
     settings += [
         "training.sample_every=0",
@@ -208,7 +208,7 @@ def test_a_config_file_overrides_the_recipe_and_set_overrides_both(tmp_path):
     written = re.search(r"^\[data\].*(?=\nThis was)", result.output, re.MULTILINE | re.DOTALL)
     (tmp_path / "resolved.toml").write_text(written[0])
     config = resolve(read_toml(tmp_path / "resolved.toml"))
-    assert (config["target"]["size"], config.training.batch_size, config.training.images) == (128, 16, 96_000)
+    assert (config.sections["target"]["size"], config.training.batch_size, config.training.images) == (128, 16, 96_000)
     assert "runs/digits-stf" in result.output
 
 

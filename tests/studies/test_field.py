@@ -16,7 +16,7 @@ from stablefield.cli import app
 from stablefield.config import override, resolve
 from stablefield.data import DataSummary, Digits
 from stablefield.floor import ByNoise, exact
-from stablefield.floor.weights import stable_means
+from stablefield.floor.exact import stable_means
 from stablefield.objective import EDMWeight
 from stablefield.seeding import generator
 from stablefield.studies.field import DataDistances, LinearDenoiser, NoiseProposal, VarianceReport, measure, study
@@ -414,7 +414,7 @@ def test_settings_that_inspect_proposes_are_valid(tmp_path, monkeypatch):
     settings = [after for word, after in pairwise(words) if word == "--set"]
     config = resolve(override({}, settings))
     assert {setting.partition("=")[0] for setting in settings} >= {"times.mean", "times.std", "grid.sigma_max"}
-    assert config["preconditioning"]["sigma_data"] == 0.75
+    assert config.sections["preconditioning"]["sigma_data"] == 0.75
     assert config.make("grid").sigma_max == pytest.approx(7.1)
     assert (tmp_path / "noise.png").exists()
     (tmp_path / "noise.png").unlink()

@@ -41,7 +41,7 @@ def convert(
     checkpoint = from_edm(read_edm(source))
     with atomic_folder(out) as temporary:
         folder = RunFolder(temporary)
-        folder.claim(Config(checkpoint.config["config"]))
+        folder.claim(Config(checkpoint.sections))
         save(folder.checkpoint, checkpoint.tensors, config=checkpoint.config, images=checkpoint.images)
     numbers = sum(tensor.numel() for tensor in checkpoint.tensors.values())
     print(f"Wrote {numbers:,} numbers of {source.name} to {out}. Sample with: stablefield sample {out} --seeds 0-15")

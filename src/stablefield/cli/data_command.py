@@ -1,14 +1,12 @@
 """`stablefield data`: convert a data set to a store, a ZIP file or an array archive, and inspect one."""
 
 import shlex
-from collections.abc import Callable
-from functools import wraps
-from inspect import Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from stablefield.cli.options import given_by
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import KINDS, ConfigError
 
@@ -28,24 +26,6 @@ data = typer.Typer(
 )
 
 
-def _opens_source(command: Callable[..., None]) -> Callable[..., None]:
-    """Command that takes the arguments and options of `_open` in place of its parameter `source`."""
-
-    @wraps(command)
-    def opening(**arguments: Any) -> None:
-        opened = _open(**{name: arguments.pop(name) for name in options})
-        command(source=opened, **arguments)
-
-    options = signature(_open, eval_str=True).parameters
-    own = [p for p in signature(command, eval_str=True).parameters.values() if p.name != "source"]
-    arguments = [p for p in own if p.default is p.empty]
-    keywords = [p for p in [*own, *options.values()] if p.default is not p.empty]
-    parameters = [options["source"], *arguments, *keywords]
-    opening.__signature__ = Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])  # type: ignore[attr-defined]
-    opening.__annotations__ = {p.name: p.annotation for p in parameters}
-    return opening
-
-
 def _open(
     source: Annotated[
         str,
@@ -56,8 +36,7 @@ def _open(
         ),
     ],
     kind: Annotated[
-        str | None,
-        typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed."),
+        str | None, typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed.")
     ] = None,
     resolution: Annotated[
         str | None, typer.Option(metavar="WxH", help="Resize images to this width and height.")
@@ -85,9 +64,13 @@ def _open(
     ] = None,
 ) -> Any:
     """The `Source` that the arguments and options of a command describe."""
-    from stablefield.cli.inspecting import open_source
+    from stablefield.config import override, resolve
+    from stablefield.data import data_section
 
-    values = {
+    section = data_section(source, kind)
+    if kind is None:
+        print(f"kind      {section['kind']} (guessed; --kind overrides it)")
+    section |= {
         "resolution": resolution,
         "transform": transform,
         "mode": mode,
@@ -97,12 +80,17 @@ def _open(
         "skip_unreadable": skip_unreadable or None,
         "labels": False if no_labels else None,
     }
-    given = {key: value for key, value in values.items() if value is not None}
-    return open_source(source, kind, given, settings or [])
+    if other := [setting for setting in settings or [] if not setting.startswith("data.")]:
+        raise ConfigError(f"{other[0]}: only keys of the section data can be set here, such as data.split=test")
+    given = {key: value for key, value in section.items() if value is not None}
+    opened = resolve(override({"data": given}, settings or [])).make("data")
+    if opened.holdout:
+        raise ConfigError(f"data.holdout={opened.holdout}: data are held out in training only; remove this setting")
+    return opened
 
 
 @data.command()
-@_opens_source
+@given_by("source", _open)
 def convert(
     source: Any,  # a Source
     dest: Annotated[
@@ -127,7 +115,7 @@ def convert(
 
 
 @data.command()
-@_opens_source
+@given_by("source", _open)
 def inspect(
     source: Any,  # a Source
     sheet: Annotated[
@@ -140,7 +128,7 @@ def inspect(
 
     Prints size, type, range, classes and hash of the data, and verifies a store. --sheet and --plot write images.
     """
-    from stablefield.cli.inspecting import contact_sheet, describe, propose
+    from stablefield.cli.inspecting import describe, propose
     from stablefield.data import inspect as inspect_data
     from stablefield.data import printable
     from stablefield.data.store import refuse_existing
@@ -157,7 +145,7 @@ def inspect(
         raise ConfigError(f"--sheet is for images, and these data are {found.pool} with values={found.pool.values}")
     print("\n".join(describe(found)))
     if sheet:
-        save_sheet(sheet, contact_sheet(found.pool))
+        save_sheet(sheet, found.pool.take(found.pool.evenly_spaced(100)))
         print(f"sheet     {printable(sheet)}")
     if noise and found.summary.std > 0:
         print("\n".join(propose(found.pool, found.summary.std, plot)))

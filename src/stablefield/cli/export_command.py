@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from stablefield.cli.options import Allow
-from stablefield.cli.sample_command import Weights
+from stablefield.cli.options import Allow, Weights
 
 
 def export(

@@ -9,42 +9,17 @@ from typing import Annotated
 
 import typer
 
-from stablefield.cli.options import Allow
+from stablefield.cli.options import Batch, SamplingOptions, Weights, given_by
+from stablefield.cli.progress import progress_bar
 from stablefield.cli.stopping import stoppable
-from stablefield.kinds import list_kinds
-
-SamplerKind = Annotated[
-    str | None,
-    typer.Option(help=f"{list_kinds('sampler')}, or module:Class; by default the run's own."),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="Weights to use: average, average-HALFLIFE, model (without averaging), or best.",
-        show_default="average, or the weights of an export",
-    ),
-]
-Steps = Annotated[int | None, typer.Option(min=1, help="Number of steps; rk45 chooses its own.")]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (classifier-free guidance; 1 = off).")]
-Guide = Annotated[
-    Path | None,
-    typer.Option(
-        help="Weaker run to guide away from (autoguidance), instead of this run without classes; requires --guidance."
-    ),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set a key of sampler.* or grid.*; may be repeated."),
-]
-Batch = Annotated[int, typer.Option(min=1, max=2**20, help="Images per batch; samples do not depend on it.")]
-Precision = Annotated[str, typer.Option(help="Arithmetic of the network: float32, tf32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")]
 
 
+@given_by("sampling", SamplingOptions)
 def sample(
     run: Annotated[
         Path, typer.Argument(help="A run or an export (its folder, or hf:OWNER/NAME), or a checkpoint file.")
     ],
+    *,
     seeds: Annotated[str, typer.Option(help="Seeds, one per sample: 0-63, or 0,3,8-15.")] = "0-63",
     out: Annotated[
         Path | None,
@@ -56,40 +31,26 @@ def sample(
     class_: Annotated[
         int | None, typer.Option("--class", help="Class of all samples; by default each seed draws one.")
     ] = None,
-    sampler: SamplerKind = None,
-    steps: Steps = None,
-    guidance: Guidance = None,
-    guide: Guide = None,
-    set_: Set = None,
-    allow: Allow = None,
+    sampling: SamplingOptions,
     batch: Batch = 64,
-    precision: Precision = "float32",
-    device: Device = "auto",
 ) -> None:
     """Draw samples from a trained run. A sample depends on its seed, not on the batch."""
     from stablefield.build import choose_device
-    from stablefield.cli.sampling import main_bar, open_plan, sample_progress
     from stablefield.distributed import process_group
     from stablefield.generate import SampleStore, sample_to
     from stablefield.seeding import parse_seeds
 
     all_seeds = parse_seeds(seeds)
-    with process_group(choose_device(device)) as ranks:
-        plan = open_plan(
-            run,
-            weights=weights,
-            device=str(ranks.device),
-            guide=guide,
-            guidance=guidance,
-            sampler=sampler,
-            settings=set_ or [],
-            allow=allow,
-            steps=steps,
-            label=class_,
-            precision=precision,
-        )
+    with process_group(choose_device(sampling.device)) as ranks:
+        plan = sampling.open_plan(run, ranks.device, weights=weights, label=class_)
         place = SampleStore.at(out or plan.trained.folder / "samples", plan.images)
-        with stoppable("sampling", lambda: sample_progress(place, all_seeds)), main_bar("sampling", ranks) as progress:
+        bar = progress_bar("sampling", visible=ranks.is_main)
+
+        def done() -> str:
+            made = len(all_seeds) - len(place.missing(all_seeds))
+            return f"{made:,} of {len(all_seeds):,} samples are in {place.folder}"
+
+        with stoppable("sampling", done), bar as progress:
             existing = len(all_seeds) - len(place.missing(all_seeds))
             store = sample_to(plan, place.out, seeds=all_seeds, batch_size=batch, ranks=ranks, progress=progress)
         if ranks.is_main:

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stablefield.build import Components
 from stablefield.config import Allowed, Config, ConfigError, overlay, read_toml
 from stablefield.data import data_section
-from stablefield.data.identity import fingerprint, is_same
 from stablefield.distributed import Ranks
 from stablefield.engine.checkpoints import latest_config, refuse_changed_config, refuse_edited_config
 from stablefield.engine.fit import OnStep, fit
@@ -73,18 +72,6 @@ def init_from_run(base: TrainedRun, parts: Components) -> None:
         raise ConfigError(f"the weights do not fit the network of the new run: {first}") from None
 
 
-def is_other_data(base: TrainedRun, config: Config, parts: Components) -> bool:
-    """True if the same data section gives other data than it gave the run that the weights are from.
-
-    Args:
-        base: the run that the weights are from.
-        config: configuration of the new run.
-        parts: components of the new run.
-    """
-    before, now = ({**each["data"], "holdout": 0} for each in (base.config, config))
-    return before == now and not is_same(fingerprint(parts.data), base.data)
-
-
 def resumed_config(folder: RunFolder, settings: list[str], allow: Iterable[Allowed] = ()) -> Config:
     """Configuration of a run that is resumed, with the given settings applied.
 
@@ -130,7 +117,7 @@ def summary(config: Config, parts: Components, folder: RunFolder, ranks: Ranks |
             f"data      {parts.data!r}",
             f"process   {parts.denoiser.process}, times {parts.objective.times}",
             f"target    {parts.objective.target}",
-            f"network   {config['network']['kind']}, {parameters:,} parameters, on {parts.denoiser.device}",
+            f"network   {config.kind('network')}, {parameters:,} parameters, on {parts.denoiser.device}",
             f"training  {training.images:,} images in batches of {training.batch_size} on {shared}, "
             f"seed {training.seed}",
             f"run       {folder.path}",

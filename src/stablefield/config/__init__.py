@@ -13,6 +13,7 @@ from stablefield.config.classes import Allowed, allowed_names
 from stablefield.config.resolution import Config, resolve
 from stablefield.config.targets import (
     describe_target,
+    floor_target,
     split_settings,
     split_targets,
     target_kind,
@@ -40,6 +41,7 @@ __all__ = [
     "allowed_names",
     "as_setting",
     "describe_target",
+    "floor_target",
     "is_unedited",
     "overlay",
     "override",

@@ -21,6 +21,7 @@ from stablefield.config.classes import (
 )
 from stablefield.config.text import add_checksum, kind_of, overlay, override
 from stablefield.config.training import Training
+from stablefield.files import printable
 from stablefield.kinds import KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS, SIGMA_DATA, ConfigError
 
 
@@ -35,9 +36,6 @@ class Config:
 
     sections: dict[str, dict[str, Any]]
     allowed: tuple[Allowed, ...] = field(default=(), compare=False)
-
-    def __getitem__(self, section: str) -> dict[str, Any]:
-        return self.sections[section]
 
     def make(self, section: str, *runtime: object, **named: Any) -> Any:
         """The component of a section.
@@ -79,22 +77,62 @@ class Config:
         """The section `training`, which has no kinds."""
         return self.make("training")
 
+    @property
+    def data_path(self) -> str:
+        """Path of the data, or their name on the hub; "" for data without one."""
+        return str(self.sections["data"].get("path") or "")
+
+    @property
+    def sigma_data(self) -> float | None:
+        """Standard deviation of the data that the preconditioning assumes; None if it assumes none."""
+        return self.sections["preconditioning"].get("sigma_data")
+
+    def kind(self, section: str) -> str:
+        """The kind of a section.
+
+        Args:
+            section: name of the section.
+        """
+        return str(self.sections[section]["kind"])
+
+    def values(self, section: str) -> dict[str, Any]:
+        """Values of a section that are set, as they are shown and written: plain types by key, the kind first.
+
+        Args:
+            section: name of the section.
+        """
+        return {key: value for key, value in self.sections[section].items() if value is not None}
+
     def toml(self) -> str:
         """Text of a config.toml that resolves to this configuration; its last line is a checksum of the others."""
-        values_given = {
-            section: {key: value for key, value in values.items() if value is not None}
-            for section, values in self.sections.items()
-        }
-        return add_checksum(tomli_w.dumps(values_given))
+        return add_checksum(tomli_w.dumps({section: self.values(section) for section in self.sections}))
 
-    def differences(self, other: "Config") -> list[str]:
-        """Keys whose values differ, sorted, each as `section.key`.
+    def differences(self, other: "Config") -> dict[str, tuple[Any, Any]]:
+        """Values that differ, here and there, by `section.key`, sorted; None for a value that is missing.
 
         Args:
             other: the configuration to compare with.
         """
-        keys = {(section, key) for config in (self, other) for section in config.sections for key in config[section]}
-        return sorted(f"{section}.{key}" for section, key in keys if self[section].get(key) != other[section].get(key))
+        here, there = _by_name(self.sections), _by_name(other.sections)
+        names = sorted({*here, *there})
+        return {
+            ".".join(name): (here.get(name), there.get(name)) for name in names if here.get(name) != there.get(name)
+        }
+
+    def has_data_of(self, other: "Config") -> bool:
+        """True if the section `data` has the values that another configuration gives there, `holdout` aside.
+
+        Args:
+            other: the other configuration, maybe of an older version, which has fewer keys.
+        """
+        here = self.sections["data"]
+        return all(here.get(key) == value for key, value in other.sections["data"].items() if key != "holdout")
+
+
+def _by_name(sections: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """Values by section and key; a section of a file that is not a table has the key ""."""
+    tables = {name: part if isinstance(part, dict) else {"": part} for name, part in sections.items()}
+    return {(section, key): value for section, part in tables.items() for key, value in part.items()}
 
 
 def resolve(raw: Mapping[str, Any], *, allow: Iterable[Allowed] = ()) -> Config:
@@ -219,11 +257,7 @@ def _mistake(section: str, kind: str, found: Any, component: Callable[..., Any])
         return f"{place}: has no default and must be set{option}"
     if found["type"] == "value_error":
         return f"{place}: {found['ctx']['error']}"
-    return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {_shorten(repr(found['input']))}"
-
-
-def _shorten(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
+    return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {printable(repr(found['input']), 200)}"
 
 
 def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -240,22 +274,23 @@ def _conflicts(config: Config) -> list[str]:
     latest = float(times.quantile(torch.tensor([1 - 1e-9], dtype=torch.float64)))
     if latest > process.t_max:
         found.append(
-            f"times.kind: {config['times']['kind']!r} reaches t = {latest:.3g}, but the process "
-            f"{config['process']['kind']!r} ends at t = {process.t_max:g}; use uniform or logitnormal"
+            f"times.kind: {config.kind('times')!r} reaches t = {latest:.3g}, but the process "
+            f"{config.kind('process')!r} ends at t = {process.t_max:g}; use uniform or logitnormal"
         )
     augment_dim = config.make("augmentation").augment_dim
-    if augment_dim and config["network"].get("augment_dim", augment_dim) != augment_dim:
+    taken = config.sections["network"].get("augment_dim", augment_dim)
+    if augment_dim and taken != augment_dim:
         found.append(
-            f"network.augment_dim: the augmentation {config['augmentation']['kind']!r} has labels of length "
-            f"{augment_dim}, but the network takes {config['network']['augment_dim']}; set augment_dim={augment_dim} "
+            f"network.augment_dim: the augmentation {config.kind('augmentation')!r} has labels of length "
+            f"{augment_dim}, but the network takes {taken}; set augment_dim={augment_dim} "
             "or leave it out (augmentation.kind=mirror has no labels)"
         )
     try:
-        config.make("sampler", config.make("grid"))
+        sampler = config.make("sampler", config.make("grid"))
     except ValueError as error:
         return [*found, f"sampler: {error}"]
     try:
-        config.make("grid").within(process, config["sampler"]["steps"], config.make("preconditioning").noise_range)
+        config.make("grid").within(process, sampler.steps, config.make("preconditioning").noise_range)
     except ValueError as error:
         found.append(f"grid: {error}")
     return found

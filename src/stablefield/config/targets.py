@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from stablefield.config.classes import Allowed, component_class, schema
+from stablefield.config.resolution import Config
 from stablefield.config.text import override
 from stablefield.kinds import KINDS, ConfigError
 
@@ -74,6 +75,20 @@ def target_kind(text: str) -> str:
     head = text.partition(",")[0].strip()
     kind, _, number = head.rpartition(":")
     return kind if kind and number.strip().isdecimal() else head
+
+
+def floor_target(config: Config, data_points: int) -> str | None:
+    """Name of the target of a configuration as `LossFloor` has it, such as stf:256; None if its floor is not known.
+
+    Args:
+        config: the configuration.
+        data_points: number of data points that are trained on, at most which a support has.
+    """
+    target = config.sections["target"]
+    if target["kind"] not in ("dsm", "stf", "knn", "exact") or target.get("search") == "faiss":
+        return None
+    size = target.get("size", target.get("neighbours"))
+    return target["kind"] if size is None else f"{target['kind']}:{min(size, data_points)}"
 
 
 def target_section(text: str, allow: Iterable[Allowed] = ()) -> dict[str, Any]:

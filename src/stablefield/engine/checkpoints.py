@@ -102,7 +102,7 @@ def latest_config(folder: RunFolder, allow: Iterable[Allowed] = ()) -> Config | 
         ConfigError: config.toml was edited or cut short and there is no checkpoint, or the two are of different runs.
         CheckpointError: the newest checkpoint is damaged.
     """
-    saved = resolve(folder.newest().config["config"], allow=allow) if folder.checkpoint.exists() else None
+    saved = resolve(folder.newest().sections, allow=allow) if folder.checkpoint.exists() else None
     text = _config_text(folder)
     if text is None:
         return saved
@@ -116,7 +116,7 @@ def latest_config(folder: RunFolder, allow: Iterable[Allowed] = ()) -> Config | 
     if changed := [key for key in saved.differences(written_config) if not _can_change(key, saved)]:
         raise ConfigError(
             f"config.toml and checkpoint.safetensors in {folder.path} are of different runs: "
-            f"{_both_values(_differences(written_config.sections, saved), changed)}; put back the file that belongs "
+            f"{_both_values(written_config.differences(saved), changed)}; put back the file that belongs "
             f"here, or remove {folder.config} to resume with the configuration of the checkpoint"
         )
     return written_config
@@ -157,9 +157,10 @@ def refuse_edited_config(folder: RunFolder, wanted: Config) -> None:
             f"{folder.config} was cut short or damaged ({error}); remove it to resume with the configuration of the "
             "checkpoint"
         ) from None
-    saved = resolve(folder.newest().config["config"], allow=wanted.allowed)
-    changed = _differences(found, saved)
-    if not changed or not _differences(found, wanted):
+    saved = resolve(folder.newest().sections, allow=wanted.allowed)
+    edited = Config(found)
+    changed = edited.differences(saved)
+    if not changed or not edited.differences(wanted):
         return
     settings = " ".join(f"--set {as_setting(key, value)}" for key, (value, _) in changed.items())
     ways_out = [f"to resume unchanged, remove {folder.config}"]
@@ -176,10 +177,9 @@ def refuse_edited_config(folder: RunFolder, wanted: Config) -> None:
 
 
 def _config_text(folder: RunFolder) -> str | None:
-    try:
-        text = folder.config.read_text(encoding="utf-8-sig", errors="replace")
-    except FileNotFoundError:
+    if not folder.config.exists():
         return None
+    text = folder.config.read_text(encoding="utf-8-sig", errors="replace")
     refuse_other_format(text, folder.config)
     return text
 
@@ -195,17 +195,6 @@ def _how_changed(folder: RunFolder, text: str) -> str:
         f"was cut short (its last line, a checksum of the lines above, is missing), and there is no checkpoint; remove "
         f"{folder.path} and start the run again"
     )
-
-
-def _differences(found: Mapping[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between a file and a configuration, with both values; None for a missing value."""
-    sections = {name: part if isinstance(part, dict) else {"": part} for name, part in found.items()}
-    names = {(section, key) for source in (sections, config.sections) for section in source for key in source[section]}
-    pairs = {
-        f"{section}.{key}": (sections.get(section, {}).get(key), config.sections.get(section, {}).get(key))
-        for section, key in sorted(names)
-    }
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _both_values(changed: Mapping[str, tuple[Any, Any]], keys: Sequence[str], limit: int = 8) -> str:
@@ -249,8 +238,6 @@ class CheckpointManager:
         components: the parts of the run, for its data.
 
     Attributes:
-        folder: folder of the run.
-        config: configuration of the run.
         keep: number of checkpoints to keep, including the newest.
         identity: fingerprint of all data of the run, including held-out images.
         metadata: what checkpoints store besides tensors (see `run.describe`).
@@ -330,11 +317,7 @@ class CheckpointManager:
             raise failure
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written.
-
-        Raises:
-            OSError: a checkpoint could not be written; earlier ones are unchanged.
-        """
+        """Wait until no checkpoint is being written, and report an error as `raise_failure` does."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None

@@ -53,8 +53,7 @@ def decide_compile(config: Config, components: Components, folder: RunFolder, ra
 def _reason(config: Config, components: Components, folder: RunFolder, ranks: Ranks) -> str:
     """The reason against compiling; empty if there is none."""
     if folder.checkpoint.exists():
-        before = folder.newest().config["config"]["training"].get("compile")
-        return "" if before is True else "the run began without"
+        return "" if Config(folder.newest().sections).training.compile is True else "the run began without"
     if ranks.device.type != "cuda":
         return f"that is tried on CUDA only, not on {ranks.device.type}"
     training, denoiser, objective = config.training, components.denoiser, components.objective

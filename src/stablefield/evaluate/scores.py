@@ -4,17 +4,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield import __version__
 from stablefield.evaluate.estimate import Estimate
 from stablefield.evaluate.frechet import Statistics
 from stablefield.files import append
-from stablefield.generate.images import save_sheet
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,7 @@ class ScoreTable:
         """The table as it is written to files, with the date and the version of this package."""
         return {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "stablefield": version("stablefield"),
+            "stablefield": __version__,
             "samples": dict(self.samples),
             "reference": dict(self.reference),
             "features": dict(self.features),
@@ -63,18 +62,6 @@ class ScoreTable:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         append(path, json.dumps(self.record()) + "\n")
-
-    def save_pairs(self, path: Path) -> None:
-        """Write the sheet of the samples most like copies, four pairs in a row.
-
-        Args:
-            path: the PNG file.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        assert self.pairs is not None
-        save_sheet(path, self.pairs, columns=8)
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stablefield.checkpoint import Checkpoint, write_tensors
-from stablefield.config import ConfigError, resolve
+from stablefield.config import Config, ConfigError, resolve
 from stablefield.data.pickles import RefusedError
 from stablefield.interop.edm import EDMCheckpoint
 
@@ -59,7 +59,9 @@ def from_edm(checkpoint: EDMCheckpoint) -> Checkpoint:
         RefusedError: an argument or a class is unknown, or this package has no counterpart for it.
     """
     arguments = dict(checkpoint.arguments)
-    model_type = arguments.get("model_type", _default_network(checkpoint))
+    # the default of `model_type` in EDM's constructors
+    usual = "DhariwalUNet" if checkpoint.precond in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
+    model_type = arguments.get("model_type", usual)
     kind, network_names = NETWORKS[_known("model_type", model_type, NETWORKS)]
     precond = _known("preconditioner", checkpoint.precond, PRECONDITIONERS)
     preconditioning, preconditioning_names, times, weight = PRECONDITIONERS[precond]
@@ -106,12 +108,12 @@ def to_edm(checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         ValueError: EDM does not have this network or this process, or the file has no averaged weights.
     """
-    sections = checkpoint.config["config"]
+    config = Config(checkpoint.sections)
     names = {"ddpmpp": "SongUNet", "ncsnpp": "SongUNet", "adm": "DhariwalUNet"}
-    kind = sections["network"]["kind"]
+    kind = config.kind("network")
     if kind not in names:
         raise ValueError(f"EDM has no network {kind!r}; only {', '.join(names)} can be written with its names")
-    if (process := sections["process"]["kind"]) != "ve":
+    if (process := config.kind("process")) != "ve":
         raise ValueError(
             f"EDM's networks denoise x + noise (process ve); this one was trained with process {process!r}"
         )
@@ -121,18 +123,10 @@ def to_edm(checkpoint: Checkpoint, path: Path) -> None:
     }
     if not state:
         raise ValueError("there are no averaged weights in this file; convert the run that it was exported from")
-    described = {
-        "model_type": names[kind],
-        "network": sections["network"],
-        "preconditioning": sections["preconditioning"],
-    }
+    described: dict[str, Any] = {"model_type": names[kind]}
+    described |= {name: config.sections[name] for name in ("network", "preconditioning")}
     described |= {"shape": checkpoint.config["shape"], "label_dim": checkpoint.config["num_classes"]}
     write_tensors(path, state, {"config": json.dumps(described)})
-
-
-def _default_network(checkpoint: EDMCheckpoint) -> str:
-    # the default of `model_type` in EDM's constructors
-    return "DhariwalUNet" if checkpoint.precond in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
 
 
 def _known(option: str, name: Any, names: Mapping[str, Any]) -> str:

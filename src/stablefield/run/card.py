@@ -7,11 +7,11 @@ files, classes and data sets cannot add HTML, links, headings or cells of a tabl
 import json
 import re
 from collections.abc import Iterator, Mapping
-from importlib.metadata import version
 from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
+from stablefield import __version__
 from stablefield.checkpoint import Checkpoint
 from stablefield.config import Config
 from stablefield.files import printable
@@ -57,13 +57,14 @@ def model_card(trained: TrainedRun, exported: Checkpoint, license: str | None) -
         exported: the checkpoint of the export.
         license: identifier of the license; None if there is none.
     """
-    config = Config(exported.config["config"], trained.config.allowed)
+    config = Config(exported.sections, trained.config.allowed)
     tables = [_table(record, trained) for record in _records(trained)]
+    header = ["library_name: stablefield", *([f"license: {license}"] if license else [])]
     scores = "\n\n".join(tables) if tables else "No scores of these weights were recorded."
     parts = (
-        _front_matter(license),
+        "\n".join(["---", *header, "tags:", "- diffusion-models", "- stable-target-field", "---"]),  # the hub reads it
         "# Diffusion model trained with stablefield",
-        f"A denoiser E[x | x_t] for data of shape {tuple(exported.config['shape'])}. {_license(license)}",
+        f"A denoiser E[x | x_t] for data of shape {trained.shape}. {_license(license)}",
         f"## Use\n\n{_USE}{_own_classes(config)}",
         f"## Model\n\n{_list(_model(trained, config))}",
         f"## Data\n\n{_list(_data(trained, config))}",
@@ -72,12 +73,6 @@ def model_card(trained: TrainedRun, exported: Checkpoint, license: str | None) -
         f"## Settings\n\n{_code(config.toml())}",
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(license: str | None) -> str:
-    """The header that the Hugging Face hub reads."""
-    lines = ["library_name: stablefield", *([f"license: {license}"] if license else [])]
-    return "\n".join(["---", *lines, "tags:", "- diffusion-models", "- stable-target-field", "---"])
 
 
 def _license(license: str | None) -> str:
@@ -99,7 +94,7 @@ def _own_classes(config: Config) -> str:
 
 def _model(trained: TrainedRun, config: Config) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in trained.denoiser.parameters())
-    kinds = {name: escape(config[name]["kind"]) for name in ("network", "process", "preconditioning", "target")}
+    kinds = {name: escape(config.kind(name)) for name in ("network", "process", "preconditioning", "target")}
     classes = trained.denoiser.num_classes
     return {
         "network": f"{kinds['network']}, {parameters:,} parameters",
@@ -109,14 +104,13 @@ def _model(trained: TrainedRun, config: Config) -> dict[str, str]:
         "weights": escape(trained.weights),
         "conditioning": f"{classes:,} classes" if classes else "none",
         "checkpoint": escape(trained.checksum),
-        "exported with": f"stablefield {escape(version('stablefield'))}",
+        "exported with": f"stablefield {escape(__version__)}",
     }
 
 
 def _data(trained: TrainedRun, config: Config) -> dict[str, str]:
-    settings = {key: value for key, value in config["data"].items() if value is not None}
     return {
-        **{escape(key): escape(value) for key, value in settings.items()},
+        **{escape(key): escape(value) for key, value in config.values("data").items()},
         "values": f"{trained.values}, {trained.num_levels:,} levels",
         "hash (SHA-256)": escape(trained.data) if trained.data else "not recorded",
     }

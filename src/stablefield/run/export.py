@@ -10,13 +10,12 @@ The folders in the paths of data are left out, so that an export does not show w
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from stablefield.checkpoint import Checkpoint, CheckpointError, read, save
+from stablefield.checkpoint import Checkpoint, save
 from stablefield.config import Allowed, Config, ConfigError
 from stablefield.files import atomic_folder, printable, sweep
 from stablefield.run.card import model_card
-from stablefield.run.folder import RunFolder
+from stablefield.run.folder import RunFolder, is_readable
 from stablefield.run.trained import TrainedRun, as_json, open_run
 
 _FILES = {"model.safetensors", "config.json", "README.md"}
@@ -76,7 +75,7 @@ def _refuse_other_files(folder: RunFolder) -> None:
         return
     except NotADirectoryError:
         raise ConfigError(f"{folder.path} is a file; choose another folder for the export") from None
-    if _is_export(folder.exported):
+    if is_readable(folder.exported):
         names -= _FILES
     if names:
         raise ConfigError(
@@ -85,18 +84,10 @@ def _refuse_other_files(folder: RunFolder) -> None:
         )
 
 
-def _is_export(file: Path) -> bool:
-    try:
-        read(file)
-    except CheckpointError:
-        return False
-    return True
-
-
 def _checkpoint(trained: TrainedRun) -> Checkpoint:
     """The weights and the description of an export."""
     description = {
-        "config": trained.config.sections | {"data": _without_folders(trained.config)},
+        "config": _without_folders(trained.config).sections,
         "shape": list(trained.shape),
         "num_classes": trained.denoiser.num_classes,
         "num_levels": trained.num_levels,
@@ -107,9 +98,9 @@ def _checkpoint(trained: TrainedRun) -> Checkpoint:
     return Checkpoint(tensors, description, trained.images)
 
 
-def _without_folders(config: Config) -> dict[str, Any]:
-    """The section `data` with the last part of its path; names of data sets of the hub are kept."""
-    data, path = config["data"], config["data"].get("path")
-    if not path or (data["kind"] == "huggingface" and not (Path(path).is_absolute() or Path(path).exists())):
-        return data
-    return data | {"path": Path(path).absolute().name}
+def _without_folders(config: Config) -> Config:
+    """The configuration with the last part of the path of the data; names of data sets of the hub are kept."""
+    path = Path(config.data_path)
+    if not config.data_path or (config.kind("data") == "huggingface" and not (path.is_absolute() or path.exists())):
+        return config
+    return config.changed(data={"path": path.absolute().name})

@@ -16,7 +16,7 @@ import torch
 
 from stablefield.build import build, choose_device
 from stablefield.config import Allowed, Config, ConfigError
-from stablefield.data import Progress, StageProgress, silent, silent_stage
+from stablefield.data import Progress, Source, StageProgress, silent, silent_stage
 from stablefield.data.identity import fingerprint
 from stablefield.engine.checkpoints import locked
 from stablefield.files import write_text
@@ -24,7 +24,6 @@ from stablefield.kinds import OBJECTIVES
 from stablefield.run import RunFolder
 from stablefield.studies.compare.endpoints import (
     WEIGHTS,
-    Curve,
     Endpoint,
     Finding,
     endpoints_hash,
@@ -32,10 +31,8 @@ from stablefield.studies.compare.endpoints import (
 )
 from stablefield.studies.compare.evaluator import find_spaces
 from stablefield.studies.compare.experiment import Arm, Experiment
-from stablefield.studies.compare.jobs import ReportRun, Worker, run_all
-from stablefield.studies.compare.runs import is_finished, read_lines
-from stablefield.studies.compare.statistics import holm
-from stablefield.studies.compare.steps import step_ratio
+from stablefield.studies.compare.runs import ReportRun, Worker, is_finished, read_lines, run_all, step_ratio
+from stablefield.studies.compare.statistics import Curve, holm
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,8 @@ class Comparison:
             seeds: the seeds; by default all that are finished.
         """
         seeds = [s for s in self.experiment.seeds if (arm, s) in self.lines] if seeds is None else seeds
-        return [Curve.from_lines(self.lines[arm, seed], weights, quantity) for seed in seeds]
+        lines = [self.lines[arm, seed] for seed in seeds]
+        return [Curve([x["images"] for x in run], [x[weights].get(quantity, math.nan) for x in run]) for run in lines]
 
     def mean_at_end(self, arm: Arm, name: str, weights: str = "") -> float:
         """Mean over finished seeds of a number in the last record; nan if there is none.
@@ -190,8 +188,9 @@ def define(
     """
     if unknown := set(objectives) - OBJECTIVES.keys():
         raise ConfigError(f"there is no objective {', '.join(sorted(unknown))!r}; choose from {', '.join(OBJECTIVES)}")
-    data = config.make("data").load(progress)
-    if config["data"]["holdout"] == 0:
+    source: Source = config.make("data")
+    data = source.load(progress)
+    if source.holdout == 0:
         config = config.changed(data={"holdout": min(max(2, len(data) // 6), 5000)})
     chosen = {name: OBJECTIVES[name] for name in objectives} or {"": ()}
     return Experiment(

@@ -36,6 +36,7 @@ from stablefield.files import write_text
 from stablefield.pool import Pool
 from stablefield.run import RunFolder
 from stablefield.studies.compare.endpoints import Endpoint, endpoints_hash, fixed_endpoints
+from stablefield.times import Adaptive
 
 FORMAT = "stablefield comparison 2"
 MIN_EVALUATIONS = 10
@@ -173,8 +174,9 @@ class Experiment:
         target = target_section(text, self.config.allowed)
         config = self.config.changed(self.objectives[arm.objective], target=target, training={"seed": seed})
         if settings:
-            config = config.changed(**_with_base(config["times"], _own_sections(settings)))
-        if config["times"].get("reweight") is False:
+            config = config.changed(**_with_base(config, _own_sections(settings)))
+        times = config.make("times")
+        if isinstance(times, Adaptive) and not times.reweight:
             raise ConfigError(
                 f"{arm}: times.reweight=false follows the excess that a run measures as it trains, which runs of a "
                 "comparison do not; leave it out"
@@ -199,11 +201,8 @@ class Experiment:
                 f"cannot change {', '.join(changed)} of an existing comparison, which can only be extended by targets, "
                 "objectives and seeds; start a new one with another --out"
             )
-        same = (set(self.targets), set(self.objectives), set(self.seeds)) >= (
-            set(other.targets),
-            set(other.objectives),
-            set(other.seeds),
-        )
+        added = ("targets", "objectives", "seeds")
+        same = all(set(getattr(self, name)) >= set(getattr(other, name)) for name in added)
         return replace(
             self,
             config=other.config,
@@ -311,13 +310,13 @@ def _own_sections(settings: list[str]) -> dict[str, Any]:
     return sections
 
 
-def _with_base(times: Mapping[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+def _with_base(config: Config, changes: dict[str, Any]) -> dict[str, Any]:
     """Sections in which an adaptive distribution of t without a base has that of the objective."""
-    own = sections.get("times", {})
-    if own.get("kind") != "adaptive" or "base" in own or times["kind"] == "adaptive":
-        return sections
-    kind, *parameters = times.values()
-    return {**sections, "times": {"base": kind, "parameters": parameters, **own}}
+    own = changes.get("times", {})
+    if own.get("kind") != "adaptive" or "base" in own or config.kind("times") == "adaptive":
+        return changes
+    kind, *parameters = config.values("times").values()
+    return {**changes, "times": {"base": kind, "parameters": parameters, **own}}
 
 
 def _run_name(arm: Arm, seed: int) -> str:

@@ -1,11 +1,13 @@
 """The page of a comparison in Markdown: a summary, three figures, and a table of all endpoints."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from math import isnan
 from pathlib import Path
-from typing import Any
+from statistics import median
 
+from stablefield.config import Config
 from stablefield.files import write_text
 from stablefield.seeding import format_seeds
 from stablefield.studies.compare.comparison import Comparison
@@ -56,12 +58,11 @@ def summarize(comparison: Comparison) -> list[str]:
 
 def _sentence(pairs: int, findings: tuple[Finding, ...]) -> str:
     """Numbers of endpoints of a contrast by direction, and the changes of the first two."""
-    words = ("decreases", "increases", "not distinguishable", "not measured")
-    numbers = {word: sum(f.direction == word for f in findings) for word in words}
+    count = Counter(finding.direction for finding in findings)
     return (
         f"**{findings[0].contrast}** ({pairs} {'pair' if pairs == 1 else 'pairs'}): of {len(findings)} endpoints "
-        f"{numbers['decreases']} decrease, {numbers['increases']} increase, {numbers['not distinguishable']} are not "
-        f"distinguishable and {numbers['not measured']} not measured; "
+        f"{count['decreases']} decrease, {count['increases']} increase, {count['not distinguishable']} are not "
+        f"distinguishable and {count['not measured']} not measured; "
         + "; ".join(f"{f.endpoint.title} [{f.endpoint.weights}] {_cell(f)}" for f in findings[:2])
     )
 
@@ -78,8 +79,8 @@ def _levels(comparison: Comparison) -> Iterator[str]:
         if any(each == arm for each, _ in comparison.lines):
             values = [comparison.mean_at_end(arm, name, "average") for name in names]
             values += [comparison.mean_at_end(arm, f"gradient_variance{end}") for end in ("", "_of_target")]
-            times = sorted(comparison.steps.get("sec_per_kimg", {}).get(str(arm), []))
-            cells = [f"{value:.3g}" for value in values] + [f"{times[len(times) // 2]:.3g}" if times else ""]
+            times = comparison.steps.get("sec_per_kimg", {}).get(str(arm), [])
+            cells = [f"{value:.3g}" for value in values] + [f"{median(times):.3g}" if times else ""]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
     held_out = [cell for space in spaces for cell in (f"{real[space]:.3g}", "")]
     lines.append(f"| held-out data | {' | '.join(held_out + [''] * (len(columns) - len(held_out)))} |")
@@ -102,10 +103,10 @@ def _status(comparison: Comparison) -> Iterator[str]:
     if not comparison.complete:
         total = len(comparison.experiment.arms) * len(comparison.experiment.seeds)
         yield f"**Unfinished**: {len(comparison.lines)} of {total} runs are complete; only complete pairs are used."
-    down, up = (sum(f.direction == word for f in findings) for word in ("decreases", "increases"))
+    count = Counter(finding.direction for finding in findings)
     yield (
-        f"Of {len(findings)} endpoints fixed before the runs, {down} decrease and {up} increase significantly (Holm, "
-        "5 % over the page); lower is better for each of them."
+        f"Of {len(findings)} endpoints fixed before the runs, {count['decreases']} decrease and {count['increases']} "
+        "increase significantly (Holm, 5 % over the page); lower is better for each of them."
     )
 
 
@@ -138,14 +139,14 @@ def _methods(comparison: Comparison) -> Iterator[tuple[str, str]]:
     training = config.training
     yield "data", _data_name(comparison)
     for objective in experiment.objectives:
-        sections = experiment.configure(Arm(objective, experiment.targets[0]).plain, 0)
+        objective_config = experiment.configure(Arm(objective, experiment.targets[0]).plain, 0)
         parts = ("process", "times", "weight", "preconditioning", "sampler", "grid")
-        text = "; ".join(f"{name} {_component(sections[name])}" for name in parts)
+        text = "; ".join(f"{name} {_component(objective_config, name)}" for name in parts)
         yield f"objective {objective}".strip(), text
     for arm in experiment.arms:
         if arm != arm.plain:
             yield f"{arm}", f"differs in {_differences(experiment, arm)}; evaluated as all arms of the objective"
-    yield "network", _component(config["network"])
+    yield "network", _component(config, "network")
     yield (
         "training",
         f"{experiment.images:,} images per run, batches of {training.batch_size}, learning rate "
@@ -174,20 +175,20 @@ def _methods(comparison: Comparison) -> Iterator[tuple[str, str]]:
 def _differences(experiment: Experiment, arm: Arm) -> str:
     """Keys that settings of an arm change, with their values."""
     own, shared = (experiment.configure(each, 0) for each in (arm, arm.plain))
-    changed = (key.split(".", 1) for key in own.differences(shared))
-    return ", ".join(f"{section}.{key} {own[section][key]}" for section, key in changed if key in own[section])
+    changed = own.differences(shared).items()
+    return ", ".join(f"{key} {value}" for key, (value, _) in changed if value is not None)
 
 
-def _component(section: dict[str, Any]) -> str:
-    rest = ", ".join(f"{key} {value}" for key, value in section.items() if key != "kind" and value is not None)
-    return f"{section['kind']} ({rest})" if rest else section["kind"]
+def _component(config: Config, section: str) -> str:
+    rest = ", ".join(f"{key} {value}" for key, value in config.values(section).items() if key != "kind")
+    return f"{config.kind(section)} ({rest})" if rest else config.kind(section)
 
 
 def _data_name(comparison: Comparison) -> str:
-    data, reference = comparison.experiment.config["data"], comparison.machine.get("reference", {})
-    path = f" {Path(data['path']).name}" if data.get("path") else ""
+    config, reference = comparison.experiment.config, comparison.machine.get("reference", {})
+    path = f" {Path(config.data_path).name}" if config.data_path else ""
     sizes = f", {reference['train_size']:,} to train on, {reference['held_out_size']:,} held out" if reference else ""
-    return f"{data['kind']}{path}{sizes}"
+    return f"{config.kind('data')}{path}{sizes}"
 
 
 def _has_pairs(comparison: Comparison) -> bool:

@@ -4,10 +4,10 @@ import csv
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from stablefield import __version__
 from stablefield.checkpoint import finite
 from stablefield.files import atomic_path, write_text
 from stablefield.studies.field.plots import plot_bias, plot_field
@@ -36,7 +36,7 @@ def write_study(
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(records)
-    content = {"stablefield": version("stablefield"), **description, "report": asdict(report)}
+    content = {"stablefield": __version__, **description, "report": asdict(report)}
     write_text(folder / "field.json", json.dumps({**content, "records": finite(records)}, indent=1) + "\n")
     plot_field(folder / "field.png", study, f"Variance of training targets: {name}")
     plot_bias(folder / "bias.png", study, f"Squared error with and without the source in the support: {name}")

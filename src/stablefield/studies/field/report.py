@@ -126,7 +126,34 @@ class VarianceReport:
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
-        return [*self._where(), *self._training(), *self._sizes(), *self._verdict()]
+        one, prior = self.phases
+        share, mean_share = _percent(self.share_of_loss), _percent(self.mean_share_of_loss)
+        lines = [f"DSM targets vary most at sigma = {_span(self.high)} (at least half the maximum, in noise units)."]
+        if one is not None:
+            lines += [f"Below sigma = {one:.2g} most x_t have one likely source, and there is nothing to average."]
+        if prior is not None:
+            lines += [f"Above sigma = {prior:.2g} the posterior is close to the prior, and a few references suffice."]
+        lines += [
+            f"Of the training noise, {self.times}, {self.high_share:.1%} is where DSM targets vary most,",
+            f"  and {self.competing_share:.1%} where several sources compete.",
+        ]
+        if self.central:
+            lines += [
+                f"90% of the variance in the loss comes from sigma = {_span(self.central)},",
+                f"  where {self.central_share:.1%} of the training noise is.",
+            ]
+        lines += [
+            *(self._sizes() if self.dsm > 0 else ()),
+            f"The variance of DSM targets is {share} of the loss of a linear denoiser, {self.linear_loss:.3g};",
+            f"  averaged over the training noise, it is {mean_share} of that loss at each noise level.",
+            "  A network's loss is smaller, so its shares are larger; other gradient variance is not measured.",
+        ]
+        if max(self.share_of_loss, self.mean_share_of_loss) < 0.01:
+            lines += ["Expect no gain from stable targets in this training: almost every x_t has one likely source."]
+        elif self.stf:
+            removed = 1 - min(self.stf.values()) / self.dsm
+            lines += [f"{max(self.stf):,} references remove {removed:.0%} of that variance, all data remove all of it."]
+        return lines
 
     def summary(self) -> list[str]:
         """The most important results in two or three lines of text."""
@@ -138,45 +165,19 @@ class VarianceReport:
             lines.append(f"the variance of DSM targets is {share} of the loss of a linear denoiser{reduction}")
         return lines
 
-    def _where(self) -> Iterator[str]:
-        one, prior = self.phases
-        yield f"DSM targets vary most at sigma = {_span(self.high)} (at least half the maximum, in noise units)."
-        if one is not None:
-            yield f"Below sigma = {one:.2g} most x_t have one likely source, and there is nothing to average."
-        if prior is not None:
-            yield f"Above sigma = {prior:.2g} the posterior is close to the prior, and a few references suffice."
-
-    def _training(self) -> Iterator[str]:
-        yield f"Of the training noise, {self.times}, {self.high_share:.1%} is where DSM targets vary most,"
-        yield f"  and {self.competing_share:.1%} where several sources compete."
-        if self.central:
-            yield f"90% of the variance in the loss comes from sigma = {_span(self.central)},"
-            yield f"  where {self.central_share:.1%} of the training noise is."
-
     def _sizes(self) -> Iterator[str]:
-        if not self.dsm > 0:
-            return
         yield f"Variance of targets in the weighted loss, per dimension: {self.dsm:.3g} with DSM targets,"
         for n, variance in self.stf.items():
-            yield f"  {variance:.3g} with {n:,} references ({_times_less(self.dsm, variance)}),"
+            less = f"{self.dsm / variance:.3g} times less" if variance > 0 else "none left"
+            yield f"  {variance:.3g} with {n:,} references ({less}),"
         yield "  0 with all data (target.kind=exact --set target.missing_mass=0)."
         size, measured = self.size_for(10)
-        extrapolated = "" if measured else " (extrapolated from smaller sizes)"
         if size > 0.9 * self.num_data_points:
             yield "A 10 times smaller variance needs all data."
         else:
-            yield f"A 10 times smaller variance needs about {_rounded(size):,} references{extrapolated}."
-
-    def _verdict(self) -> Iterator[str]:
-        share, mean_share = _percent(self.share_of_loss), _percent(self.mean_share_of_loss)
-        yield f"The variance of DSM targets is {share} of the loss of a linear denoiser, {self.linear_loss:.3g};"
-        yield f"  averaged over the training noise, it is {mean_share} of that loss at each noise level."
-        yield "  A network's loss is smaller, so its shares are larger; other gradient variance is not measured."
-        if max(self.share_of_loss, self.mean_share_of_loss) < 0.01:
-            yield "Expect no gain from stable targets in this training: almost every x_t has one likely source."
-        elif self.stf:
-            reduction = 1 - min(self.stf.values()) / self.dsm
-            yield f"{max(self.stf):,} references remove {reduction:.0%} of that variance, all data remove all of it."
+            digits = 10 ** max(0, math.floor(math.log10(size)) - 1)  # two are significant
+            rounded, how = math.ceil(size / digits) * digits, "" if measured else " (extrapolated from smaller sizes)"
+            yield f"A 10 times smaller variance needs about {rounded:,} references{how}."
 
 
 def phases_of(study: VarianceStudy) -> tuple[float | None, float | None]:
@@ -240,13 +241,3 @@ def _percent(share: float) -> str:
 
 def _span(ends: Range) -> str:
     return f"{ends[0]:.2g} to {ends[1]:.2g}"
-
-
-def _times_less(before: float, after: float) -> str:
-    return f"{before / after:.3g} times less" if after > 0 else "none left"
-
-
-def _rounded(n: float) -> int:
-    """A size rounded up to two digits; more are not significant."""
-    digits = max(0, math.floor(math.log10(n)) - 1)
-    return math.ceil(n / 10**digits) * 10**digits
