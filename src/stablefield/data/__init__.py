@@ -21,9 +21,8 @@ from stablefield.data.contents import (
     silent,
     silent_stage,
 )
-from stablefield.data.conversion import Converted, Inspection, convert, inspect
+from stablefield.data.conversion import Converted, Inspection, convert, inspect, write_npz, write_zip
 from stablefield.data.dataset import DatasetSource
-from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import data_section, guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX

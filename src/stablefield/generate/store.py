@@ -183,14 +183,16 @@ class SampleStore:
             for start in {seed - seed % 1000 for seed in seeds}:
                 self.path(start).parent.mkdir(exist_ok=True)
 
-            def write(seed: int, sample: np.ndarray, label: int) -> None:
-                temporary = f"{folder}/{seed}"  # paths as text: pathlib takes longer than the system
-                with open(temporary, "wb") as file:
-                    file.write(self._encode(sample, label))
-                os.replace(temporary, f"{self.folder}/{self._name(seed)}")
+            def write(first: int) -> None:
+                share = slice(first, None, _WRITERS)  # one at a time, handing over takes as long as compressing
+                for seed, sample, label in zip(seeds[share], x[share], labels[share], strict=True):
+                    temporary = f"{folder}/{seed}"  # paths as text: pathlib takes longer than the system
+                    with open(temporary, "wb") as file:
+                        file.write(self._encode(sample, label))
+                    os.replace(temporary, f"{self.folder}/{self._name(seed)}")
 
             with ThreadPoolExecutor(_WRITERS) as writers:
-                list(writers.map(write, seeds, x, labels))  # raises the first error
+                list(writers.map(write, range(_WRITERS)))  # raises the first error
 
     def _encode(self, sample: np.ndarray, label: int) -> bytes:
         """Content of the file of a sample."""
