@@ -1,6 +1,7 @@
 """Targets under EDM's augmentation: their cost beside a training step, and the bias of the published estimator.
 
     python benchmarks/augmented.py --data cifar10-32x32.zip      about ten minutes on two cores
+    python benchmarks/augmented.py                               a smaller case on synthetic images, about a minute
 
 Cost: processor seconds of the target of one batch of `cifar10-ncsnpp-edm-stf` for several `target.augmented_size` (the
 reference batch of examples whose map does not permute pixels), and of `stf-published`, beside forward and backward of
@@ -14,17 +15,20 @@ of DSM's target, E Tr Cov[A x | x_t, A], at the same x_t: bias^2, and the mean s
 """
 
 import argparse
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 from common import headline
 from torch import Tensor
+from training import synthetic
 
 from stablefield.augmentation import flip, permutes, warp_all
 from stablefield.build import build
 from stablefield.config import override, resolve
-from stablefield.data import EDMAugmentation
+from stablefield.data import EDMAugmentation, write_zip
+from stablefield.data.contents import Contents
 from stablefield.engine import TrainState
 from stablefield.engine.loop import perturb
 from stablefield.pool import Pool
@@ -42,7 +46,7 @@ def cost(data: Path, batch: int, sizes: list[int]) -> None:
     kinds["stf-published"] = ["target.kind=stf-published"]
     for name, settings in kinds.items():
         parts = build(resolve(override(read_recipe("cifar10-ncsnpp-edm-stf"), [*given, *settings])))
-        noisy = perturb(TrainState(parts.denoiser), parts.objective.times, parts.batches, 0, SEED)
+        noisy = perturb(TrainState(parts.denoiser), parts.objective, parts.batches, 0, SEED)
         parts.objective.target(noisy, generator=generator(SEED))
         start = time.process_time()
         target = parts.objective.target(noisy, generator=generator(SEED))
@@ -103,20 +107,28 @@ def errors(x_t: Tensor, sigma: float, seen: Tensor, references: list[Tensor], ma
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as a ZIP file in EDM's layout")
-    parser.add_argument("--batch", type=int, default=16, help="examples whose targets are timed (16)")
+    parser.add_argument("--data", type=Path, help="CIFAR-10 as a ZIP file in EDM's layout; synthetic images by default")
+    parser.add_argument("--batch", type=int, help="examples whose targets are timed (16; 4 of synthetic images)")
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 16, 64], help="reference batches that are timed")
-    parser.add_argument("--images", type=int, default=1000, help="images of the data set for the bias (1000)")
-    parser.add_argument("--references", type=int, default=512, help="size of the published estimator there (512)")
+    parser.add_argument("--images", type=int, help="images of the data set for the bias (1000; 250 synthetic images)")
+    parser.add_argument("--references", type=int, help="size of the published estimator there (512; 128)")
     parser.add_argument("--draws", type=int, default=16, help="reference batches for each x_t (16)")
     parser.add_argument("--examples", type=int, default=12, help="x_t for each noise level and kind of map (12)")
     options = parser.parse_args()
     torch.manual_seed(SEED)
     print(headline(__file__))
-    if options.sizes:
-        print(f"cost of a batch of {options.batch}:")
-        cost(options.data, options.batch, options.sizes)
-    print(f"bias with {options.references} references out of {options.images} images:")
-    whole = resolve({"data": {"kind": "images", "path": str(options.data)}}).make("data").load()
-    chosen = torch.randperm(len(whole), generator=generator(SEED, "images"))[: options.images]
-    bias(whole.subset(chosen), options.references, options.draws, options.examples)
+    small = options.data is None
+    batch = options.batch or (4 if small else 16)
+    images, references = options.images or (250 if small else 1000), options.references or (128 if small else 512)
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data or Path(folder) / "synthetic.zip"
+        if small:
+            print("2,000 synthetic images, and not photographs\n")
+            write_zip(data, Contents.from_pool(synthetic(2000)))
+        if options.sizes:
+            print(f"cost of a batch of {batch}:")
+            cost(data, batch, options.sizes)
+        print(f"bias with {references} references out of {images} images:")
+        whole = resolve({"data": {"kind": "images", "path": str(data)}}).make("data").load()
+        chosen = torch.randperm(len(whole), generator=generator(SEED, "images"))[:images]
+        bias(whole.subset(chosen), references, options.draws, options.examples)

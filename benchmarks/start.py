@@ -22,7 +22,7 @@ from training import synthetic
 from stablefield.build import build
 from stablefield.config import override, resolve
 from stablefield.data import write_store
-from stablefield.data.contents import Contents, slices
+from stablefield.data.contents import Contents
 from stablefield.engine.session import initial_state, training_steps
 
 
@@ -32,7 +32,7 @@ def images(n: int) -> Contents:
 
     def blocks() -> Iterator[np.ndarray]:
         for shift in range(-(-n // len(first))):
-            for part in slices(first[: n - shift * len(first)]):
+            for part in np.array_split(first[: n - shift * len(first)], 16):
                 yield np.roll(part, shift, -1)
 
     return Contents(n, blocks)

@@ -79,14 +79,14 @@ def test_the_map_of_no_strength_leaves_noise_as_it_is(size: tuple[int, int]) -> 
 
 def test_every_image_under_every_map_is_each_image_under_each_map() -> None:
     x = torch.rand(3, 2, 6, 9, generator=torch.Generator().manual_seed(0))
-    inverse = EDMAugmentation(p=0.7).draw(generators(4)).inverse_maps((6, 9))
+    inverse = EDMAugmentation(p=0.7)._draw(generators(4)).inverse_maps((6, 9))
     each = [torch.cat([warp(image[None], one[None]) for image in x]) for one in inverse]
     assert torch.equal(warp_all(x, inverse), torch.stack(each))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (20, 36), (36, 20)])
 def test_an_image_known_everywhere_is_seen_where_the_map_says(size: tuple[int, int]) -> None:
-    parameters = EDMAugmentation(p=0.7).draw(generators(40))
+    parameters = EDMAugmentation(p=0.7)._draw(generators(40))
     x, y = plane(size)
     images = wave(x, y, size).expand(40, 1, *size)
     found = warp(images, parameters.inverse_maps(size))
@@ -181,7 +181,7 @@ def test_untransformed_images_keep_their_bits_and_flips_only_permute_pixels() ->
 
 def test_every_kind_has_its_frequency_and_distribution() -> None:
     n, p = 20_000, 0.12
-    parameters = EDMAugmentation(p=p).draw(generators(n))
+    parameters = EDMAugmentation(p=p)._draw(generators(n))
     label = parameters.augment_label()
     frequencies = {
         "xflip": (label[:, 0] == 1, 1 / 2),
@@ -208,7 +208,7 @@ def test_every_kind_has_its_frequency_and_distribution() -> None:
 
 
 def test_labels_contain_the_parameters() -> None:
-    parameters = EDMAugmentation(p=0.6).draw(generators(200))
+    parameters = EDMAugmentation(p=0.6)._draw(generators(200))
     label = parameters.augment_label()
     assert label.shape == (200, DIM)
     assert torch.equal(label[:, :3], torch.cat([parameters.flips, parameters.scale[:, None]], 1))
@@ -220,8 +220,8 @@ def test_labels_contain_the_parameters() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_leaving_out_a_kind_does_not_change_the_others(kind: str) -> None:
-    whole = EDMAugmentation(p=0.5).draw(generators(100)).augment_label()
-    single = EDMAugmentation(p=0.5, kinds=(kind,)).draw(generators(100)).augment_label()
+    whole = EDMAugmentation(p=0.5)._draw(generators(100)).augment_label()
+    single = EDMAugmentation(p=0.5, kinds=(kind,))._draw(generators(100)).augment_label()
     column = {"xflip": [0], "yflip": [1], "scale": [2], "rotation": [3, 4], "anisotropy": [5, 6]}.get(kind, [7, 8])
     others = [c for c in range(DIM) if c not in column]
     assert torch.equal(single[:, column], whole[:, column])

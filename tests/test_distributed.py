@@ -26,7 +26,7 @@ from stablefield.engine import Optimization, train
 from stablefield.engine.fit import fit
 from stablefield.engine.loop import refuse_unused_parameters
 from stablefield.engine.probing import RunProbes
-from stablefield.engine.session import initial_state, make_optimization
+from stablefield.engine.session import initial_state
 from stablefield.evaluate import Reference
 from stablefield.evaluate.spaces import open_features
 from stablefield.networks import UNet
@@ -263,7 +263,7 @@ def sharded_losses(ranks: Ranks, kind: str) -> torch.Tensor:
     config = sharded(kind)
     components = build(config, ranks=ranks)
     training = config.training
-    optimization = Optimization(make_optimization(training).learning_rate, micro_batch_size=5)
+    optimization = Optimization(training.rate, micro_batch_size=5)
     results = []
     for step in train(
         TrainState(components.denoiser),

@@ -105,39 +105,26 @@ def build(
     batches = augmentation.augment_batches(order, training.seed, ranks.device)
     if training.label_dropout:
         batches = LabelDropout(batches, training.label_dropout, training.seed)
-    return Components(
-        data,
-        pool,
-        denoiser,
-        Objective(times, target, config.make("weight")),
-        batches,
-        held_out,
-    )
+    objective = Objective(times, target, config.make("weight"))
+    return Components(data, pool, denoiser, objective, batches, held_out)
 
 
 def _split(data: Pool, holdout: int) -> tuple[Pool, Pool | None]:
     """The data that are trained on, and those that are held out."""
-    _check_classes(data)
-    try:
-        pool, held_out = split(data, holdout)
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from None
-    if data.labels is not None and pool.labels is not None and len(pool.labels.unique()) < data.num_classes:
-        raise ConfigError(f"data.holdout={holdout} leaves no data points of some class to train on; hold out fewer")
-    return pool, held_out
-
-
-def _check_classes(pool: Pool) -> None:
-    """Refuse labels with gaps: a class without data points would be sampled from, but never trained."""
-    if pool.labels is None:
-        return
-    present = pool.labels.unique().tolist()
-    if present != list(range(len(present))):
+    present = [] if data.labels is None else data.labels.unique().tolist()
+    if present != list(range(len(present))):  # a class without data points would be sampled from, but never trained
         missing = next(label for label, found in enumerate(present) if label != found)
         raise ConfigError(
             f"conditional training needs classes counted from 0 without gaps: class {missing} has no data points, but "
             f"there is a class {present[-1]}; renumber the labels"
         )
+    try:
+        pool, held_out = split(data, holdout)
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
+    if pool.labels is not None and len(pool.labels.unique()) < len(present):
+        raise ConfigError(f"data.holdout={holdout} leaves no data points of some class to train on; hold out fewer")
+    return pool, held_out
 
 
 def _build_target(

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stablefield.files import atomic_path
+from stablefield.files import atomic_path, cached
 
 FORMAT_VERSION = 2  # of checkpoints and of the configurations in them and beside them
 FORMAT = f"stablefield/{FORMAT_VERSION}"
@@ -163,6 +163,30 @@ def _file_identity(path: Path) -> tuple[int, int]:
     if found is None or not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"there is no checkpoint {path}")
     return found.st_ino, found.st_mtime_ns
+
+
+def cached_tensors(
+    name: str, description: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Tensors from the cache, which are computed if it has none, or a file of another description, or a damaged one.
+
+    Args:
+        name: name of the file, with a hash of all that the tensors depend on.
+        description: all that they depend on, as JSON has it; stored with them.
+        compute: returns the tensors by name.
+
+    Raises:
+        OSError: the cache cannot be read or written.
+    """
+
+    def find(path: Path) -> dict[str, Tensor] | None:
+        try:
+            found = read(path)
+        except CheckpointError:
+            return None
+        return found.tensors if found.config == description else None
+
+    return cached(name, find, lambda path: save(path, compute(), config=description, images=0))
 
 
 def _read(path: Path, device: str | torch.device) -> Checkpoint:

@@ -7,12 +7,13 @@ files that are being written; the next write of the same file removes them, and 
 """
 
 import errno
+import hashlib
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -138,11 +139,12 @@ def sync(path: Path) -> None:
     Raises:
         OSError: a file cannot be written. Folders that cannot be flushed on this file system are passed over.
     """
-    if path.is_dir():
-        with suppress(OSError):
-            _sync(path, os.O_RDONLY)
-    else:
-        _sync(path, os.O_RDWR)
+    with suppress(OSError) if path.is_dir() else nullcontext():
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def sweep(*folders: Path) -> None:
@@ -182,6 +184,16 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the content of a file.
+
+    Args:
+        path: the file.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:
@@ -326,14 +338,6 @@ def _rename_to_new(file: Path, name: Path) -> None:
         file.replace(name)
     finally:
         lock.unlink(missing_ok=True)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def printable(text: object, most: int = 300) -> str:

@@ -130,8 +130,7 @@ class Pool:
         Args:
             device: device of the copy.
         """
-        total, view_index = len(self.data), self._view_index()
-        used = self._used()
+        total, view_index, used = len(self.data), self._view_index(), self._used()
         data = torch.empty(len(used), *self.shape, dtype=self.data.dtype, device=device)
         for part in torch.arange(len(used)).split(4096):  # data mapped from a file may be larger than memory
             data[part[0] : part[-1] + 1] = self.data.index_select(0, used[part].to(self.data.device))
@@ -181,8 +180,7 @@ class Pool:
             return self.data.index_select(0, move(index, device))
         source = self.view_index[index.cpu()]
         stored = self.data.index_select(0, move(source % total, device))
-        mirrored = (source >= total).nonzero().flatten()
-        if len(mirrored):
+        if len(mirrored := (source >= total).nonzero().flatten()):
             mirrored = move(mirrored, device)
             stored[mirrored] = stored[mirrored].flip(-1)
         return stored
@@ -221,6 +219,15 @@ class Pool:
         if label == NULL_LABEL and self.view_index is None:
             return _prefetched_blocks(self.data, size)
         return map(self.stored, self.indices(label).split(size))
+
+    def evenly_spaced(self, most: int) -> Int[Tensor, "n"]:
+        """Indices of evenly spaced data points, which represent a data set that is ordered by class.
+
+        Args:
+            most: number of data points, of a pool with fewer all.
+        """
+        n = min(most, len(self))
+        return torch.arange(n) * len(self) // n
 
     def draw(self, n: int, label: int, generator: torch.Generator | None) -> Int[Tensor, "n"]:
         """Indices of n distinct random data points with a label, in random order.
@@ -362,8 +369,7 @@ def first_of(numbers: Int[Tensor, "n"]) -> Bool[Tensor, "n"]:
 
 def _prefetched_blocks(data: Shaped[Tensor, "n *D"], size: int) -> Iterator[Shaped[Tensor, "m *D"]]:
     """The parts of `data.split(size)`; while one is used, the operating system reads the next."""
-    ahead = max(size, _PREFETCH_BYTES // max(1, data[:1].nbytes))
-    advised = 0
+    ahead, advised = max(size, _PREFETCH_BYTES // max(1, data[:1].nbytes)), 0
     for start in range(0, len(data), size):
         while advised < min(len(data), start + size + ahead):
             _prefetch(data[advised : advised + ahead])

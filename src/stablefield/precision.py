@@ -56,18 +56,24 @@ def arithmetic(precision: str = "float32", *, deterministic: bool = False) -> It
 
     Args:
         precision: name of the precision.
-        deterministic: use the same convolutions in every process, instead of those that were fastest in a trial.
+        deterministic: refuse operations whose results are not reproducible bit for bit, and use the same convolutions
+            in every process instead of those that were fastest in a trial.
 
     Raises:
         ValueError: there is no such precision.
     """
     dtype_of(precision)
     before, benchmark = _read(), torch.backends.cudnn.benchmark
+    refuses = deterministic and not torch.are_deterministic_algorithms_enabled()
     try:
         _allow_tf32(precision == "tf32")
         torch.backends.cudnn.benchmark = not deterministic
+        if refuses:
+            torch.use_deterministic_algorithms(True)
         yield
     finally:
+        if refuses:
+            torch.use_deterministic_algorithms(False)
         _restore(before)
         torch.backends.cudnn.benchmark = benchmark
 

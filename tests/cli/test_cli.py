@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import stablefield
-from stablefield.build import _check_classes, build
+from stablefield.build import _split, build
 from stablefield.checkpoint import checksum, read
 from stablefield.cli import app
 from stablefield.config import ConfigError, resolve
@@ -356,7 +356,7 @@ def test_only_one_of_two_processes_can_claim_a_folder(tmp_path):
 def test_labels_with_a_gap_are_refused_in_conditional_training():
     pool = Pool(torch.zeros(6, 5), torch.tensor([0, 5, 0, 5, 0, 5]))  # as a data source of the user's own may return it
     with pytest.raises(ConfigError, match="class 1 has no data points, but there is a class 5; renumber the labels"):
-        _check_classes(pool)
+        _split(pool, 0)
 
 
 @pytest.mark.parametrize(

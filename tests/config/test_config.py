@@ -19,8 +19,7 @@ from stablefield.config import (
     target_kind,
     target_section,
 )
-from stablefield.config.classes import import_name
-from stablefield.config.text import read_numbers
+from stablefield.config.classes import _read_numbers, import_name
 from stablefield.kinds import KINDS, PROCESS_DEFAULTS, SIGMA_DATA
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -179,7 +178,7 @@ def test_a_byte_order_mark_is_not_a_part_of_a_text_file(tmp_path):
     assert read_toml(tmp_path / "marked.toml") == {"target": {"size": 16}}
     for name, content in (("x.txt", b"0.5\r\n2\r\n"), ("x.json", b"[0.5, 2]")):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
-        assert read_numbers(str(tmp_path / name)) == [0.5, 2]
+        assert _read_numbers(str(tmp_path / name)) == [0.5, 2]
 
 
 def test_differences_are_the_keys_whose_values_differ():

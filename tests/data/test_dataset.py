@@ -62,7 +62,7 @@ class Random(torch.utils.data.Dataset):
         ([], "is empty"),
         ([{"pixels": IMAGES[0]}], "no key 'image'; its keys are pixels"),
         ([np.zeros(3, np.int64)], "is int64; it must be uint8 or floating"),
-        ([np.zeros(3), np.zeros(4)], r"item 1 is float32 \(4,\), and item 0 float32 \(3,\)"),
+        ([np.zeros(3), np.zeros(4)], r"data point 1 is float32 \(4,\), the first float32 \(3,\)"),
         ([(np.zeros(3), 0), (np.zeros(3), None)], "data point 1 has the label None"),
         ([np.full(3, np.nan)], "not finite"),
     ],

@@ -13,8 +13,8 @@ from data_files import CLASSES, cifar_files, idx, make_folder, make_mnist, make_
 from PIL import Image
 
 from stablefield.data import CIFAR, IDX, HuggingFace
-from stablefield.data.cifar import read_pickle
-from stablefield.data.idx import find_labels, read_idx
+from stablefield.data.cifar import _read_pickle
+from stablefield.data.idx import _find_labels, _read_idx
 
 pytestmark = pytest.mark.usefixtures("unchecked", "cache")
 
@@ -45,9 +45,9 @@ def test_idx_files_of_mnist_are_read_as_images_of_one_channel_with_their_labels(
 )
 def test_labels_are_found_under_their_usual_file_names(images, labels, tmp_path):
     make_folder(tmp_path, {images: b"", labels: b""})
-    assert find_labels(tmp_path / images) == tmp_path / labels
-    assert find_labels(tmp_path / "other-images-idx3-ubyte") is None
-    assert find_labels(tmp_path / "other") is None
+    assert _find_labels(tmp_path / images) == tmp_path / labels
+    assert _find_labels(tmp_path / "other-images-idx3-ubyte") is None
+    assert _find_labels(tmp_path / "other") is None
 
 
 def test_idx_images_are_resized_and_converted(tmp_path):
@@ -77,7 +77,7 @@ def test_damaged_idx_files_are_refused_by_name(tmp_path):
     ):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=f"train-images-idx3-ubyte.*{message}"):
-            read_idx(file)
+            _read_idx(file)
     file.write_bytes(whole)
     (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(noise(5)))
     with pytest.raises(ValueError, match=r"contains 6 images, but .*train-labels-idx1-ubyte .* of shape \(5,\)"):
@@ -117,7 +117,7 @@ def test_pickles_of_python_2_are_read():
         b"cnumpy\ndtype\nq\x04U\x02u1K\x00K\x01\x87Rq\x05(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
         b"T\x00\x0c\x00\x00" + bytes(range(256)) * 12 + b"tb"
     )
-    found = read_pickle(b"\x80\x02}(U\x04data" + array + b"U\x06labels]K\x07au.", "x")
+    found = _read_pickle(b"\x80\x02}(U\x04data" + array + b"U\x06labels]K\x07au.", "x")
     assert found["labels"] == [7]
     assert np.array_equal(found["data"], np.tile(np.arange(256, dtype=np.uint8), 12)[None])
 
@@ -158,25 +158,25 @@ def test_a_pickle_that_asks_for_another_name_is_refused_and_nothing_runs(cifar, 
 )
 def test_names_that_cifar_does_not_need_are_refused(content):
     with pytest.raises(ValueError, match=r"x is (refused|damaged)"):
-        read_pickle(content, "x")
+        _read_pickle(content, "x")
 
 
 def test_a_pickle_cannot_change_the_replacements_of_names():
     for name in (b"c_codecs\nencode\n", b"cnumpy\ndtype\n", b"cnumpy\nndarray\n"):
         for state in (b"}S'call'\nI1\ns", b"N}S'call'\nI1\ns\x86", b"N}S'__class__'\nI1\ns\x86"):
             with pytest.raises(ValueError, match="refused"):
-                read_pickle(b"\x80\x02" + name + state + b"b.", "x")
-    assert read_pickle(pickle.dumps({b"data": noise(2, 3)}, 2), "x")["data"].shape == (2, 3)
+                _read_pickle(b"\x80\x02" + name + state + b"b.", "x")
+    assert _read_pickle(pickle.dumps({b"data": noise(2, 3)}, 2), "x")["data"].shape == (2, 3)
 
 
 def test_arrays_of_objects_or_of_a_wrong_length_are_refused():
     for array in (np.array([{}, []], object), np.zeros(3), np.zeros(3, ">i4")):
         with pytest.raises(ValueError, match=r"x is refused: (an array in it is not uint8|`numpy.dtype\(O8\)`)"):
-            read_pickle(pickle.dumps({b"data": array}, 2), "x")
+            _read_pickle(pickle.dumps({b"data": array}, 2), "x")
     content = pickle.dumps({b"data": noise(2, 77)}, 2)
     (place,) = (at for opcode, arg, at in pickletools.genops(content) if opcode.name == "BININT1" and arg == 77)
     with pytest.raises(ValueError, match=r"x is refused: .* \(2, 78\) and 154 bytes"):
-        read_pickle(content[: place + 1] + bytes([78]) + content[place + 2 :], "x")
+        _read_pickle(content[: place + 1] + bytes([78]) + content[place + 2 :], "x")
 
 
 def test_an_incomplete_or_damaged_cifar_is_refused_by_name(cifar, tmp_path):

@@ -54,7 +54,7 @@ def samples(folder: Path) -> dict[str, tuple[Path, str]]:
 
 def attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int, seed: int) -> None:
     monkeypatch.setenv("STABLEFIELD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("stablefield.data.integrity.remember", lambda *arguments: None)
+    monkeypatch.setattr("stablefield.data.store._remember", lambda *arguments: None)
     warnings.simplefilter("ignore")
     folder = tmp_path / "data"
     folder.mkdir()

@@ -10,7 +10,7 @@ from data_files import edm_files, make_folder, make_zip, noise, png
 from PIL import Image
 
 from stablefield.data import CelebA, Images
-from stablefield.data.decode import Preprocessing, largest_window
+from stablefield.data.decode import Preprocessing, _largest_window
 
 pytestmark = pytest.mark.usefixtures("unchecked", "cache")
 
@@ -225,7 +225,7 @@ def test_a_resolution_without_a_transform_stretches(tmp_path):
 @pytest.mark.parametrize("size", [(7, 31), (100, 3), (178, 218), (1, 1)])
 @pytest.mark.parametrize("proportions", [(1, 1), (4, 3), (1, 5)])
 def test_the_largest_window_fits_and_touches_the_borders(size, proportions):
-    width, height = largest_window(size, proportions)
+    width, height = _largest_window(size, proportions)
     assert width <= size[0]
     assert height <= size[1]
     assert width == size[0] or height == size[1]

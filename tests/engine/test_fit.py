@@ -312,7 +312,8 @@ def test_a_checkpoint_of_another_run_is_refused_naming_the_keys_that_differ(whol
     shutil.copytree(whole, run)
     shutil.copy(RunFolder(tmp_path / "other").checkpoint, RunFolder(run).checkpoint)
     section, _, name = key.partition(".")
-    message = rf"runs: {key} is {configured(*HELD_OUT)[section][name]} in config.toml, {value} in the checkpoint; put"
+    ours = configured(*HELD_OUT).values(section)[name]
+    message = rf"runs: {key} is {ours} in config.toml, {value} in the checkpoint; put"
     for settings in ([], [other]):
         with pytest.raises(ConfigError, match=message):
             resumed_config(RunFolder(run), settings)

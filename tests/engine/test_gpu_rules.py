@@ -18,7 +18,7 @@ from stablefield.config import override, resolve
 from stablefield.denoise import Denoiser, Guided, IdealDenoiser, Preconditioned
 from stablefield.distributed import Ranks
 from stablefield.engine.loop import StepReport, train
-from stablefield.engine.session import initial_state, make_optimization
+from stablefield.engine.session import initial_state, training_steps
 from stablefield.likelihood import _Flow
 from stablefield.networks import MLP
 from stablefield.networks.group_norm import GroupNorm
@@ -61,8 +61,7 @@ TRAININGS = {
 def steps(settings: list[str], device: torch.device) -> Iterator[StepReport]:
     config = resolve(override({}, [*SMALL, *settings]))
     parts = build(config, ranks=Ranks(device))
-    state, optimization = initial_state(config, parts), make_optimization(config.training)
-    return train(state, parts.objective, parts.batches, images=10**9, seed=0, optimization=optimization)
+    return training_steps(config, parts, initial_state(config, parts), images=10**9)
 
 
 def moved(noisy: NoisyBatch) -> NoisyBatch:

@@ -16,13 +16,12 @@ from stablefield.cli import app
 from stablefield.distributed import Ranks
 from stablefield.engine import fit as driver
 from stablefield.engine.checkpoints import CheckpointManager
-from stablefield.engine.metrics import HeldOutLoss
 from stablefield.engine.stopping import Interruptible, StopRequest, stop_signals
 from stablefield.floor import Probes
 from stablefield.kernel.accumulator import Posterior
 from stablefield.run import RunFolder
 from stablefield.sample.ode import Heun
-from stablefield.targets import STFTarget
+from stablefield.targets import DSMTarget, STFTarget
 
 
 class Killed(BaseException):
@@ -92,7 +91,7 @@ def test_a_run_stopped_after_any_step_loses_no_metric_no_sheet_and_no_best_check
 
 PLACES = {
     "targets": (STFTarget, "__call__"),
-    "held-out loss": (HeldOutLoss, "_sums"),
+    "held-out loss": (DSMTarget, "__call__"),
     "excess": (Probes, "squares"),
     "sheet": (Heun, "step"),
     "figure": (RunFolder, "log"),

@@ -87,6 +87,15 @@ def test_frechet_distance_of_axis_aligned_gaussians_is_that_of_their_standard_de
         frechet_distance(a, Statistics.from_features(torch.randn(4, 2)))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_statistics_of_many_features_are_those_of_float64(offset):
+    x = features(1500, 300, seed=5, mean=offset)  # several blocks of rows and of columns
+    found, exact = Statistics.from_features(x), x.double().numpy()
+    assert np.allclose(found.mean, exact.mean(0), rtol=1e-14, atol=1e-14)
+    assert np.allclose(found.covariance, np.cov(exact, rowvar=False), rtol=1e-11, atol=1e-11)
+    assert torch.equal(found.covariance, found.covariance.T)
+
+
 @pytest.mark.parametrize("sizes", [[57], [1] * 57, [56, 1], [10, 20, 27]])
 def test_statistics_do_not_depend_on_how_the_features_are_split(sizes):
     x = features(57, 8, seed=3, mean=1e5)  # a mean at which raw second moments lose their digits
@@ -294,6 +303,16 @@ def test_kernel_distance_of_similar_sets_is_that_of_float64():
     found = kernel_distance(x, y)[0]
     assert found == pytest.approx(kernel_distance(x.double(), y.double())[0], rel=1e-6)
     assert abs(found) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e8])
+def test_kernel_distance_neither_overflows_nor_underflows(scale):
+    x, y = (scale * features(90, 32, seed=seed, mean=0.5) for seed in (8, 9))
+    a, b = x.double(), y.double()
+    aa, bb, ab = (((p @ q.T / 32 + 1) ** 3) for p, q in ((a, a), (b, b), (a, b)))
+    within = sum(float(kernel.sum() - kernel.trace()) for kernel in (aa, bb)) / (90 * 89)
+    rounding = 1e-14 * float(ab.abs().max())
+    assert kernel_distance(x, y)[0] == pytest.approx(within - 2 * float(ab.mean()), rel=1e-6, abs=rounding)
 
 
 def test_kernel_distance_equals_torch_fidelitys(fidelity):

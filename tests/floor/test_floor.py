@@ -11,7 +11,7 @@ from stablefield import VE, DSMTarget, ExactTarget, Flow, IdealDenoiser, KNNTarg
 from stablefield.denoise import Denoiser
 from stablefield.floor import ByNoise, Levels, LossFloor, Probes, SquaredError, edm_loss
 from stablefield.floor.exact import exact_posteriors
-from stablefield.floor.points import draw_points
+from stablefield.floor.probes import draw_points
 from stablefield.objective import EDMWeight, LikelihoodWeight, MinSNRWeight, Objective, SNRWeight, VelocityWeight
 from stablefield.prediction import PREDICTION_TYPES, convert
 from stablefield.process import NoisyBatch, Process, per_example

@@ -124,7 +124,7 @@ def test_hyper_parameters_in_steps_are_converted_to_images(name):
 def test_the_scales_of_the_papers_losses_are_carried_over_to_a_mean_over_dimensions(name):
     # scale of our loss relative to the published one: EDM's is a sum, score_sde's half a sum for VE and a mean for VP
     training, dims = resolved(name).training, math.prod(SIZES[name][0])
-    scale = {"edm": 1 / dims, "ve": 2 / dims, "vp": 1}[resolved(name)["preconditioning"]["kind"]]
+    scale = {"edm": 1 / dims, "ve": 2 / dims, "vp": 1}[resolved(name).kind("preconditioning")]
     loss_scale = 100 if name.startswith("imagenet") else 1
     assert training.adam_eps == pytest.approx(1e-8 * scale / loss_scale, rel=2e-3)
     clip = None if TABLE[name][0] is EDM else pytest.approx(scale, rel=2e-3)

@@ -17,13 +17,15 @@ from stablefield import VE, DSMTarget, IdealDenoiser, Objective, Pool, Precondit
 from stablefield.build import build
 from stablefield.checkpoint import read
 from stablefield.cli import app
-from stablefield.cli.compare_command import parse_duration
+from stablefield.cli.compare_command import _parse_duration
 from stablefield.config import ConfigError, override, resolve, split_targets
+from stablefield.engine.fit import fit
 from stablefield.engine.session import initial_state
 from stablefield.evaluate import EfficientNetLite0
 from stablefield.networks import MLP
 from stablefield.objective import EDMWeight
 from stablefield.preconditioning import EDMPreconditioning
+from stablefield.run import RunFolder
 from stablefield.studies.compare import (
     Arm,
     Comparison,
@@ -34,10 +36,8 @@ from stablefield.studies.compare import (
     measure_steps,
     write_page,
 )
-from stablefield.studies.compare.evaluator import find_spaces
-from stablefield.studies.compare.jobs import Worker
-from stablefield.studies.compare.runs import read_lines
-from stablefield.studies.compare.steps import step_ratio
+from stablefield.studies.compare.evaluator import Evaluator, find_spaces
+from stablefield.studies.compare.runs import Worker, read_lines, step_ratio
 from stablefield.targets import ExactTarget
 from stablefield.times import LogNormal
 
@@ -139,6 +139,41 @@ def test_a_comparison_stopped_anywhere_resumes_bit_for_bit(finished, tmp_path):
         assert lines == others
 
 
+def test_the_run_of_an_arm_has_the_weights_that_training_alone_gives_bit_for_bit(finished, tmp_path):
+    experiment, out = finished
+    for arm in experiment.arms[1:3]:
+        config = experiment.configure(arm, 0).changed(training={"probe_every": 0})
+        assert fit(config, build(config), RunFolder(tmp_path / arm.target)) == 0
+        one = read(experiment.run_folder(out, arm, 0).checkpoint)
+        other = read(RunFolder(tmp_path / arm.target).checkpoint)
+        assert one.images == other.images == experiment.images
+        assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_a_run_that_an_error_ends_is_saved_and_resumes_without_repeating_an_evaluation(finished, tmp_path):
+    experiment, whole = replace(finished[0], targets=("dsm", "stf:16"), seeds=(0,)), finished[1]
+    points, evaluations = experiment.evaluation_points, []
+
+    def fail(arm: Arm, seed: int, status: object) -> None:
+        if arm.target == "stf:16" and status == points[4]:
+            raise OSError("the terminal is gone")
+
+    def counted(self, state, parts, *, last, call=Evaluator.__call__):
+        evaluations.append(state.images)
+        return call(self, state, parts, last=last)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "__call__", counted)
+        with pytest.raises(OSError, match="the terminal is gone"):
+            compare(experiment, tmp_path, report=fail)
+        assert read(experiment.run_folder(tmp_path, experiment.arms[1], 0).checkpoint).images == points[4]
+        assert compare(experiment, tmp_path).complete
+    assert evaluations == [*points, *points]
+    for arm in experiment.arms:
+        lines, others = (read_lines(experiment.record_file(out, arm, 0)) for out in (whole, tmp_path))
+        assert lines == others
+
+
 def test_finished_runs_are_not_repeated_and_only_targets_objectives_and_seeds_can_be_added(finished, tmp_path):
     experiment, whole = finished
     out = tmp_path / "copy"
@@ -155,6 +190,15 @@ def test_finished_runs_are_not_repeated_and_only_targets_objectives_and_seeds_ca
         compare(replace(experiment, config=narrower, samples=9), out)
     with pytest.raises(ConfigError, match="cannot change spaces, endpoints"):
         compare(replace(experiment, spaces=("data",), endpoints=()), out)
+
+
+def test_every_extension_adds_its_command_also_with_fewer_targets_than_before(tmp_path):
+    experiment = make_experiment(tmp_path, "dsm,stf:8,exact", (0,), command=("one day", "first"))
+    again = replace(experiment, targets=("dsm", "stf:8"), commands=(("another", "second"),))
+    assert experiment.extended_by(again).commands == experiment.commands
+    extended = experiment.extended_by(replace(again, seeds=(1,)))
+    assert (extended.targets, extended.seeds) == (experiment.targets, (0, 1))
+    assert extended.commands == (*experiment.commands, *again.commands)
 
 
 ADAPTIVE = "dsm+times.kind=adaptive+times.every=32"
@@ -320,10 +364,10 @@ def test_objectives_are_those_of_the_literature_and_arms_of_one_differ_only_in_t
     ve, flow, vp = (experiment.configure(Arm(name, "dsm"), 0) for name in ("ve", "flow", "vp"))
     assert torch.allclose(ve.make("weight")(ve.make("process"), sigma), sigma**-2)
     assert ve.kind("times") == "loguniform"
-    assert ve["preconditioning"]["kind"] == "ve"
+    assert ve.kind("preconditioning") == "ve"
     t = torch.tensor([0.2, 0.7], dtype=torch.float64)
     assert torch.allclose(flow.make("weight")(flow.make("process"), t), t**-2)  # unit weight on noise - x
-    assert flow["preconditioning"]["prediction_type"] == "velocity"
+    assert flow.values("preconditioning")["prediction_type"] == "velocity"
     alpha, sigma = vp.make("process").scales(t)
     assert torch.allclose(vp.make("weight")(vp.make("process"), t), (alpha / sigma) ** 2)  # unit weight on epsilon
     with pytest.raises(ConfigError, match="there is no objective 'flwo'; choose from flow, edm, ve, vp"):
@@ -513,7 +557,7 @@ def test_invalid_options_are_refused_before_anything_is_written(arguments, messa
 
 
 def test_durations_have_a_unit():
-    assert [parse_duration(text) for text in ("90s", "60m", "1.5h")] == [90, 3600, 5400]
+    assert [_parse_duration(text) for text in ("90s", "60m", "1.5h")] == [90, 3600, 5400]
 
 
 @pytest.mark.slow

@@ -9,14 +9,13 @@ import pytest
 from stablefield.config import override, resolve
 from stablefield.studies.compare import Comparison, Endpoint, Estimate, Experiment, summarize, write_page
 from stablefield.studies.compare.endpoints import (
-    Curve,
     Finding,
     as_percent,
     endpoints_hash,
     fixed_endpoints,
     measure_endpoint,
 )
-from stablefield.studies.compare.statistics import area_mean, holm, roughness, spread_ratio, value_at
+from stablefield.studies.compare.statistics import Curve, holm, spread_ratio
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
@@ -148,8 +147,8 @@ def test_the_area_does_not_depend_on_the_evaluation_points():
     fine = area(2000)
     assert area(10) == pytest.approx(fine, abs=0.002)
     assert area(14) == pytest.approx(fine, abs=0.002)
-    assert area_mean([1, 10, 50], [3.0, 3.0, 3.0]) == pytest.approx(log(3))  # uneven spacing has no weight of its own
-    assert area_mean([1, 10], [1.0, 100.0]) == pytest.approx(log(10))
+    assert Curve([1, 10, 50], [3.0, 3.0, 3.0]).area() == pytest.approx(log(3))  # uneven spacing weighs nothing
+    assert Curve([1, 10], [1.0, 100.0]).area() == pytest.approx(log(10))
 
 
 def test_intervals_are_students_and_cover_with_their_confidence():
@@ -174,13 +173,16 @@ def test_holm_adjusts_as_published_and_counts_tests_that_could_not_be_done():
 
 
 def test_roughness_is_zero_for_a_power_law_and_the_std_of_independent_errors_around_it():
-    power_law = [7 * 2.0 ** (-0.4 * k) for k in range(1, 9)]
-    assert roughness(power_law) == pytest.approx(0, abs=1e-12)
+    images = [2**k for k in range(1, 9)]
+    power_law = [7 * count**-0.4 for count in images]
+    assert not Curve(images, power_law).roughness() > log(1e-12)
     random = np.random.default_rng(0)
-    squares = [roughness([v * exp(0.1 * random.normal()) for v in power_law]) ** 2 for _ in range(4000)]
-    assert np.mean(squares) ** 0.5 == pytest.approx(0.1, rel=0.05)
-    assert value_at(3000, [1000, 4000], [8.0, 8 * 4**-0.4]) == pytest.approx(8 * 3**-0.4)
-    assert isnan(value_at(500, [1000, 4000], [8.0, 2.0]))
+    curves = (Curve(images, [v * exp(0.1 * random.normal()) for v in power_law]) for _ in range(4000))
+    assert np.mean([exp(2 * curve.roughness()) for curve in curves]) ** 0.5 == pytest.approx(0.1, rel=0.05)
+    assert Curve([1000, 4000], [8.0, 8 * 4**-0.4]).at(3000) == pytest.approx(log(8 * 3**-0.4))
+    assert isnan(Curve([1000, 4000], [8.0, 2.0]).at(500))
+    for statistic in (Curve.area, Curve.end, Curve.roughness):
+        assert isnan(statistic(Curve(images, [*power_law[:-1], 0.0])))
 
 
 def test_every_change_is_named_by_its_direction_and_never_as_infinite():

@@ -16,7 +16,7 @@ from stablefield.cli import app
 from stablefield.config import override, resolve
 from stablefield.data import DataSummary, Digits
 from stablefield.floor import ByNoise, exact
-from stablefield.floor.weights import stable_means
+from stablefield.floor.exact import stable_means
 from stablefield.objective import EDMWeight
 from stablefield.seeding import generator
 from stablefield.studies.field import DataDistances, LinearDenoiser, NoiseProposal, VarianceReport, measure, study

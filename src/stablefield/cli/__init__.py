@@ -74,24 +74,18 @@ def _print_version(wanted: bool) -> bool:
 @app.callback()
 def _options(
     show_version: Annotated[
-        bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Options that stand before the name of a command."""
 
 
-app.command()(demo_command.demo)
-app.command()(train_command.train)
-app.command()(recipes_command.recipes)
-app.command()(config_command.config)
-app.command()(sample_command.sample)
-app.command(name="evaluate")(evaluate_command.evaluate_command)
-app.command()(compare_command.compare)
-app.command()(export_command.export)
-app.command()(convert_command.convert)
-app.command()(field_command.field)
-app.command()(floor_command.floor)
+for _command in (
+    *(demo_command.demo, train_command.train, recipes_command.recipes, config_command.config, sample_command.sample),
+    *(evaluate_command.evaluate, compare_command.compare, export_command.export, convert_command.convert),
+    *(field_command.field, floor_command.floor),
+):
+    app.command()(_command)
 app.add_typer(data_command.data, name="data")
 
 

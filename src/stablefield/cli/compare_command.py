@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from stablefield.cli.options import Allow
+from stablefield.cli.options import Allow, ConfigFile, Data, Recipe, Set
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import OBJECTIVES
 
@@ -43,18 +43,10 @@ def compare(
     images: Annotated[
         int | None, typer.Option(min=1, help="Number of images that each run trains on; sets training.images.")
     ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Recipe that all runs share: see stablefield recipes.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(metavar="PATH", help="Data that all runs train on; the kind is guessed as by stablefield train."),
-    ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with the configuration that all runs share.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key for all runs; may be repeated."),
-    ] = None,
+    recipe: Recipe = None,
+    data: Data = None,
+    config: ConfigFile = None,
+    set_: Set = None,
     allow: Allow = None,
     evaluations: Annotated[int | None, typer.Option(help="Evaluations of each run, by default 12.")] = None,
     samples: Annotated[
@@ -85,7 +77,7 @@ def compare(
     (data.holdout; by default a sixth, at most 5,000). The command can be stopped at any time; the same command resumes
     it, and may add targets, objectives and seeds.
     """
-    from stablefield.cli.comparing import describe_plan, objective_names, print_step_times, run_with_progress
+    from stablefield.cli.comparing import print_step_times, run_with_progress
     from stablefield.cli.training import allow_option, merge_layers
     from stablefield.config import allowed_names, override, resolve, split_targets
     from stablefield.seeding import parse_seeds
@@ -93,7 +85,7 @@ def compare(
 
     settings = [*(set_ or []), *([f"training.images={images}"] if images else [])]
     allowed = allowed_names(settings, allow)
-    seconds = parse_duration(stop_after) if stop_after else math.inf
+    seconds = _parse_duration(stop_after) if stop_after else math.inf
     if not report_only:
         options = {"evaluations": evaluations, "samples": samples, "examples": examples}
         given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -105,7 +97,8 @@ def compare(
             before = Experiment.read(out, allow=allowed)
             sections = before.config.sections
             kept = ("evaluations", "samples", "examples", "targets", "seeds")
-            given = {name: getattr(before, name) for name in kept} | {"objectives": objective_names(before)} | given
+            named = tuple(filter(None, before.objectives))
+            given = {name: getattr(before, name) for name in kept} | {"objectives": named} | given
         shared = resolve(override(merge_layers(sections, recipe, config, data), settings), allow=allowed)
         command = (date.today().isoformat(), shlex.join(["stablefield", *sys.argv[1:]]))
         defaults = {"targets": split_targets(TARGETS), "seeds": range(3)}
@@ -114,7 +107,6 @@ def compare(
         if measure:
             print_step_times(experiment, out)
             return
-        print(describe_plan(experiment, out))
         run_with_progress(experiment, out, jobs, seconds)
     comparison = Comparison.read(out, allow=allowed)
     path = page or out / "README.md"
@@ -127,15 +119,8 @@ def compare(
         raise typer.Exit(75)  # EX_TEMPFAIL: to be tried again
 
 
-def parse_duration(text: str) -> float:
-    """Seconds of a duration such as `90s`, `60m` or `1.5h`.
-
-    Args:
-        text: a number with its unit.
-
-    Raises:
-        ValueError: the text has another form.
-    """
+def _parse_duration(text: str) -> float:
+    """Seconds of a duration such as `90s`, `60m` or `1.5h`."""
     if not (found := re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())):
         raise ValueError(f"--stop-after is a time such as 90s, 60m or 2h, not {text!r}")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]

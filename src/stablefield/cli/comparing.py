@@ -6,46 +6,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from stablefield.cli.progress import progress_bar
 from stablefield.engine.stopping import stop_signals
-from stablefield.studies.compare import (
-    Arm,
-    Experiment,
-    describe_machine,
-    measure_steps,
-)
+from stablefield.studies.compare import Arm, Experiment, describe_machine, measure_steps
 from stablefield.studies.compare import compare as run_comparison
 
 
-def objective_names(experiment: Experiment) -> tuple[str, ...]:
-    """Names of the objectives of an experiment; none if all runs share that of the configuration.
-
-    Args:
-        experiment: the experiment.
-    """
-    return tuple(name for name in experiment.objectives if name)
-
-
-def describe_plan(experiment: Experiment, out: Path) -> str:
-    """Targets, runs and endpoints in a few lines.
-
-    Args:
-        experiment: the experiment.
-        out: folder of the experiment.
-    """
-    runs = len(experiment.arms) * len(experiment.seeds)
-    return "\n".join(
-        (
-            f"arms      {'; '.join(map(str, experiment.arms))}",
-            f"runs      {runs}: seeds {', '.join(map(str, experiment.seeds))}; {experiment.images:,} images each, "
-            f"{experiment.evaluations} evaluations",
-            f"spaces    {', '.join(experiment.spaces)}",
-            f"endpoints {len(experiment.endpoints)} for each of {len(experiment.contrasts)} comparisons",
-            f"folder    {out}",
-        )
-    )
-
-
 def run_with_progress(experiment: Experiment, out: Path, jobs: int, stop_after: float) -> None:
-    """Train and evaluate all runs, with a progress bar.
+    """Print the plan, and train and evaluate all runs with a progress bar.
 
     Args:
         experiment: the experiment.
@@ -53,6 +19,7 @@ def run_with_progress(experiment: Experiment, out: Path, jobs: int, stop_after: 
         jobs: number of runs to train at once.
         stop_after: seconds after which training stops.
     """
+    print(_describe_plan(experiment, out))
     seen: dict[tuple[Arm, int], int] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
     times = (TimeElapsedColumn(), TimeRemainingColumn(compact=True), TextColumn("left; {task.fields[status]}"))
@@ -75,6 +42,21 @@ def run_with_progress(experiment: Experiment, out: Path, jobs: int, stop_after: 
             report=report,
             stage_progress=progress_bar,
         )
+
+
+def _describe_plan(experiment: Experiment, out: Path) -> str:
+    """Targets, runs and endpoints in a few lines."""
+    runs = len(experiment.arms) * len(experiment.seeds)
+    return "\n".join(
+        (
+            f"arms      {'; '.join(map(str, experiment.arms))}",
+            f"runs      {runs}: seeds {', '.join(map(str, experiment.seeds))}; {experiment.images:,} images each, "
+            f"{experiment.evaluations} evaluations",
+            f"spaces    {', '.join(experiment.spaces)}",
+            f"endpoints {len(experiment.endpoints)} for each of {len(experiment.contrasts)} comparisons",
+            f"folder    {out}",
+        )
+    )
 
 
 def print_step_times(experiment: Experiment, out: Path) -> None:

@@ -36,8 +36,7 @@ def _open(
         ),
     ],
     kind: Annotated[
-        str | None,
-        typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed."),
+        str | None, typer.Option(help=f"Kind of the source: {', '.join(_KINDS)}. Default: guessed.")
     ] = None,
     resolution: Annotated[
         str | None, typer.Option(metavar="WxH", help="Resize images to this width and height.")
@@ -65,9 +64,13 @@ def _open(
     ] = None,
 ) -> Any:
     """The `Source` that the arguments and options of a command describe."""
-    from stablefield.cli.inspecting import open_source
+    from stablefield.config import override, resolve
+    from stablefield.data import data_section
 
-    values = {
+    section = data_section(source, kind)
+    if kind is None:
+        print(f"kind      {section['kind']} (guessed; --kind overrides it)")
+    section |= {
         "resolution": resolution,
         "transform": transform,
         "mode": mode,
@@ -77,8 +80,13 @@ def _open(
         "skip_unreadable": skip_unreadable or None,
         "labels": False if no_labels else None,
     }
-    given = {key: value for key, value in values.items() if value is not None}
-    return open_source(source, kind, given, settings or [])
+    if other := [setting for setting in settings or [] if not setting.startswith("data.")]:
+        raise ConfigError(f"{other[0]}: only keys of the section data can be set here, such as data.split=test")
+    given = {key: value for key, value in section.items() if value is not None}
+    opened = resolve(override({"data": given}, settings or [])).make("data")
+    if opened.holdout:
+        raise ConfigError(f"data.holdout={opened.holdout}: data are held out in training only; remove this setting")
+    return opened
 
 
 @data.command()
@@ -120,7 +128,7 @@ def inspect(
 
     Prints size, type, range, classes and hash of the data, and verifies a store. --sheet and --plot write images.
     """
-    from stablefield.cli.inspecting import contact_sheet, describe, propose
+    from stablefield.cli.inspecting import describe, propose
     from stablefield.data import inspect as inspect_data
     from stablefield.data import printable
     from stablefield.data.store import refuse_existing
@@ -137,7 +145,7 @@ def inspect(
         raise ConfigError(f"--sheet is for images, and these data are {found.pool} with values={found.pool.values}")
     print("\n".join(describe(found)))
     if sheet:
-        save_sheet(sheet, contact_sheet(found.pool))
+        save_sheet(sheet, found.pool.take(found.pool.evenly_spaced(100)))
         print(f"sheet     {printable(sheet)}")
     if noise and found.summary.std > 0:
         print("\n".join(propose(found.pool, found.summary.std, plot)))

@@ -1,13 +1,18 @@
 """The work of `stablefield demo`: samples, scores and plots."""
 
+import json
 from pathlib import Path
 
 import torch
 
-from stablefield.build import Components
+from stablefield.build import Components, build
 from stablefield.cli.progress import progress_bar
+from stablefield.cli.training import run, summary
+from stablefield.config import override, resolve
 from stablefield.evaluate import cached_classifier, evaluate
+from stablefield.files import write_text
 from stablefield.generate import SamplingPlan, generate_samples
+from stablefield.generate.images import save_sheet
 from stablefield.pool import Pool
 from stablefield.run import RunFolder
 from stablefield.seeding import generator
@@ -16,13 +21,48 @@ from stablefield.studies.field.plots import plot_field
 from stablefield.targets import STFTarget
 
 
-def draw_samples(folder: RunFolder, samples: int) -> torch.Tensor:
-    """Samples of seeds 0, 1, ... from the trained run.
+def demonstrate(out: Path, images: int | None, samples: int) -> int:
+    """Train on digits, sample, score and plot, and print where the results are.
 
     Args:
-        folder: folder of the run.
-        samples: number of samples.
+        out: folder of the run; an existing run is resumed.
+        images: number of training images; None for the default.
+        samples: number of samples to score.
+
+    Returns:
+        The number of the signal that stopped training, or 0.
     """
+    settings = [] if images is None else [f"training.images={images}"]
+    config, folder = resolve(override({}, settings)), RunFolder(out)
+    components = build(config)
+    if not folder.occupied():
+        folder.claim(config)
+    print(summary(config, components, folder))
+    if stopped := run(config, components, folder):
+        return stopped
+    sheet, variance = out / "samples.png", out / "variance.png"
+    x = _draw_samples(folder, samples)
+    save_sheet(sheet, x[:100])
+    scores = _score_samples(components.data, x.float())
+    write_text(out / "scores.json", json.dumps(scores, indent=2) + "\n")
+    _plot_variance(variance, components)
+    curve = f"loss and excess    {folder.loss_figure}\n" if folder.loss_figure.exists() else ""
+    print(
+        f"Frechet distance of {samples} samples to all digits: {scores['samples']:.2f}, "
+        f"in {scores['features']} features of a classifier ({scores['accuracy']:.1%} accuracy on held-out digits)\n"
+        f"  of {samples} digits drawn from them with replacement: {scores['real']:.2f} ({scores['real_least']:.2f} to "
+        f"{scores['real_most']:.2f} in 8 draws)\n"
+        f"  of {samples} digits to the others: {scores['disjoint']:.2f}, because both sets have sampling error\n"
+        "  Samples can be nearer than digits are: with fewer unusual digits among them, sampling error is less.\n"
+        f"samples            {sheet}\n{curve}"
+        f"target variance    {variance}\nrun                {out}\n"
+        f"The same without stable targets: stablefield train --set target.kind=dsm"
+    )
+    return 0
+
+
+def _draw_samples(folder: RunFolder, samples: int) -> torch.Tensor:
+    """Samples of seeds 0, 1, ... from the trained run."""
     plan = SamplingPlan.for_run(folder.path)
     parts = []
     with progress_bar("sampling") as progress:
@@ -33,15 +73,11 @@ def draw_samples(folder: RunFolder, samples: int) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:
+def _score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:
     """Frechet distances to all data: of samples, and of as many images drawn from the data, over 8 draws.
 
     A model that had learned the data exactly would draw from them with replacement. Disjoint parts of the data are
     further apart, because the sampling error of both counts: 1 / n + 1 / m compared with 1 / n.
-
-    Args:
-        data: the data of the run.
-        x: the samples.
     """
     classifier = cached_classifier(data)
 
@@ -67,13 +103,8 @@ def score_samples(data: Pool, x: torch.Tensor) -> dict[str, float]:
     }
 
 
-def plot_variance(path: Path, components: Components) -> None:
-    """Plot the variance of the targets against the noise level.
-
-    Args:
-        path: image file to write.
-        components: components of the run; its target is an STF target.
-    """
+def _plot_variance(path: Path, components: Components) -> None:
+    """Plot the variance of the targets against the noise level."""
     target, levels = components.objective.target, torch.logspace(-1.3, 1.5, 15, dtype=torch.float64)
     assert isinstance(target, STFTarget)
     process, sizes = components.denoiser.process, (64, target.size)

@@ -17,7 +17,7 @@ from stablefield.kinds import ConfigError, refuse_if
 
 
 @given_by("sampling", SamplingOptions)
-def evaluate_command(
+def evaluate(
     what: Annotated[
         str, typer.Argument(metavar="RUN|IMAGES|NPZ", help="A run, samples, or data of any kind that `train` reads.")
     ],
@@ -41,8 +41,7 @@ def evaluate_command(
         ),
     ] = False,
     weights: Annotated[
-        Path | None,
-        typer.Option(help="File with Inception's weights; by default torch-fidelity downloads them."),
+        Path | None, typer.Option(help="File with Inception's weights; by default torch-fidelity downloads them.")
     ] = None,
     samples: Annotated[
         int | None,
@@ -80,7 +79,8 @@ def evaluate_command(
     from stablefield.cli.evaluating import TablePrinter, write_statistics
     from stablefield.data import guess_kind
     from stablefield.distributed import process_group
-    from stablefield.evaluate import evaluate, feature_statistics
+    from stablefield.evaluate import evaluate as score
+    from stablefield.evaluate import feature_statistics
     from stablefield.evaluate.inputs import is_run
     from stablefield.generate import SamplingPlan
     from stablefield.seeding import parse_seeds
@@ -101,14 +101,15 @@ def evaluate_command(
             statistics and len(features or []) > 1,
             f"--statistics holds one kind of features, not {len(features or [])}; pass --features once",
         ),
-        (
-            held_out and not (run or reference),
-            "--held-out needs data, not statistics, both itself and as --reference",
-        ),
+        (held_out and not (run or reference), "--held-out needs data, not statistics, both itself and as --reference"),
         (out and not (run or reference), "--out is for scores, which need a reference; pass --reference"),
     )
-    file = out or _scores_file(what, run)
-    with process_group(choose_device(sampling.device)) as ranks, stoppable("evaluation", lambda: _kept(file)):
+    file, keep = _files(what, run, out)
+
+    def done() -> str:
+        return f"samples that were made are kept{f', and scores are in {file}' if file.exists() else ''}"
+
+    with process_group(choose_device(sampling.device)) as ranks, stoppable("evaluation", done):
         subject: str | SamplingPlan = sampling.open_plan(what, ranks.device) if run else what
         common: dict[str, Any] = {
             "count": samples,
@@ -124,13 +125,13 @@ def evaluate_command(
             if found and statistics:
                 write_statistics(statistics, found)
             return
-        scores = evaluate(
+        scores = score(
             subject,
             reference,
             seeds=first_seeds,
             repeats=repeats,
             held_out=held_out,
-            keep=_samples_folder(what, out) if run else None,
+            keep=keep,
             on_table=TablePrinter(file, statistics),
             **common,
         )
@@ -138,25 +139,16 @@ def evaluate_command(
             print(f"\nscores      {file}")
 
 
-def _kept(file: Path) -> str:
-    """Text for the user on the files of an interrupted evaluation."""
-    return f"samples that were made are kept{f', and scores are in {file}' if file.exists() else ''}"
-
-
-def _scores_file(what: str, run: bool) -> Path:
-    """Default file of the scores: in a run's folder, or beside the samples."""
+def _files(what: str, run: bool, out: Path | None) -> tuple[Path, Path | None]:
+    """File of the scores, by default in the run or beside the samples; folder of samples of a run that is read-only."""
     from stablefield.run import RunFolder, run_folder
 
     if not run:
-        return Path(f"{what.rstrip('/')}.scores.jsonl" if Path(what).exists() else "scores.jsonl")
+        return out or Path(f"{what.rstrip('/')}.scores.jsonl" if Path(what).exists() else "scores.jsonl"), None
     folder = run_folder(Path(what))
-    if folder.is_dir() and not os.access(folder, os.W_OK):
+    writable = os.access(folder, os.W_OK)
+    if out:
+        return out, None if writable else out.with_name("evaluated")
+    if folder.is_dir() and not writable:
         raise ConfigError(f"{folder} cannot be written; pass --out FILE for the scores, and samples will be beside it")
-    return RunFolder(folder).scores
-
-
-def _samples_folder(what: str, out: Path | None) -> Path | None:
-    """Folder that keeps the samples of a run that cannot be written; None for the usual one."""
-    from stablefield.run import run_folder
-
-    return out.with_name("evaluated") if out and not os.access(run_folder(Path(what)), os.W_OK) else None
+    return RunFolder(folder).scores, None

@@ -1,11 +1,13 @@
 """The work of `stablefield evaluate`: printing and writing tables of scores."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 from stablefield.evaluate import Estimate, ScoreTable, Statistics
+from stablefield.generate.images import save_sheet
 
 _TITLES = {
     "fid": "FID",
@@ -26,12 +28,9 @@ _TITLES = {
 }
 
 
+@dataclass
 class TablePrinter:
     """Callback that prints and writes each table of scores.
-
-    Args:
-        path: file that the scores are appended to, one JSON object per line.
-        statistics: file to write mean and covariance of the features to.
 
     Attributes:
         path: file that the scores are appended to, one JSON object per line.
@@ -39,8 +38,9 @@ class TablePrinter:
         started: True after the first table.
     """
 
-    def __init__(self, path: Path, statistics: Path | None = None) -> None:
-        self.path, self.statistics, self.started = path, statistics, False
+    path: Path
+    statistics: Path | None = None
+    started: bool = False
 
     def __call__(self, table: ScoreTable) -> None:
         """Print and write a table.
@@ -58,7 +58,7 @@ class TablePrinter:
         print("\n" + "\n".join([_title(table.features), *rows, *(f"  note: {note}" for note in table.notes)]))
         if table.pairs is not None:
             sheet = self.path.with_name(self.path.stem.replace("scores", "nearest") + ".png")
-            table.save_pairs(sheet)
+            save_sheet(sheet, table.pairs, columns=8)
             print(f"  samples and their nearest training images, most likely copies first: {sheet}")
 
 

@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
-from stablefield.cli.options import Allow, DataPath, Device, Kind, Set, TrainingConfig
+from stablefield.cli.options import MeasuredOptions, given_by
 from stablefield.cli.progress import progress_bar
 from stablefield.kinds import ConfigError
 
 
+@given_by("measured", MeasuredOptions)
 def field(
-    source: DataPath = None,
+    *,
     out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = Path("field"),
     noise_levels: Annotated[
         int, typer.Option(min=2, max=4096, help="Number of noise levels, evenly spaced in log.")
@@ -22,8 +23,7 @@ def field(
         typer.Option(help="Lowest sigma / alpha.", show_default="a tenth of the smallest distance in the data"),
     ] = None,
     high: Annotated[
-        float | None,
-        typer.Option(help="Highest sigma / alpha.", show_default="the largest distance in the data"),
+        float | None, typer.Option(help="Highest sigma / alpha.", show_default="the largest distance in the data")
     ] = None,
     sizes: Annotated[
         str, typer.Option(metavar="N,...", help="Sizes of the support, with the source.")
@@ -32,27 +32,21 @@ def field(
     draws: Annotated[int, typer.Option(min=3, max=2**20, help="Number of reference batches per size.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of all random draws.")] = 0,
     conditional: Annotated[
-        bool,
-        typer.Option("--conditional", help="Measure class-conditional targets: only the source's class is used."),
+        bool, typer.Option("--conditional", help="Measure class-conditional targets: only the source's class is used.")
     ] = False,
-    kind: Kind = None,
-    config: TrainingConfig = None,
-    set_: Set = None,
-    allow: Allow = None,
-    device: Device = "auto",
+    measured: MeasuredOptions,
 ) -> None:
     """Measure variance and bias of training targets by noise level, and report what to expect of stable targets."""
     from stablefield.build import choose_device
     from stablefield.cli.measuring import aligned, configured, training_pool
-    from stablefield.config import allowed_names
     from stablefield.data import Store, content_hash
     from stablefield.studies.field import DataDistances, VarianceReport, measure, write_study
 
-    chosen = parse_sizes(sizes)
-    training = configured(source, kind, config, set_ or [], allowed_names(set_ or [], allow), "field")
+    chosen = _parse_sizes(sizes)
+    training = configured(measured, "field")
     data_source = training.make("data")
-    pool = training_pool(training, None if source else config, None, "field")
-    pool = replace(pool, data=pool.data.to(choose_device(device)))
+    pool = training_pool(measured, training, None, "field")
+    pool = replace(pool, data=pool.data.to(choose_device(measured.device)))
     process, times, weight = (training.make(section) for section in ("process", "times", "weight"))
     conditional = conditional or training.training.conditional
     distances = DataDistances.from_pool(pool, seed=seed)
@@ -91,22 +85,12 @@ def field(
         "draws": draws,
         "seed": seed,
     }
-    files = write_study(out, study, report, name=source or str(data_source), description=description)
+    files = write_study(out, study, report, name=measured.source or str(data_source), description=description)
     print(f"written   {out}/{', '.join(files)}")
 
 
-def parse_sizes(text: str) -> tuple[int, ...]:
-    """Parse a comma-separated list of sizes.
-
-    >>> parse_sizes("64, 1024")
-    (64, 1024)
-
-    Args:
-        text: the list as text.
-
-    Raises:
-        ConfigError: a part is not an integer above 0.
-    """
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    """The sizes in a comma-separated list."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError:

@@ -1,42 +1,13 @@
-"""The work of `stablefield data`: opening a source, describing data, and proposing noise levels."""
+"""The work of `stablefield data`: describing data and proposing noise levels."""
 
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from stablefield.cli.progress import progress_bar
-from stablefield.config import ConfigError, override, resolve
-from stablefield.data import Inspection, Source, data_section, printable
+from stablefield.data import Inspection, printable
 from stablefield.objective import EDMWeight
 from stablefield.pool import Pool
 from stablefield.studies.field import VarianceReport, propose_noise
 from stablefield.studies.field.plots import plot_proposal
-
-
-def open_source(source: str, kind: str | None, options: dict[str, Any], settings: list[str]) -> Source:
-    """The source of data at a path.
-
-    Args:
-        source: a path, or hf:NAME.
-        kind: kind of the source; None to guess it, and print the guess.
-        options: keys of the section `data`.
-        settings: further keys, as data.KEY=VALUE.
-
-    Raises:
-        ConfigError: an option that this kind does not have, an invalid value, or a key of another section.
-        ValueError: the path does not exist, or its kind cannot be guessed.
-    """
-    section = data_section(source, kind)
-    if kind is None:
-        print(f"kind      {section['kind']} (guessed; --kind overrides it)")
-    section |= options
-    if other := [setting for setting in settings if not setting.startswith("data.")]:
-        raise ConfigError(f"{other[0]}: only keys of the section data can be set here, such as data.split=test")
-    opened: Source = resolve(override({"data": section}, settings)).make("data")
-    if opened.holdout:
-        raise ConfigError(f"data.holdout={opened.holdout}: data are held out in training only; remove this setting")
-    return opened
 
 
 def describe(found: Inspection) -> list[str]:
@@ -87,20 +58,6 @@ def propose(pool: Pool, spread: float, plot: Path | None, examples: int = 16) ->
         *(f"          {line}" for line in (*proposal.reasons(), *report.summary())),
         *([f"plot      {printable(plot)}"] if plot else []),
     ]
-
-
-def contact_sheet(pool: Pool, images: int = 100) -> torch.Tensor:
-    """Evenly spaced images of a data set, which is often ordered by class.
-
-    Args:
-        pool: the images.
-        images: largest number of images.
-
-    Returns:
-        Floats in [-1, 1] of shape (n, C, H, W).
-    """
-    n = min(images, len(pool))
-    return pool.take(torch.arange(n) * len(pool) // n)
 
 
 def _class_lines(counts: tuple[int, ...], classes: tuple[str, ...], most: int = 20) -> list[str]:

@@ -1,56 +1,46 @@
 """The work of `stablefield field` and `stablefield floor`: the training that is measured, and its data."""
 
-from collections.abc import Iterable
-from pathlib import Path
-
+from stablefield.cli.options import MeasuredOptions
 from stablefield.cli.progress import progress_bar
-from stablefield.config import Allowed, Config, ConfigError, overlay, override, read_toml, resolve
+from stablefield.config import Config, ConfigError, allowed_names, overlay, override, read_toml, resolve
 from stablefield.data import Source, data_section, split
 from stablefield.data.identity import fingerprint, refuse_other_data
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, TrainedRun, training_data
 
 
-def configured(
-    source: str | None,
-    kind: str | None,
-    config: Path | None,
-    settings: list[str],
-    allow: Iterable[Allowed],
-    command: str,
-) -> Config:
+def configured(options: MeasuredOptions, command: str) -> Config:
     """The configuration of the training to measure, with its data.
 
     Args:
-        source: path or name of the data; None to use the data of the configuration.
-        kind: kind of the data; guessed from `source` by default.
-        config: path of a configuration file; None for the default configuration.
-        settings: settings "section.key=value" that override it.
-        allow: names of networks that may be imported.
+        options: options of the command.
         command: name of the command, for errors.
 
     Raises:
         ConfigError: no data are given, or the settings contradict each other.
     """
-    raw = read_toml(config) if config else {}
-    if source is None and kind is not None:
+    raw = read_toml(options.config) if options.config else {}
+    if options.source is None and options.kind is not None:
         raise ConfigError(
-            f"--kind {kind} is the kind of DATA, which is missing: add DATA, or use --set data.kind={kind}"
+            f"--kind {options.kind} is the kind of DATA, which is missing: add DATA, or use --set "
+            f"data.kind={options.kind}"
         )
-    if source is None and "data" not in raw:
+    if options.source is None and "data" not in raw:
         other = "" if command == "field" else ", or --run RUN"
         raise ConfigError(f"no data given: use stablefield {command} DATA, or --config FILE with data{other}")
-    if source is not None:
-        raw = overlay(raw, {"data": data_section(source, kind)})
-    return resolve(override(raw, settings), allow=allow)
+    if options.source is not None:
+        raw = overlay(raw, {"data": data_section(options.source, options.kind)})
+    settings = options.set_ or []
+    return resolve(override(raw, settings), allow=allowed_names(settings, options.allow))
 
 
-def training_pool(config: Config, file: Path | None, trained: TrainedRun | None, command: str) -> Pool:
+def training_pool(options: MeasuredOptions, config: Config, trained: TrainedRun | None, command: str) -> Pool:
     """Load the data that are trained on, with their labels, and print their size.
 
     Args:
+        options: options of the command. If its configuration file is that of a run and names the data, they must be
+            those of the run.
         config: configuration of the training.
-        file: configuration file that names the data; if it is that of a run, the data must be those of the run.
         trained: the run whose data they are; None for those of the configuration.
         command: name of the command, for errors.
 
@@ -58,6 +48,7 @@ def training_pool(config: Config, file: Path | None, trained: TrainedRun | None,
         ConfigError: the data of the run have changed.
     """
     source: Source = config.make("data")
+    file = None if options.source else options.config
     way_out = f"restore those data, or name other data: stablefield {command} DATA"
     with progress_bar("decoding") as progress:
         data = training_data(trained, progress, way_out=way_out) if trained else source.load(progress)

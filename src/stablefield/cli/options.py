@@ -21,19 +21,23 @@ Allow = Annotated[
         help="Allow a file to name this class of yours; importing it runs its code. May be repeated.",
     ),
 ]
-DataPath = Annotated[
-    str | None,
-    typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
-]
-Kind = Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")]
-TrainingConfig = Annotated[
-    Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
-]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key of the configuration; may be repeated."),
 ]
-Device = Annotated[str, typer.Option(help='Device: "auto", "cpu", "cuda", ...')]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")]
+Recipe = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Start from published settings; stablefield recipes lists them.")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="Data to train on: a store, ZIP file, folder, array, IDX file or tar archive, or hf:NAME for a data set "
+        "of the Hugging Face hub. The kind is guessed.",
+    ),
+]
+ConfigFile = Annotated[Path | None, typer.Option(help="TOML file with the keys that differ from the defaults.")]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -71,6 +75,32 @@ def given_by(parameter: str, make: Callable[..., object]) -> Callable[[Callable[
 
 
 @dataclass(frozen=True)
+class MeasuredOptions:
+    """Arguments and options of commands that measure a training: its data and configuration.
+
+    Attributes:
+        source: path or name of the data; None for the data of the configuration.
+        kind: kind of the data; None to guess it.
+        config: file of the configuration; None for the default one.
+        set_: settings "SECTION.KEY=VALUE".
+        allow: classes outside this package that the configuration may name; those of `set_` are allowed, too.
+        device: name of the device.
+    """
+
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help='Data: a store, zip, folder, array, ..., "digits" or "hf:NAME".'),
+    ] = None
+    kind: Annotated[str | None, typer.Option(help="Kind of the data.", show_default="guessed from DATA")] = None
+    config: Annotated[
+        Path | None, typer.Option(help="Training configuration: its process, times and weight (and data) are used.")
+    ] = None
+    set_: Set = None
+    allow: Allow = None
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
 class SamplingOptions:
     """Options of commands that sample a run.
 
@@ -105,7 +135,7 @@ class SamplingOptions:
     precision: Annotated[str, typer.Option(help="Arithmetic of the network: float32, tf32, bfloat16 or float16.")] = (
         "float32"
     )
-    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, ...")] = "auto"
+    device: Device = "auto"
 
     def given(self) -> list[str]:
         """Names of the options that are set, except `allow` and `device`, which do not concern samples."""

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from stablefield.cli.options import Batch, SamplingOptions, Weights, given_by
+from stablefield.cli.progress import progress_bar
 from stablefield.cli.stopping import stoppable
 
 
@@ -35,7 +36,6 @@ def sample(
 ) -> None:
     """Draw samples from a trained run. A sample depends on its seed, not on the batch."""
     from stablefield.build import choose_device
-    from stablefield.cli.sampling import main_bar, sample_progress
     from stablefield.distributed import process_group
     from stablefield.generate import SampleStore, sample_to
     from stablefield.seeding import parse_seeds
@@ -44,7 +44,13 @@ def sample(
     with process_group(choose_device(sampling.device)) as ranks:
         plan = sampling.open_plan(run, ranks.device, weights=weights, label=class_)
         place = SampleStore.at(out or plan.trained.folder / "samples", plan.images)
-        with stoppable("sampling", lambda: sample_progress(place, all_seeds)), main_bar("sampling", ranks) as progress:
+        bar = progress_bar("sampling", visible=ranks.is_main)
+
+        def done() -> str:
+            made = len(all_seeds) - len(place.missing(all_seeds))
+            return f"{made:,} of {len(all_seeds):,} samples are in {place.folder}"
+
+        with stoppable("sampling", done), bar as progress:
             existing = len(all_seeds) - len(place.missing(all_seeds))
             store = sample_to(plan, place.out, seeds=all_seeds, batch_size=batch, ranks=ranks, progress=progress)
         if ranks.is_main:

@@ -12,27 +12,16 @@ from typing import Annotated
 
 import typer
 
-from stablefield.cli.options import Allow
+from stablefield.cli.options import Allow, ConfigFile, Data, Recipe, Set
 from stablefield.kinds import list_kinds
 
 
 def train(
-    recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Start from published settings; stablefield recipes lists them.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="Data to train on: a store, ZIP file, folder, array, IDX file or tar archive, or hf:NAME for a data "
-            "set of the Hugging Face hub. The kind is guessed.",
-        ),
-    ] = None,
+    recipe: Recipe = None,
+    data: Data = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the new run. Default: runs/RECIPE-TARGET.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with the keys that differ from the defaults.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Set one key. May be repeated.")
-    ] = None,
+    config: ConfigFile = None,
+    set_: Set = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -73,16 +62,9 @@ def train(
     """Train a denoiser. By default: scikit-learn's digits, EDM's settings, stable targets from 1,024 references."""
     from stablefield.build import build, choose_device
     from stablefield.cli.progress import progress_bar
-    from stablefield.cli.training import (
-        allow_option,
-        init_from_run,
-        is_other_data,
-        merge_layers,
-        resumed_config,
-        run,
-        summary,
-    )
+    from stablefield.cli.training import allow_option, init_from_run, merge_layers, resumed_config, run, summary
     from stablefield.config import ConfigError, allowed_names, overlay, override, resolve, target_kind, target_section
+    from stablefield.data.identity import fingerprint, is_same
     from stablefield.distributed import process_group
     from stablefield.engine.checkpoints import latest_config, refuse_changed_config, saved_weights
     from stablefield.run import RunFolder, open_run
@@ -117,7 +99,8 @@ def train(
             init_from_run(base, parts)
         report: Callable[[str], None] = print if ranks.is_main else lambda text: None
         report(summary(wanted, parts, folder, ranks))
-        if base and ranks.is_main and is_other_data(base, wanted, parts):
+        same_section = base is not None and wanted.has_data_of(base.config)
+        if base and same_section and ranks.is_main and not is_same(fingerprint(parts.data), base.data):
             report(f"note      the data have changed since {init_from} was trained")
         if dry_run:
             report(f"\n{wanted.toml()}\nThis was a dry run: nothing was trained or written.")

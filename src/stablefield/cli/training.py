@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from stablefield.build import Components
 from stablefield.config import Allowed, Config, ConfigError, overlay, read_toml
 from stablefield.data import data_section
-from stablefield.data.identity import fingerprint, is_same
 from stablefield.distributed import Ranks
 from stablefield.engine.checkpoints import latest_config, refuse_changed_config, refuse_edited_config
 from stablefield.engine.fit import OnStep, fit
@@ -71,17 +70,6 @@ def init_from_run(base: TrainedRun, parts: Components) -> None:
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
         raise ConfigError(f"the weights do not fit the network of the new run: {first}") from None
-
-
-def is_other_data(base: TrainedRun, config: Config, parts: Components) -> bool:
-    """True if the same data section gives other data than it gave the run that the weights are from.
-
-    Args:
-        base: the run that the weights are from.
-        config: configuration of the new run.
-        parts: components of the new run.
-    """
-    return config.has_data_of(base.config) and not is_same(fingerprint(parts.data), base.data)
 
 
 def resumed_config(folder: RunFolder, settings: list[str], allow: Iterable[Allowed] = ()) -> Config:

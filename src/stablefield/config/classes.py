@@ -11,6 +11,7 @@ conditional, `num_classes`.
 
 import difflib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
-from stablefield.config.text import override, read_numbers
+from stablefield.config.text import override
 from stablefield.kinds import BASES, KINDS, ConfigError, list_kinds
 
 Allowed = str | type  # `module:Class`, or the class itself
@@ -214,8 +216,25 @@ def _classes(annotation: Any) -> list[type]:
 def _type(argument: inspect.Parameter) -> Any:
     """The type of a key as pydantic takes it; a list of numbers may also be the name of a file."""
     if argument.annotation == tuple[float, ...]:
-        return Annotated[argument.annotation, BeforeValidator(read_numbers)]
+        return Annotated[argument.annotation, BeforeValidator(_read_numbers)]
     return Any if argument.annotation is inspect.Parameter.empty else argument.annotation
+
+
+def _read_numbers(value: Any) -> Any:
+    """A list of numbers, maybe given as the name of a file: `.npy`, `.json` with a list, or one number per line."""
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    try:
+        if path.suffix == ".npy":
+            return np.load(path, allow_pickle=False).astype(float).flatten().tolist()
+        if path.suffix == ".json":
+            return [float(number) for number in json.loads(path.read_text(encoding="utf-8-sig"))]
+        return [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
+    except FileNotFoundError:
+        raise ValueError(f"is a list of numbers or a file of them, and there is no file {value!r}") from None
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        raise ValueError(f"the file {value!r} does not hold a list of numbers: {error}") from None
 
 
 def _default(component: Callable[..., Any], argument: inspect.Parameter) -> Any:

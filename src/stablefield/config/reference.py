@@ -3,10 +3,9 @@
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from stablefield.config.classes import close_match, component_class, import_name, schema
 from stablefield.config.text import toml_value
@@ -25,16 +24,8 @@ The first kind of a section is its default, except where the process decides:
 |---|---|---|---|"""
 
 
-@dataclass(frozen=True)
-class Key:
-    """A key of a section.
-
-    Attributes:
-        name: name of the key.
-        type: type of its values.
-        default: its default as TOML; "" if it must be set.
-        meaning: what it means.
-    """
+class _Key(NamedTuple):
+    """A key of a section: its name, the type of its values, its default as TOML ("" if it must be set), its meaning."""
 
     name: str
     type: str
@@ -42,30 +33,20 @@ class Key:
     meaning: str
 
 
-@dataclass(frozen=True)
-class KindEntry:
-    """A kind of a section and its keys.
-
-    Attributes:
-        section: name of the section.
-        kind: name of the kind; that of the section if it has no kinds.
-        summary: first sentence about its class.
-        keys: its keys, `kind` excepted.
-    """
+class _Kind(NamedTuple):
+    """A kind of a section (that of the section if it has none), the first sentence about its class, and its keys."""
 
     section: str
     kind: str
     summary: str
-    keys: tuple[Key, ...]
+    keys: tuple[_Key, ...]
+
+    @property
+    def place(self) -> str:
+        return f"{self.section}.kind={self.kind}" if self.section in BASES else self.section
 
 
-def list_keys(section: str, kind: str) -> KindEntry:
-    """The keys of a kind.
-
-    Args:
-        section: name of the section.
-        kind: name of the kind.
-    """
+def _list_keys(section: str, kind: str) -> _Kind:
     component = component_class(section, kind)
     of_kind = import_name(KIND_DEFAULTS[kind]) if kind in KIND_DEFAULTS else {}
     meanings = _meanings(component)
@@ -73,12 +54,12 @@ def list_keys(section: str, kind: str) -> KindEntry:
     for name, field in schema(section, component).model_fields.items():
         required = field.is_required() and name not in of_kind
         default = "" if required else _default_text(of_kind.get(name, field.get_default(call_default_factory=True)))
-        keys.append(Key(name, _type_text(field.annotation), default, meanings.get(name, "")))
+        keys.append(_Key(name, _type_text(field.annotation), default, meanings.get(name, "")))
     summary = inspect.getdoc(component) or ""
-    return KindEntry(section, kind, " ".join(summary.partition("\n\n")[0].split()), tuple(keys))
+    return _Kind(section, kind, " ".join(summary.partition("\n\n")[0].split()), tuple(keys))
 
 
-def describe_config(place: str = "") -> list[KindEntry]:
+def describe_config(place: str = "") -> list[_Kind]:
     """The kinds of all sections, of one section, or a single kind.
 
     Args:
@@ -93,10 +74,10 @@ def describe_config(place: str = "") -> list[KindEntry]:
     if kind and kind not in KINDS[section]:
         raise ConfigError(f"there is no {section}.kind {kind!r}{close_match(kind, KINDS[section])}")
     sections = [section] if section else list(KINDS)
-    return [list_keys(each, one) for each in sections for one in ([kind] if kind else KINDS[each])]
+    return [_list_keys(each, one) for each in sections for one in ([kind] if kind else KINDS[each])]
 
 
-def text_reference(entries: list[KindEntry]) -> str:
+def text_reference(entries: list[_Kind]) -> str:
     """The list for a terminal.
 
     Args:
@@ -105,8 +86,8 @@ def text_reference(entries: list[KindEntry]) -> str:
     return "\n\n".join("\n".join(_text_lines(entry)) for entry in entries)
 
 
-def _text_lines(entry: KindEntry) -> Iterator[str]:
-    yield f"{_place(entry)}: {entry.summary}"
+def _text_lines(entry: _Kind) -> Iterator[str]:
+    yield f"{entry.place}: {entry.summary}"
     for key in entry.keys:
         default = f" = {key.default}" if key.default else " (must be set)"
         yield f"  {entry.section}.{key.name}{default}  [{key.type}]"
@@ -127,16 +108,12 @@ def _markdown_lines() -> Iterator[str]:
         if entry.section != section:
             section = entry.section
             yield from ("", f"## {section}")
-        yield from ("", f"### {_place(entry)}" if section in BASES else "", entry.summary)
+        yield from ("", f"### {entry.place}" if section in BASES else "", entry.summary)
         if entry.keys:
             yield from ("", f"| `{section}.` | type | default | meaning |", "|---|---|---|---|")
             for key in entry.keys:
                 cells = (f"`{key.name}`", f"`{key.type}`", f"`{key.default}`" if key.default else "", key.meaning)
                 yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _place(entry: KindEntry) -> str:
-    return f"{entry.section}.kind={entry.kind}" if entry.section in BASES else entry.section
 
 
 def _meanings(component: Callable[..., Any]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from stablefield.config.classes import (
 )
 from stablefield.config.text import add_checksum, kind_of, overlay, override
 from stablefield.config.training import Training
+from stablefield.files import printable
 from stablefield.kinds import KIND_DEFAULTS, KINDS, PROCESS_DEFAULTS, SIGMA_DATA, ConfigError
 
 
@@ -256,11 +257,7 @@ def _mistake(section: str, kind: str, found: Any, component: Callable[..., Any])
         return f"{place}: has no default and must be set{option}"
     if found["type"] == "value_error":
         return f"{place}: {found['ctx']['error']}"
-    return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {_shorten(repr(found['input']))}"
-
-
-def _shorten(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}..."
+    return f"{place}: {found['msg'][0].lower()}{found['msg'][1:]}, not {printable(repr(found['input']), 200)}"
 
 
 def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:

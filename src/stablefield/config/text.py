@@ -13,8 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stablefield.checkpoint import FORMAT_VERSION, other_version
 from stablefield.kinds import PROCESS_DEFAULTS, ConfigError
 
@@ -174,31 +172,6 @@ def toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{json.dumps(key)} = {toml_value(part)}' for key, part in value.items())}}}"
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str | bool) else str(value)
-
-
-def read_numbers(value: Any) -> Any:
-    """A list of numbers that may be given as the name of a file; any other value is returned as it is.
-
-    Args:
-        value: the numbers, or the name of a `.npy` file, a `.json` file with a list, or a text file with one number per
-            line.
-
-    Raises:
-        ValueError: the file does not exist or does not hold a list of numbers.
-    """
-    if not isinstance(value, str):
-        return value
-    path = Path(value)
-    try:
-        if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False).astype(float).flatten().tolist()
-        if path.suffix == ".json":
-            return [float(number) for number in json.loads(path.read_text(encoding="utf-8-sig"))]
-        return [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
-    except FileNotFoundError:
-        raise ValueError(f"is a list of numbers or a file of them, and there is no file {value!r}") from None
-    except (ValueError, TypeError, OSError, EOFError) as error:
-        raise ValueError(f"the file {value!r} does not hold a list of numbers: {error}") from None
 
 
 def _parse_value(text: str) -> Any:

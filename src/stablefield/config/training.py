@@ -9,6 +9,9 @@ from stablefield.schedule import EMA, Decay, LearningRate, average_names
 MOST_PREFETCHED = 2**16  # examples; memory is allocated for all of them
 _USUAL_SHARE = 0.1  # of a GPU's memory that data may need to be kept there
 _MOST = 2**53  # of images; beyond, floats do not hold every integer
+_POSITIVE: tuple[str, ...] = ("images", "batch_size", "micro_batch_size", "learning_rate", "gradient_clip", "adam_eps")
+_POSITIVE += ("save_every", "keep_checkpoints", "log_every", "probes")
+_NOT_NEGATIVE = ("learning_rate_warmup", "ema_rampup_ratio", "learning_rate_decay_start", "sample_every", "probe_every")
 
 
 @dataclass(frozen=True)
@@ -88,27 +91,10 @@ class Training:
     probes: int = 16
 
     def __post_init__(self) -> None:
-        for name in (
-            "images",
-            "batch_size",
-            "micro_batch_size",
-            "learning_rate",
-            "gradient_clip",
-            "adam_eps",
-            "save_every",
-            "keep_checkpoints",
-            "log_every",
-            "probes",
-        ):
+        for name in _POSITIVE:
             if (value := getattr(self, name)) is not None and not 0 < value <= _MOST:
                 raise ValueError(f"{name} must be positive, not {value}, and at most 2^53")
-        for name in (
-            "learning_rate_warmup",
-            "ema_rampup_ratio",
-            "learning_rate_decay_start",
-            "sample_every",
-            "probe_every",
-        ):
+        for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) <= _MOST:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         for half_life in self.half_lives:

@@ -11,16 +11,23 @@ from stablefield.data.augmentation import (
 )
 from stablefield.data.batches import Batch, BatchSource, ShuffledBatches
 from stablefield.data.cifar import CIFAR
-from stablefield.data.contents import Contents, DataSummary, Progress, StageProgress, content_hash, silent, silent_stage
-from stablefield.data.conversion import Converted, Inspection, convert, inspect
+from stablefield.data.contents import (
+    Contents,
+    DataSummary,
+    Progress,
+    StageProgress,
+    content_hash,
+    range_question,
+    silent,
+    silent_stage,
+)
+from stablefield.data.conversion import Converted, Inspection, convert, inspect, write_npz, write_zip
 from stablefield.data.dataset import DatasetSource
-from stablefield.data.export import write_npz, write_zip
 from stablefield.data.guess import data_section, guess_kind
 from stablefield.data.hub import HuggingFace
 from stablefield.data.idx import IDX
 from stablefield.data.images import CelebA, Images, ImageSource
 from stablefield.data.notices import say
-from stablefield.data.ranges import range_question
 from stablefield.data.sources import Digits, Source, UnknownData, split
 from stablefield.data.store import Store, write_store
 from stablefield.files import printable

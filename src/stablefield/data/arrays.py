@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.labels import Classes, class_labels, number_classes
-from stablefield.data.limits import refuse_unpacked
+from stablefield.data.limits import read_bytes, refuse_unpacked
 from stablefield.data.notices import say
 from stablefield.data.sources import Source
 from stablefield.files import printable
@@ -222,12 +222,9 @@ def _read_member(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) ->
     try:
         with archive.open(entry) as file:
             shape, fortran, dtype, size = _header(file, name, entry.file_size)  # type: ignore[arg-type]
-            flat, done = np.empty(size, np.uint8), 0
-            while done < size and (part := file.read(min(2**20, size - done))):
-                flat[done : done + len(part)] = np.frombuffer(part, np.uint8)
-                done += len(part)
-            if done < size:
-                raise ValueError(f"{name} is cut short: it needs {size:,} bytes and has {done:,}")
+            flat = read_bytes(file.read, size)
+            if len(flat) < size:
+                raise ValueError(f"{name} is cut short: it needs {size:,} bytes and has {len(flat):,}")
     except ValueError:
         raise
     except Exception as error:  # damaged archives, and the decoders of unusual compressions, fail in any way

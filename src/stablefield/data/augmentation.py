@@ -10,7 +10,7 @@ samples are drawn with the label of no map. The pool is not transformed: targets
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -124,7 +124,7 @@ class EDMAugmentation(Augmentation):
             x: the images.
             generators: one random generator per image.
         """
-        parameters = self.draw(generators)
+        parameters = self._draw(generators)
         label, maps = parameters.augment_label().to(x.dtype), parameters.inverse_maps((x.shape[2], x.shape[3]))
         augmented = flip(x, label)
         if len(index := (~permutes(label)).nonzero().flatten()):
@@ -132,12 +132,8 @@ class EDMAugmentation(Augmentation):
             augmented[index] = warp(augmented[index], maps_of_these)
         return augmented, label, maps
 
-    def draw(self, generators: Iterable[torch.Generator]) -> "AugmentationParameters":
-        """Random parameters of the transformations.
-
-        Args:
-            generators: one random generator per image.
-        """
+    def _draw(self, generators: Iterable[torch.Generator]) -> "_Parameters":
+        """Random parameters of the transformations, from one random generator per image."""
         # every kind draws its numbers for every image, so that the draws do not depend on which kinds are applied
         pairs = [(_uniform(11, g), torch.randn(4, generator=g, dtype=torch.float64)) for g in generators]
         uniform, normal = (torch.stack(numbers) for numbers in zip(*pairs, strict=True))
@@ -145,7 +141,7 @@ class EDMAugmentation(Augmentation):
         applied &= torch.tensor([kind in self.kinds for kind in KINDS])
         x, y, scale, rotation, anisotropy, translation = applied.T
         coin, angle = uniform[:, 6:9] < 0.5, (2 * uniform[:, 9:11] - 1) * torch.pi
-        return AugmentationParameters(
+        return _Parameters(
             flips=(torch.stack([x, y], 1) & coin[:, :2]).double(),
             scale=normal[:, 0].where(scale, 0),
             angle=angle[:, 0].where(rotation, 0),
@@ -156,24 +152,15 @@ class EDMAugmentation(Augmentation):
 
 
 @dataclass(frozen=True, eq=False)
-class AugmentationParameters:
-    """Parameters of the transformations of B images (see `stablefield.augmentation`); 0 where a kind is not applied.
+class _Parameters:
+    """Parameters of the transformations of B images (see `stablefield.augmentation`); 0 where a kind is not applied."""
 
-    Attributes:
-        flips: 1 for a flip in x (column 0) and y (column 1).
-        scale: w of the scaling by 2^(0.2 w).
-        angle: angle of the rotation, in radians.
-        stretch: w of the anisotropic scaling, by 2^(0.2 w) along its axis and 2^(-0.2 w) across it.
-        axis: angle of that axis, in radians.
-        shift: (w_x, w_y) of the translation by 0.125 w of the width and height.
-    """
-
-    flips: Float64[Tensor, "B 2"]
-    scale: Float64[Tensor, "B"]
-    angle: Float64[Tensor, "B"]
-    stretch: Float64[Tensor, "B"]
-    axis: Float64[Tensor, "B"]
-    shift: Float64[Tensor, "B 2"]
+    flips: Float64[Tensor, "B 2"]  # 1 for a flip in x and y
+    scale: Float64[Tensor, "B"]  # w of the scaling by 2^(0.2 w)
+    angle: Float64[Tensor, "B"]  # of the rotation, in radians
+    stretch: Float64[Tensor, "B"]  # w of the scaling by 2^(0.2 w) along an axis and 2^(-0.2 w) across it
+    axis: Float64[Tensor, "B"]  # angle of that axis
+    shift: Float64[Tensor, "B 2"]  # (w_x, w_y) of the translation by 0.125 w of the width and height
 
     def augment_label(self) -> Float64[Tensor, "B 9"]:
         """Augmentation labels, by which the network is conditioned on the transformations."""
@@ -187,17 +174,25 @@ class AugmentationParameters:
         return torch.cat([self.flips, torch.stack(numbers, 1), self.shift], 1)
 
     def inverse_maps(self, size: tuple[int, int]) -> Float64[Tensor, "B 2 3"]:
-        """Affine maps from points of the result to points of the (flipped) image, without the flips.
-
-        Args:
-            size: (height, width) of the images.
-        """
+        """Affine maps from points of the result to points of the (flipped) image of a size, without the flips."""
         numbers = {name: value for name, value in vars(self).items() if name != "flips"}
         return affine(**numbers, size=size)
 
 
 @dataclass(frozen=True)
-class AugmentedBatches(BatchSource):
+class _ChangedBatches(BatchSource):
+    """Base class of batches that are changed after they are drawn; they have the size of those that are drawn."""
+
+    batches: BatchSource
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """Batch size, in examples per step over all ranks."""
+        return self.batches.size
+
+
+@dataclass(frozen=True)
+class AugmentedBatches(_ChangedBatches):
     """Batches with transformed images; the transformation of an image depends only on its number in the run.
 
     Attributes:
@@ -205,17 +200,11 @@ class AugmentedBatches(BatchSource):
         augmentation: the random transformations.
         seed: seed of the transformations.
         device: device that the images are transformed on; by default the one that they are on.
-        size: batch size over all ranks, that of `batches`.
     """
 
-    batches: BatchSource
     augmentation: EDMAugmentation
     seed: int
     device: torch.device | None = None
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", self.batches.size)
 
     @override
     def __call__(self, images: int) -> Batch:
@@ -226,7 +215,7 @@ class AugmentedBatches(BatchSource):
 
 
 @dataclass(frozen=True)
-class LabelDropout(BatchSource):
+class LabelDropout(_ChangedBatches):
     """Batches in which some labels are replaced by the null label, as classifier-free guidance needs.
 
     The network then learns predictions with and without a label (Ho & Salimans 2022).
@@ -235,16 +224,10 @@ class LabelDropout(BatchSource):
         batches: batches with labels.
         probability: probability that an example gets the null label.
         seed: seed of these draws.
-        size: batch size over all ranks, that of `batches`.
     """
 
-    batches: BatchSource
     probability: float
     seed: int
-    size: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", self.batches.size)
 
     @override
     def __call__(self, images: int) -> Batch:

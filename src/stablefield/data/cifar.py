@@ -20,7 +20,7 @@ from stablefield.data.contents import Contents
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.limits import MAX_FILE, LimitError, Unpacked
 from stablefield.data.pickles import NUMPY, Dtype, Record, RefusedError, Stream, Table, expect, refusing, unpickle
-from stablefield.files import printable
+from stablefield.files import file_hash, printable
 
 # file names of each split, first those of CIFAR-10 and then those of CIFAR-100
 SPLITS = {
@@ -46,14 +46,13 @@ class CIFAR(ImageSource):
     @override
     def fingerprint(self) -> str:
         if self.path.is_file():
-            with self.path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-        files = read_files(self.path)
+            return file_hash(self.path)
+        files = _read_files(self.path)
         return " ".join(hashlib.sha256(files[name]).hexdigest() for name in sorted(files))
 
     @override
     def _contents(self) -> Contents:
-        files = read_files(self.path)
+        files = _read_files(self.path)
         names = next((names for names in SPLITS[self.split] if files.keys() >= set(names)), None)
         if names is None:
             missing = " or ".join(", ".join(sorted(set(names) - files.keys())) for names in SPLITS[self.split])
@@ -69,22 +68,15 @@ class CIFAR(ImageSource):
         meta = next((name for name in _META if name in files), None)
         if meta is None:
             return ()
-        content = read_pickle(files[meta], f"{meta} in {self.path}")
+        content = _read_pickle(files[meta], f"{meta} in {self.path}")
         names = content.get("label_names", content.get("fine_label_names", []))
         if type(names) is not list or len(names) > 1000 or not all(isinstance(name, bytes | str) for name in names):
             raise ValueError(f"{meta} in {self.path} does not name its classes in a list of up to 1,000 words")
         return tuple(printable(_text(name[:301])) for name in names)
 
 
-def read_files(path: Path) -> dict[str, bytes]:
-    """Contents of CIFAR's files in a tar archive or a folder, at any depth, by file name.
-
-    Args:
-        path: the archive or folder.
-
-    Raises:
-        ValueError: the path does not exist, or the archive is damaged or cut short.
-    """
+def _read_files(path: Path) -> dict[str, bytes]:
+    """Contents of CIFAR's files in a tar archive or a folder, at any depth, by file name."""
     if path.is_dir():
         files = (file for file in path.rglob("*") if file.name in _NAMES and file.is_file())
         return {file.name: _read_limited(file) for file in files}
@@ -111,17 +103,8 @@ def read_files(path: Path) -> dict[str, bytes]:
     return contents
 
 
-def read_pickle(content: bytes, name: str) -> dict[str, Any]:
-    """The dictionary in a pickle of CIFAR, with arrays of bytes as numpy arrays; nothing of the pickle is run.
-
-    Args:
-        content: content of the file.
-        name: name of the file in errors.
-
-    Raises:
-        ValueError: the pickle is damaged, or asks for anything but dictionaries, lists, strings, numbers and arrays of
-            bytes.
-    """
+def _read_pickle(content: bytes, name: str) -> dict[str, Any]:
+    """The dictionary in a pickle of CIFAR, with arrays of bytes as numpy arrays; nothing of the pickle is run."""
     with refusing(name):
         found = expect(unpickle(Stream(content), _TABLE), dict)
         if any(type(value) is _Array and value.content is None for value in found.values()):
@@ -138,7 +121,7 @@ def _read_limited(path: Path) -> bytes:
 
 def _read_batch(content: bytes, name: str) -> tuple[UInt8[np.ndarray, "N 3 32 32"], Int64[np.ndarray, "N"]]:
     """Images and labels in one of the files."""
-    batch = read_pickle(content, name)
+    batch = _read_pickle(content, name)
     data, labels = batch.get("data"), batch.get("labels", batch.get("fine_labels"))
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072:
         raise ValueError(f"{name} contains no images of 3,072 bytes named data")

@@ -6,10 +6,10 @@ in memory as a whole. The hash and the summary of a data set are computed in blo
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import chain
 
 import numpy as np
 import torch
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from stablefield.pool import NULL_LABEL, Pool, Values
 
-if TYPE_CHECKING:
-    from hashlib import _Hash
-
 Progress = Callable[[int, int], None]  # called with (done, total)
 StageProgress = Callable[[str], AbstractContextManager[Progress]]  # title of a stage -> its progress callback
 
 _BLOCK = 256  # data points per block
+_SAMPLE = 512  # data points whose range of values is looked at
+_SIGMA_DATA = 0.5  # the standard deviation that networks and noise levels are made for
 
 
 def silent(done: int, total: int) -> None:
@@ -83,15 +82,42 @@ class Contents:
 
         return cls(len(pool), blocks, labels, classes, pool.num_levels, pool.values)
 
+    def checked_blocks(self) -> Iterator[Shaped[np.ndarray, "n *D"]]:
+        """The blocks.
 
-def slices(array: Shaped[np.ndarray, "N *D"], size: int = _BLOCK) -> Iterator[Shaped[np.ndarray, "n *D"]]:
-    """Views of consecutive parts of an array.
+        Raises:
+            ValueError: blocks differ in type or shape, or values are not finite.
+        """
+        first, done = None, 0
+        for block in self.blocks():
+            kind = f"{block.dtype} {block.shape[1:]}"
+            first = first or kind
+            if kind != first:
+                raise ValueError(
+                    f"all data must have the same type and shape, but data point {done} is {kind}, the first {first}"
+                )
+            if block.dtype.kind == "f" and not np.isfinite(block).all():
+                raise ValueError("data contains values that are not finite")
+            yield block
+            done += len(block)
 
-    Args:
-        array: the data.
-        size: data points per part.
-    """
-    return (array[start : start + size] for start in range(0, len(array), size))
+    def array(self, progress: Progress = silent) -> Shaped[np.ndarray, "N *D"]:
+        """The data as one array in memory.
+
+        Args:
+            progress: called with (data points read, total).
+
+        Raises:
+            ValueError: as for `checked_blocks`.
+        """
+        blocks = self.checked_blocks()
+        first, done = next(blocks), 0
+        data = np.empty((self.count, *first.shape[1:]), first.dtype)
+        for block in chain([first], blocks):
+            data[done : done + len(block)] = block
+            done += len(block)
+            progress(done, self.count)
+        return data
 
 
 def content_hash(pool: Pool) -> str:
@@ -102,32 +128,25 @@ def content_hash(pool: Pool) -> str:
     Args:
         pool: the data, or a view of them.
     """
-    contents = Contents.from_pool(pool)
-    dtype = np.dtype(str(pool.data.dtype).removeprefix("torch."))
-    digest = begin_hash(dtype, (len(pool), *pool.shape), pool.num_levels)
-    for block in contents.blocks():
-        digest.update(np.ascontiguousarray(block).data)
-    return end_hash(digest, contents.labels)
+    contents, dtype = Contents.from_pool(pool), np.dtype(str(pool.data.dtype).removeprefix("torch."))
+    return hash_blocks(contents, (len(pool), *pool.shape), dtype, contents.blocks())
 
 
-def begin_hash(dtype: np.dtype, shape: tuple[int, ...], num_levels: int) -> "_Hash":
-    """First step of `content_hash`; then it must be updated with the bytes of all data, in order.
+def hash_blocks(
+    contents: Contents, shape: tuple[int, ...], dtype: np.dtype, blocks: Iterable[Shaped[np.ndarray, "n *D"]]
+) -> str:
+    """`content_hash` of data that are read block by block for another purpose, too.
 
     Args:
-        dtype: type of the data.
+        contents: the data, for their labels and number of levels.
         shape: (N, *D).
-        num_levels: number of values of quantized data.
+        dtype: type of the data.
+        blocks: all data, in order.
     """
-    return hashlib.sha256(f"{dtype.name} {tuple(shape)} {num_levels}".encode())
-
-
-def end_hash(digest: "_Hash", labels: Int64[np.ndarray, "N"] | None) -> str:
-    """Last step of `content_hash`: adds the labels and returns the hash in hexadecimal digits.
-
-    Args:
-        digest: hash of the data, from `begin_hash`.
-        labels: class of each data point; None for data without labels.
-    """
+    digest = hashlib.sha256(f"{dtype.name} {tuple(shape)} {contents.num_levels}".encode())
+    for block in blocks:
+        digest.update(np.ascontiguousarray(block).data)
+    labels = contents.labels
     digest.update(b"no labels" if labels is None else b"labels" + labels.astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -175,3 +194,36 @@ def _class_counts(labels: Tensor, most: int = 2**20) -> tuple[int, ...]:
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of the values and their squares, and the smallest and largest value."""
     return torch.stack([values.sum(), values.square().sum()]), torch.stack(values.aminmax())
+
+
+def range_question(pool: Pool, sigma_data: float | None = None) -> str | None:
+    """One line about values that may be on another scale than the user thinks; None if there is nothing to ask.
+
+    Questioned are constant data, bytes that use less than an eighth of their levels, floats in [0, 1], and a standard
+    deviation that is more than three times larger or smaller than `sigma_data`. Evenly spaced data points are looked
+    at, as many as it takes to see this.
+
+    Args:
+        pool: the data.
+        sigma_data: standard deviation of the data that the configuration assumes; by default 0.5.
+    """
+    stored = pool.stored(pool.evenly_spaced(_SAMPLE))
+    values = pool.decode(stored).double()
+    low, high = stored.min().item(), stored.max().item()
+    std = float(values.std(correction=0)) if values.numel() > 1 else 0.0
+    found = f"range of values {low:.4g} to {high:.4g}, standard deviation {std:.3g}"
+    if low == high:
+        return f"{found}: all values are equal; are these the right data?" if values.numel() > 1 else None
+    if not stored.is_floating_point() and pool.num_levels > 8 and high < pool.num_levels // 8:
+        return (
+            f"{found}: bytes use few of their {pool.num_levels} levels, of which 0 stands for -1 and "
+            f"{pool.num_levels - 1} for 1; multiply them, or store num_levels={high + 1} beside them in an .npz file"
+        )
+    sigma = _SIGMA_DATA if sigma_data is None else sigma_data
+    expected = f"but {'about 0.5 is expected' if sigma_data is None else f'sigma_data is {sigma_data:g}'}"
+    advice = f"rescale them, or set preconditioning.sigma_data={std:.2g} if they are meant to be so"
+    if stored.is_floating_point() and low >= 0 and high <= 1 and abs(sigma - _SIGMA_DATA) < 0.05:
+        return f"{found}, {expected}: images in [0, 1]? Those of [-1, 1] are expected; {advice}"
+    if not sigma / 3 <= std <= 3 * sigma:
+        return f"{found}, {expected}; {advice}"
+    return None

@@ -48,13 +48,8 @@ class DatasetSource(Source):
     def load(self, progress: Progress = silent) -> Pool:
         if self.store is None:
             contents = self.contents()
-            data, done = np.empty((contents.count, *self._item(0)[0].shape), self._item(0)[0].dtype), 0
-            for block in contents.blocks():
-                data[done : done + len(block)] = block
-                done += len(block)
-                progress(done, contents.count)
             labels = None if contents.labels is None else torch.from_numpy(contents.labels)
-            return Pool(torch.from_numpy(data), labels, values=self.values)
+            return Pool(torch.from_numpy(contents.array(progress)), labels, values=self.values)
         if not (self.store / "store.json").is_file():
             write_store(self.store, self.contents(), source=type(self.dataset).__name__, progress=progress)
         pool = Store(self.store, values=self.values).load()
@@ -83,15 +78,7 @@ class DatasetSource(Source):
         return Contents(len(self.dataset), self._blocks, labels, classes, values=self.values)
 
     def _blocks(self) -> Iterator[Shaped[np.ndarray, "1 *D"]]:
-        first = self._item(0)[0]
-        for number in range(len(self.dataset)):
-            x = self._item(number)[0]
-            if x.shape != first.shape or x.dtype != first.dtype:
-                raise ValueError(
-                    f"all items must have the same type and shape, but item {number} is {x.dtype} {x.shape}, and item "
-                    f"0 {first.dtype} {first.shape}"
-                )
-            yield x[None]
+        return (self._item(number)[0][None] for number in range(len(self.dataset)))
 
     def _item(self, number: int) -> tuple[np.ndarray, Any]:
         """X and the label of an item; None without a label."""

@@ -143,7 +143,7 @@ class Preprocessing:
         if self.window is not None:
             image = _crop(image, self.window, name)
         if self.size is not None and self.transform is not None:
-            image = _crop(image, largest_window(image.size, self.size), name)
+            image = _crop(image, _largest_window(image.size, self.size), name)
         if self.size is not None and image.size != self.size:
             image = image.resize(self.size, Image.Resampling.LANCZOS)
         pixels = np.array(image)
@@ -152,13 +152,14 @@ class Preprocessing:
 
     def _eight_bits(self, image: "Image.Image", name: str) -> tuple["Image.Image", tuple[str, ...]]:
         """The image upright and in 8 bits, grey or RGB, and what was done to it."""
-        from PIL import ImageOps
+        from PIL import Image, ImageOps
 
         turned = _orientation(image) in range(2, 9)
         transposed, remarks = (ImageOps.exif_transpose(image), ("turned",)) if turned else (image, ())
         if image.mode in _SIXTEEN_BITS or (image.mode == "I" and image.format == "PNG"):
             deep = np.asarray(transposed).astype(np.uint16)
-            return _from_array((deep >> 8).astype(np.uint8)), (*remarks, "dark" if deep.max() < 2**13 else "16 bits")
+            high = Image.fromarray((deep >> 8).astype(np.uint8))
+            return high, (*remarks, "dark" if deep.max() < 2**13 else "16 bits")
         image = transposed
         if image.mode not in _GREY | _COLOUR:
             raise ImageError(
@@ -241,13 +242,8 @@ def decode(content: bytes, name: str, preprocessing: Preprocessing) -> Decoded:
     raise ImageError(f"{name} has more pixels than the limit of 8192x8192", f"save it smaller, or {_SKIP}")
 
 
-def largest_window(size: tuple[int, int], proportions: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the largest window with the given proportions, to a pixel, that fits into an image.
-
-    Args:
-        size: (width, height) of the image.
-        proportions: (width, height) up to a common factor.
-    """
+def _largest_window(size: tuple[int, int], proportions: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the largest window with the given proportions, to a pixel, that fits into an image."""
     (width, height), (w, h) = size, proportions
     if width * h > height * w:
         return max(1, round(height * w / h)), height
@@ -275,9 +271,3 @@ def _orientation(image: "Image.Image") -> int:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # notes of cameras that are damaged in any way
         return 1
-
-
-def _from_array(pixels: UInt8[np.ndarray, "H W"]) -> "Image.Image":
-    from PIL import Image
-
-    return Image.fromarray(pixels)

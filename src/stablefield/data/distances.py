@@ -7,15 +7,13 @@ file of other data, of another version, or damaged is replaced.
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stablefield.checkpoint import CheckpointError, read, save
+from stablefield.checkpoint import cached_tensors
 from stablefield.data.contents import Progress, content_hash, silent
-from stablefield.files import cached
 from stablefield.pool import NULL_LABEL, Pool
 from stablefield.targets.isolation import nearest_distances
 
@@ -47,18 +45,11 @@ class NeighbourDistances:
         data_hash = self.data_hash
         metadata = {"kind": "neighbours 1", "data": data_hash, "label": label, "k": self.k}
 
-        def find(path: Path) -> Tensor | None:
-            try:
-                checkpoint = read(path)
-            except CheckpointError:
-                return None
-            return checkpoint.tensors["distances"] if checkpoint.config == metadata else None
-
-        def make(path: Path) -> None:
+        def compute() -> dict[str, Tensor]:
             distances = nearest_distances(self.pool, label, k=self.k, device=self.device, progress=self.progress)
-            save(path, {"distances": distances}, config=metadata, images=0)
+            return {"distances": distances}
 
-        return cached(f"{data_hash[:32]}-neighbours-{label}.safetensors", find, make)
+        return cached_tensors(f"{data_hash[:32]}-neighbours-{label}.safetensors", metadata, compute)["distances"]
 
     def prepare(self, *, null_label: bool = False) -> "NeighbourDistances | None":
         """Measure the distances that training needs: within each class, or among all data without labels.

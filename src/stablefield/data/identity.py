@@ -74,9 +74,6 @@ def _shorten(found: str) -> str:
 class DataIdentity:
     """Fingerprint of the data of a run in training, which a thread completes for large data.
 
-    Args:
-        pool: all data of the run.
-
     Attributes:
         pool: all data of the run.
         found: fingerprint of the data, as far as it is computed.

@@ -5,7 +5,6 @@ as a big-endian 32-bit integer, and the values (LeCun, Cortes & Burges, the web 
 """
 
 import gzip
-import hashlib
 import math
 import re
 import struct
@@ -24,8 +23,8 @@ from stablefield.data.contents import Contents
 from stablefield.data.decode import Preprocessing
 from stablefield.data.images import ImageSource, preprocess_array
 from stablefield.data.labels import class_labels
-from stablefield.data.limits import refuse_unpacked
-from stablefield.files import printable
+from stablefield.data.limits import read_bytes, refuse_unpacked
+from stablefield.files import file_hash, printable
 from stablefield.pool import Pool
 
 _TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -45,16 +44,15 @@ class IDX(ImageSource):
 
     @override
     def fingerprint(self) -> str:
-        images = find_images(self.path)
-        files = [images, find_labels(images)]
-        return " ".join(_hash_file(file) for file in files if file)
+        images = _find_images(self.path)
+        return " ".join(file_hash(file) for file in (images, _find_labels(images)) if file)
 
     @override
     def _contents(self) -> Contents:
-        file = find_images(self.path)
-        images, labels_file = read_idx(file), find_labels(file)
+        file = _find_images(self.path)
+        images, labels_file = _read_idx(file), _find_labels(file)
         images = images[:, None] if images.ndim == 3 else images  # one channel
-        labels = class_labels(read_idx(labels_file), labels_file) if labels_file and self.labels else None
+        labels = class_labels(_read_idx(labels_file), labels_file) if labels_file and self.labels else None
         if labels is not None and labels.shape != images.shape[:1]:
             raise ValueError(
                 f"{printable(file)} contains {len(images)} images, but {printable(labels_file)} contains labels of "
@@ -76,30 +74,16 @@ class IDX(ImageSource):
             raise ValueError(f"{printable(file)}: {printable(error)}") from None
 
 
-def find_images(path: Path) -> Path:
-    """The file of images: the path itself, or the training images in a folder.
-
-    Args:
-        path: a file or a folder.
-
-    Raises:
-        ValueError: the file does not exist, or the folder contains no training images.
-    """
+def _find_images(path: Path) -> Path:
+    """The file of images: the path itself, or the training images in a folder."""
     files = sorted(path.glob("*train-images?idx*")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise ValueError(f"there is no IDX file of images in {path}" if path.is_dir() else f"there is no file {path}")
     return files[0]
 
 
-def find_labels(images: Path) -> Path | None:
-    """The file of labels beside a file of images, such as `train-labels-idx1-ubyte` for `train-images-idx3-ubyte`.
-
-    Args:
-        images: the file of images.
-
-    Returns:
-        The file, compressed or not; None if there is none or the images have an unusual name.
-    """
+def _find_labels(images: Path) -> Path | None:
+    """The file of labels beside a file of images, such as `train-labels-idx1-ubyte` for `train-images-idx3-ubyte`."""
     match = _NAME.match(images.name)
     if not match:
         return None
@@ -107,16 +91,8 @@ def find_labels(images: Path) -> Path | None:
     return next((file for file in (plain, plain.with_name(plain.name + ".gz")) if file.is_file()), None)
 
 
-def read_idx(path: Path) -> Shaped[np.ndarray, "N ..."]:
-    """The array in an IDX file, as uint8 for unsigned bytes, float32 for floating values and int64 for the rest.
-
-    Args:
-        path: the file, optionally compressed with gzip.
-
-    Raises:
-        ValueError: the file is not an IDX file, is damaged, is shorter or longer than its header says, or unpacks to
-            more than the limit.
-    """
+def _read_idx(path: Path) -> Shaped[np.ndarray, "N ..."]:
+    """The array in an IDX file, as uint8 for unsigned bytes, float32 for floating values and int64 for the rest."""
     where = printable(path)
     try:
         with ExitStack() as stack:
@@ -132,7 +108,12 @@ def read_idx(path: Path) -> Shaped[np.ndarray, "N ..."]:
                 refuse_unpacked(where, packed, size, "unpack it with gunzip")
             elif packed != header + size:
                 raise ValueError(f"{where} is damaged: {shape} needs {header + size:,} bytes, the file has {packed:,}")
-            content = _read_exactly(file, size, where)
+            content = read_bytes(file.read, size)
+            if len(content) < size or file.read(1):
+                found = f"{len(content):,}" if len(content) < size else "more"
+                raise ValueError(
+                    f"{where} is damaged: its header asks for {size:,} bytes after it, and the file has {found}"
+                )
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{where} cannot be decompressed; it is damaged or cut short: {printable(error)}") from None
     array = content.view(dtype).reshape(shape)
@@ -153,20 +134,3 @@ def _header(file: BinaryIO, where: str) -> tuple[np.dtype, tuple[int, ...]]:
     if 0 in shape:
         raise ValueError(f"{where} contains no data: its shape is {shape}")
     return np.dtype(_TYPES[begin[2]]), shape
-
-
-def _read_exactly(file: BinaryIO, size: int, where: str) -> Shaped[np.ndarray, "n"]:
-    """The bytes of a file up to its end, which must be there after that many."""
-    content, done = np.empty(size, np.uint8), 0
-    while done < size and (part := file.read(min(2**20, size - done))):
-        content[done : done + len(part)] = np.frombuffer(part, np.uint8)
-        done += len(part)
-    if done < size or file.read(1):
-        found = f"{done:,}" if done < size else "more"
-        raise ValueError(f"{where} is damaged: its header asks for {size:,} bytes after it, and the file has {found}")
-    return content
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,25 +11,21 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt8
 from typing_extensions import override
 
-from stablefield.data.contents import Contents, Progress, silent, slices
+from stablefield.data.contents import Contents, Progress, silent
 from stablefield.data.decode import Decoded, ImageError, Mode, Pixels, Preprocessing, Transform, decode, parse_size
 from stablefield.data.files import open_files
 from stablefield.data.labels import number_classes
-from stablefield.data.listing import list_images
 from stablefield.data.notices import summarize
 from stablefield.data.sources import Source
 from stablefield.data.store import cached_pool
 from stablefield.files import printable
 from stablefield.pool import Pool
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -111,16 +107,13 @@ class ImageSource(Source):
 
     def _first(self, contents: Contents) -> Contents:
         """The first `max_images` images, without labels if these are to be ignored."""
-        count = min(self.max_images or contents.count, contents.count)
-        if count == contents.count and self.labels:
+        if not self.labels:
+            contents = replace(contents, labels=None, classes=())
+        count, blocks, labels = self.max_images, contents.blocks, contents.labels
+        if count is None or count >= contents.count:
             return contents
-        labels = contents.labels[:count] if self.labels and contents.labels is not None else None
-        classes, blocks = contents.classes if labels is not None else (), contents.blocks
-        if count < contents.count:
-            return replace(
-                contents, count=count, blocks=lambda: _first(count, blocks()), labels=labels, classes=classes
-            )
-        return replace(contents, labels=labels, classes=classes)
+        labels = None if labels is None else labels[:count]
+        return replace(contents, count=count, blocks=lambda: _first(count, blocks()), labels=labels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,15 +235,14 @@ class Images(ImageSource):
     @override
     def _contents(self) -> Contents:
         with open_files(self.path) as files:
-            images = list_images(files, self.path, self.labels)
-        names = images.names
+            names, labels, classes = files.images(self.labels)
 
         @contextmanager
         def opened() -> Iterator[Read]:
             with open_files(self.path) as files:
                 yield lambda number: files.read(names[number])
 
-        found = ImageFiles(names, opened, self.preprocessing(), self.where, images.labels, images.classes, files.notes)
+        found = ImageFiles(names, opened, self.preprocessing(), self.where, labels, classes, files.notes)
         return found.select(self.max_images, self.skip_unreadable)
 
 
@@ -283,7 +275,8 @@ def in_order(function: Callable[[S], T], items: Iterable[S], together: int = 4) 
         together: number of arguments that a thread is given at once, to be woken less often. At most three times as
             many results per thread are held.
     """
-    threads, rest = _cores(), iter(items)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads, rest = cores or 1, iter(items)
     if threads == 1:
         yield from map(function, rest)
         return
@@ -319,21 +312,13 @@ def preprocess_array(
     """
     neutral = Preprocessing(drop_alpha=preprocessing.drop_alpha, background=preprocessing.background)
     if preprocessing == neutral:
-        yield from slices(array)
+        yield from (array[start : start + 256] for start in range(0, len(array), 256))
         return
-    for number, pixels in enumerate(array):
-        yield preprocessing(to_pil(pixels), f"image {number}").pixels[None]
-
-
-def to_pil(pixels: Pixels) -> "Image.Image":
-    """A Pillow image of one or three channels.
-
-    Args:
-        pixels: (C, H, W).
-    """
     from PIL import Image
 
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    for number, pixels in enumerate(array):
+        channels_last = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+        yield preprocessing(Image.fromarray(channels_last), f"image {number}").pixels[None]
 
 
 def _report(problems: list[ImageError], count: int, where: str, most: int = 20) -> str:
@@ -384,8 +369,3 @@ def _first(count: int, blocks: Iterator[Shaped[np.ndarray, "n *D"]]) -> Iterator
         count -= len(block)
         if count <= 0:
             return
-
-
-def _cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,11 @@ Each refusal names the limit and a way out.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import UInt8
 
 MAX_FILE = 2**28  # bytes of an image file
 MAX_PIXELS = 2**26  # 8,192 x 8,192
@@ -19,12 +23,8 @@ class LimitError(ValueError):
     """A file that asks for more than a limit."""
 
 
-def most_unpacked(packed: int) -> int:
-    """Largest number of bytes that an archive may unpack to.
-
-    Args:
-        packed: size of the archive in bytes.
-    """
+def _most_unpacked(packed: int) -> int:
+    """Largest number of bytes that an archive of a size may unpack to."""
     return max(_FREE, _RATIO * packed)
 
 
@@ -40,9 +40,9 @@ def refuse_unpacked(name: str, packed: int, unpacked: int, way_out: str) -> None
     Raises:
         LimitError: the size is beyond the limit.
     """
-    if unpacked > most_unpacked(packed):
+    if unpacked > _most_unpacked(packed):
         raise LimitError(
-            f"{name} unpacks {packed:,} bytes to {unpacked:,}; the limit is {most_unpacked(packed):,} ({_FREE >> 20} "
+            f"{name} unpacks {packed:,} bytes to {unpacked:,}; the limit is {_most_unpacked(packed):,} ({_FREE >> 20} "
             f"MiB, or {_RATIO} times the packed size); {way_out}"
         )
 
@@ -69,10 +69,24 @@ class Unpacked:
         Raises:
             LimitError: the stream is longer than the limit.
         """
-        content = self._stream.read(min(size, most_unpacked(self._packed) - self._done + 1))
+        content = self._stream.read(min(size, _most_unpacked(self._packed) - self._done + 1))
         self._done += len(content)
         refuse_unpacked(self._name, self._packed, self._done, self._way_out)
         return content
+
+
+def read_bytes(read: Callable[[int], bytes], size: int) -> UInt8[np.ndarray, "n"]:
+    """The next bytes of a file, fewer if it ends before.
+
+    Args:
+        read: method of the file, which may be unpacked as it is read.
+        size: number of bytes, for which memory is allocated at once.
+    """
+    content, done = np.empty(size, np.uint8), 0
+    while done < size and (part := read(min(2**20, size - done))):
+        content[done : done + len(part)] = np.frombuffer(part, np.uint8)
+        done += len(part)
+    return content[:done]
 
 
 def read_json(content: bytes, name: str, most_lists: int) -> Any:

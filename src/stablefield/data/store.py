@@ -7,33 +7,43 @@
 
 A store is complete or absent: it is written to a folder beside its final path, flushed to the disk, and renamed. Images
 that are used directly from a ZIP file or a folder are decoded into such a store in a cache.
+
+A store is compared with its hash when it is used, once for each state of its files: sizes, times of the last changes,
+inodes. The cache remembers the last state that was compared. Small data are compared before they are used, large data
+in the background, while they are used.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from typing_extensions import override
 
 from stablefield.data.arrays import as_tensor, map_array
-from stablefield.data.contents import Contents, Progress, begin_hash, content_hash, end_hash, silent
-from stablefield.data.integrity import check_once, remember, state_of
+from stablefield.data.contents import Contents, Progress, content_hash, hash_blocks, silent
 from stablefield.data.labels import class_labels
 from stablefield.data.limits import read_json
 from stablefield.data.notices import say
 from stablefield.data.sources import Source
-from stablefield.files import atomic_folder, cached, printable
+from stablefield.files import atomic_folder, cache_folder, cached, printable, write_text
 from stablefield.pool import Pool
 
 FORMAT = "stablefield store 2"
 
+LOGGER = logging.getLogger("stablefield")
+
 _MAX_JSON = 2**24
+_WAIT = 2**32  # bytes of data up to which a comparison with the hash is waited for
+_GOOD = "good"
 
 
 def _is_list(value: Any, kind: type) -> bool:
@@ -66,7 +76,7 @@ class Store(Source):
     @override
     def load(self, progress: Progress = silent) -> Pool:
         pool, metadata = self._load()
-        check_once(self.path, pool.nbytes, lambda: self._compare_hash(pool, metadata["hash"]))
+        _check_once(self.path, pool.nbytes, lambda: self._compare_hash(pool, metadata["hash"]))
         return pool
 
     def _load(self) -> tuple[Pool, dict[str, Any]]:
@@ -99,9 +109,9 @@ class Store(Source):
             ValueError: the hashes differ.
         """
         pool, metadata = self._load()
-        state = state_of(self.path)
+        state = _state_of(self.path)
         self._compare_hash(pool, metadata["hash"])
-        remember(self.path, state)
+        _remember(self.path, state)
         return str(metadata["hash"])
 
     def metadata(self) -> dict[str, Any]:
@@ -176,7 +186,7 @@ def write_store(path: Path, contents: Contents, *, source: str, progress: Progre
         metadata = _fill(temporary, contents, progress) | {"source": source}
         text = json.dumps(metadata | {"checksum": _checksum(metadata)}, indent=2)
         (temporary / "store.json").write_text(text)
-    remember(path, state_of(path))
+    _remember(path, _state_of(path))
     return Store(path)
 
 
@@ -231,27 +241,31 @@ def _checksum(metadata: Mapping[str, Any]) -> str:
 
 def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any]:
     """Write data and labels, and return the entries of `store.json` about them."""
-    blocks = contents.blocks()
+    blocks = contents.checked_blocks()
     first = next(blocks)
-    shape, done = (contents.count, *first.shape[1:]), 0
-    digest = begin_hash(first.dtype, shape, contents.num_levels)
+    shape = (contents.count, *first.shape[1:])
+
+    def written(file: BinaryIO) -> Iterator[np.ndarray]:
+        done = 0
+        for block in chain([first], blocks):
+            # a write to a full disk raises an error, whereas an assignment to a memory map would kill the process
+            flat = np.ascontiguousarray(block)
+            file.write(flat.data)
+            yield flat
+            done += len(block)
+            progress(done, contents.count)
+        assert done == contents.count
+
     with (folder / "data.npy").open("xb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        for block in chain([first], blocks):
-            # a write to a full disk raises an error, whereas an assignment to a memory map would kill the process
-            flat = np.ascontiguousarray(_checked(block, first)).data
-            file.write(flat)
-            digest.update(flat)
-            done += len(block)
-            progress(done, contents.count)
-    assert done == contents.count
+        found = hash_blocks(contents, shape, first.dtype, written(file))
     if contents.labels is not None:
         with (folder / "labels.npy").open("xb") as file:
             np.save(file, contents.labels.astype(np.int64))
     return {
         "format": FORMAT,
-        "hash": end_hash(digest, contents.labels),
+        "hash": found,
         "shape": shape,
         "dtype": first.dtype.name,
         "num_levels": contents.num_levels,
@@ -262,13 +276,61 @@ def _fill(folder: Path, contents: Contents, progress: Progress) -> dict[str, Any
     }
 
 
-def _checked(block: np.ndarray, first: np.ndarray) -> np.ndarray:
-    """The block, which must be finite and of the type and shape of the first."""
-    if block.dtype != first.dtype or block.shape[1:] != first.shape[1:]:
-        raise ValueError(
-            f"all data must have the same type and shape, but {block.dtype} {block.shape[1:]} comes after "
-            f"{first.dtype} {first.shape[1:]}"
-        )
-    if block.dtype.kind == "f" and not np.isfinite(block).all():
-        raise ValueError("data contains values that are not finite")
-    return block
+# ---- which stores were compared with their hash, in which state of their files
+
+
+def _check_once(folder: Path, nbytes: int, check: Callable[[], None]) -> None:
+    """Check the files of a folder, unless the cache remembers that they were checked in this state."""
+    state = _state_of(folder)
+    known, result = _remembered(folder)
+    if known == state and result != _GOOD:
+        raise ValueError(result)
+    if known == state:
+        return
+
+    def compare() -> None:
+        try:
+            check()
+        except ValueError as error:
+            _remember(folder, state, str(error))
+            raise
+        _remember(folder, state)
+
+    def compare_later() -> None:
+        try:
+            compare()
+        except ValueError as error:
+            LOGGER.error("%s; stop this program: it uses the damaged data", error)
+
+    if nbytes <= _WAIT:
+        compare()
+    else:
+        threading.Thread(target=compare_later, daemon=True).start()
+
+
+def _remember(folder: Path, state: str, result: str = _GOOD) -> None:
+    """Note in the cache that a folder was checked; where the cache cannot be written, it is checked again next time."""
+    with suppress(OSError):
+        write_text(_note(folder), json.dumps([state, result]))
+
+
+def _state_of(folder: Path) -> str:
+    """Hash of the sizes, the times of the last changes and the inodes of the files in a folder."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    states = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for name, stat in stats]
+    return hashlib.sha256(repr(states).encode(errors="surrogateescape")).hexdigest()
+
+
+def _remembered(folder: Path) -> tuple[str, str]:
+    """The last state of a folder that was checked, and its result; empty if there is none."""
+    try:
+        known, result = json.loads(_note(folder).read_text(encoding="utf-8"))
+        return str(known), str(result)
+    except (OSError, ValueError, TypeError):
+        return "", ""
+
+
+def _note(folder: Path) -> Path:
+    """The file of the cache with the last state of a folder that was checked."""
+    name = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
+    return cache_folder() / f"{name}.checked"

@@ -177,10 +177,9 @@ def refuse_edited_config(folder: RunFolder, wanted: Config) -> None:
 
 
 def _config_text(folder: RunFolder) -> str | None:
-    try:
-        text = folder.config.read_text(encoding="utf-8-sig", errors="replace")
-    except FileNotFoundError:
+    if not folder.config.exists():
         return None
+    text = folder.config.read_text(encoding="utf-8-sig", errors="replace")
     refuse_other_format(text, folder.config)
     return text
 
@@ -239,8 +238,6 @@ class CheckpointManager:
         components: the parts of the run, for its data.
 
     Attributes:
-        folder: folder of the run.
-        config: configuration of the run.
         keep: number of checkpoints to keep, including the newest.
         identity: fingerprint of all data of the run, including held-out images.
         metadata: what checkpoints store besides tensors (see `run.describe`).
@@ -320,11 +317,7 @@ class CheckpointManager:
             raise failure
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written.
-
-        Raises:
-            OSError: a checkpoint could not be written; earlier ones are unchanged.
-        """
+        """Wait until no checkpoint is being written, and report an error as `raise_failure` does."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None

@@ -1,14 +1,12 @@
-"""The driver of a run: trains in the run's folder until all images have been seen or a signal arrives.
+"""Training of a run with its metrics and samples, until all images have been seen or a signal arrives.
 
-Whatever ends a run (a signal, an error, a rank that dies), its newest checkpoint is whole, and the run resumes from it
-as if it had never stopped. Metrics, samples and checkpoints are due at numbers of images seen, so a run that was
-stopped writes them at the same steps. A signal ends measurements and sheets of samples at once (`engine.stopping`), and
-the checkpoint is saved without them; what was due at a checkpoint and is missing is made up for when the run resumes.
+Metrics, samples and checkpoints are due at numbers of images seen, so a run that was stopped writes them at the same
+steps. A signal ends measurements and sheets of samples at once (`engine.stopping`), and the checkpoint is saved without
+them; what was due at a checkpoint and is missing is made up for when the run resumes.
 """
 
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
 from typing import Any
 
 from stablefield.build import Components, build_sampler
@@ -16,15 +14,14 @@ from stablefield.checkpoint import finite
 from stablefield.config import Config
 from stablefield.denoise import Denoiser
 from stablefield.distributed import Ranks
-from stablefield.engine.checkpoints import locked
 from stablefield.engine.loop import StepReport
 from stablefield.engine.metrics import HeldOutLoss, MetricsLogger, NoiseBins
-from stablefield.engine.probing import LossFigure, RunProbes
-from stablefield.engine.session import Session, deterministic_algorithms
+from stablefield.engine.probing import RunProbes
+from stablefield.engine.session import Session, open_session
 from stablefield.engine.stopping import Interruptible, StopRequest, stop_signals
 from stablefield.engine.tensorboard import TensorBoardWriter, samples
+from stablefield.evaluate.plots import plot_excess
 from stablefield.files import write_text
-from stablefield.precision import arithmetic
 from stablefield.run import RunFolder
 
 OnStep = Callable[[int, Mapping[str, Any]], object]
@@ -66,73 +63,41 @@ def fit(
         ConnectionError: another rank has died.
         OSError: the folder cannot be written.
     """
-    ranks = ranks or Ranks(components.denoiser.device)
-    with ExitStack() as stack:
-        ranks.on_main(lambda: stack.enter_context(locked(folder)))
-        stack.enter_context(deterministic_algorithms(config.training.deterministic))
-        stack.enter_context(arithmetic(config.training.precision, deterministic=config.training.deterministic))
-        stop = stack.enter_context(stop_signals())
-        return _Fit(config, components, folder, ranks, score, stop).run(on_step)
+    with stop_signals() as stop, open_session(config, components, folder, ranks) as session:
+        return _Fit(session, score, stop, on_step).run()
 
 
 class _Fit:
-    """A run in progress, with its checkpoints, metrics and samples."""
+    """A run in progress, with its metrics, scores and samples."""
 
     def __init__(
-        self,
-        config: Config,
-        components: Components,
-        folder: RunFolder,
-        ranks: Ranks,
-        score: CheckpointScore | None,
-        stop: StopRequest,
+        self, session: Session, score: CheckpointScore | None, stop: StopRequest, on_step: OnStep | None
     ) -> None:
-        self.session = Session(config, components, folder, ranks)
-        self.config = config = self.session.config
-        self.components, self.folder, self.ranks, self.score = components, folder, ranks, score
-        training, objective = config.training, components.objective
-        self.stop, self.interruptible = stop, Interruptible(stop, ranks)
-        self.state, self.checkpoints = self.session.state, self.session.checkpoints
-        ranks.on_main(self._start)
-        history = folder.history()
-        bins = NoiseBins.equally_likely(objective.times, components.denoiser.process)
-        elapsed = next((line["timing/total_sec"] for line in reversed(history) if "timing/total_sec" in line), 0.0)
-        self.logger = MetricsLogger(bins, ranks, elapsed)
+        self.session, self.score, self.stop, self.on_step = session, score, stop, on_step
+        self.config, self.components, self.state = session.config, session.components, session.state
+        self.folder, self.ranks, self.checkpoints = session.folder, session.ranks, session.checkpoints
+        ranks, training, objective = self.ranks, self.config.training, self.components.objective
+        self.interruptible = Interruptible(stop, ranks)
+        ranks.on_main(lambda: self.folder.rewind(self.state.images))
+        self.history = self.folder.history()
+        bins = NoiseBins.equally_likely(objective.times, self.components.denoiser.process)
+        last = {key: line[key] for line in self.history for key in line}
+        self.logger = MetricsLogger(bins, ranks, last.get("timing/total_sec", 0.0))
         batch_size = training.micro_batch_size or training.batch_size // ranks.world_size
-        held_out = components.held_out
+        held_out = self.components.held_out
         self.held_out = None if held_out is None else HeldOutLoss(held_out, objective, bins, ranks, batch_size)
-        self.probes = RunProbes(config, components, ranks)
-        if last := next((line for line in reversed(history) if "loss/excess" in line), None):
+        self.probes = RunProbes(self.config, self.components, ranks)
+        if "loss/excess" in last:
             self.probes.recall(last)
-        self.history, self.figure = history, LossFigure(folder, history)
-        self.tensorboard = TensorBoardWriter(folder, self.state.images) if ranks.is_main else None
+        self.tensorboard = TensorBoardWriter(self.folder, self.state.images) if ranks.is_main else None
         self.metrics: dict[str, Any] = {}
 
-    def _start(self) -> None:
-        """Write the configuration and a first checkpoint, so that the run can be resumed from its first step on.
-
-        config.toml comes first: a run that is stopped before its checkpoint resumes with it (see `latest_config`).
-        """
-        write_text(self.folder.config, self.config.toml())
-        self.folder.rewind(self.state.images)
-        self.checkpoints.save(self.state)
-
-    def run(self, on_step: OnStep | None) -> int:
-        """Train to the end or to a signal; if an error is raised on the way, save first."""
-        try:
-            with self.ranks.reraise_lost_rank():
-                return self._train(on_step)
-        except Exception:
-            with suppress(Exception):  # the first of two errors is the one to report
-                self.checkpoints.wait()
-            if self.ranks.is_main and self.state.complete:
-                with suppress(Exception):
-                    self._log_alone()
-                with suppress(Exception):
-                    self.checkpoints.save(self.state)
-            raise
-        finally:
-            self.checkpoints.wait()
+    def run(self) -> int:
+        """Train to the end or to a signal, whose number is returned."""
+        if not self.session.run(self._record, prepare=self.interruptible, before_rescue=self._log_alone):
+            return self.interruptible.number()
+        self._refuse_untrained()
+        return 0
 
     def _log_alone(self) -> None:
         """Write the metrics since the last line, of this rank's examples alone: other ranks may have died.
@@ -144,20 +109,6 @@ class _Fit:
         written = {line["progress/kimg"] for line in self.folder.history()}
         if self.metrics and self.metrics["progress/kimg"] not in written:
             self._write_metrics(draw=True)
-
-    def _train(self, on_step: OnStep | None) -> int:
-        self._make_up()
-        for step in self.session.steps(self.interruptible) if not self.interruptible.stopped else ():
-            self._record(step)
-            if on_step is not None:
-                on_step(step.images, self.metrics | self.probes.latest)
-            self.checkpoints.raise_failure()
-            if self.interruptible.stopped:
-                break
-        if self.interruptible.stopped:
-            return self.interruptible.number()
-        self._refuse_untrained()
-        return 0
 
     def _refuse_untrained(self) -> None:
         """Refuse to call a run complete in which no step has changed the weights."""
@@ -172,17 +123,18 @@ class _Fit:
         images, before = self.state.images, self.state.images - self.components.batches.size
         return every > 0 and images // every > before // every
 
-    @property
-    def _save_due(self) -> bool:
-        return self.state.images >= self.config.training.images or self._due(self.config.training.save_every)
+    def _due_now(self) -> tuple[bool, bool, bool]:
+        """True for each of a checkpoint, a measurement of the excess and a sheet of samples that is due now."""
+        training, images = self.config.training, self.state.images
+        save = images >= training.images or self._due(training.save_every)
+        return save, self.probes.due(images, self.components.batches.size), self._due(training.sample_every)
 
-    @property
-    def _probe_due(self) -> bool:
-        return self.probes.due(self.state.images, self.components.batches.size)
-
-    def _record(self, step: StepReport) -> None:
-        """Write the metrics, checkpoint and samples that are due after a step; only a checkpoint when stopping."""
-        save, probe, stopped = self._save_due, self._probe_due, lambda: self.interruptible.stopped
+    def _record(self, step: StepReport | None) -> bool:
+        """Write what is due after a step, without measurements when stopping; True ends training."""
+        if step is None:
+            self._make_up()
+            return self.interruptible.stopped
+        (save, probe, sheet), stopped = self._due_now(), lambda: self.interruptible.stopped
         line = save or probe or self._due(self.config.training.log_every)
         self.logger.add(step, self.components.batches.size)
         if save:
@@ -196,25 +148,27 @@ class _Fit:
             background = step.images < self.config.training.images and not stopped()
             score = self._score_in(self.metrics)
             self.ranks.on_main(lambda: self.checkpoints.save(self.state, score, background=background))
-        if self._due(self.config.training.sample_every) and not stopped():
+        if sheet and not stopped():
             self._draw_sheet()
-        if stopped() and not save:
-            if not line:
-                self.metrics = self.logger.flush(self.state)
-                self.ranks.on_main(lambda: self._write_metrics(draw=True))
-            self.ranks.on_main(lambda: self.checkpoints.save(self.state))
+        if stopped() and not line:
+            self.metrics = self.logger.flush(self.state)
+            self.ranks.on_main(lambda: self._write_metrics(draw=True))
         self.logger.restart_clock()
+        if self.on_step is not None:
+            self.on_step(step.images, self.metrics | self.probes.latest)
+        return self.interruptible.stopped
 
     def _make_up(self) -> None:
         """Measure and draw what was due at the checkpoint that the run resumes from, and was stopped or killed."""
         images = self.state.images
         line = {"progress/kimg": images / 1000} | self._line_of_checkpoint()
-        probe = self._probe_due and "loss/excess" not in line
-        rate = self._save_due and (
+        save, probe, sheet = self._due_now()
+        probe = probe and "loss/excess" not in line
+        rate = save and (
             (self.held_out is not None and "held_out/loss" not in line)
             or (self.score is not None and "score/score" not in line)
         )
-        sheet = self._due(self.config.training.sample_every) and not (self.folder.sheets / f"{images:09d}.png").exists()
+        sheet = sheet and not (self.folder.sheets / f"{images:09d}.png").exists()
         # the main rank decides: others may see older files
         probe, rate, sheet = (images > 0 and bool(self.ranks.all_gather_int(owed)[0]) for owed in (probe, rate, sheet))
         if probe or rate:
@@ -231,7 +185,6 @@ class _Fit:
         lines = [*(self.history[:-1] if last else self.history), line]
         self.checkpoints.save(self.state, self._score_in(line))
         write_text(self.folder.metrics, "".join(json.dumps(finite(each)) + "\n" for each in lines))
-        self.figure = LossFigure(self.folder, lines)
         if self.tensorboard:
             self.tensorboard.add_metrics({key: line[key] for key in line.keys() - last.keys()}, self.state.images)
 
@@ -266,8 +219,7 @@ class _Fit:
 
     def _write_metrics(self, draw: bool) -> None:
         self.folder.log(self.metrics)
-        self.figure.add(self.metrics)
-        if draw:
-            self.figure.draw()
+        if draw and self.probes.latest:
+            plot_excess(self.folder.loss_figure, self.folder.history(), f"Loss and excess of {self.folder.path.name}")
         if self.tensorboard:
             self.tensorboard.add_metrics(self.metrics, self.state.images)

@@ -275,11 +275,7 @@ def _update_weights(state: TrainState, learning_rate: float, clip: float | None)
 @contextmanager
 def _seeded_dropout(seed: int, device: torch.device) -> Iterator[None]:
     """Context in which dropout follows from a seed: modules can only draw from the global generator."""
-    if device.type == "cpu":  # torch.manual_seed would record a stack trace for each kind of GPU, every time
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(seed)
-            yield
-        return
-    with torch.random.fork_rng([device]):
-        torch.manual_seed(seed)
+    is_cpu = device.type == "cpu"  # torch.manual_seed would record a stack trace for each kind of GPU, every time
+    with torch.random.fork_rng([] if is_cpu else [device]):
+        (torch.default_generator.manual_seed if is_cpu else torch.manual_seed)(seed)
         yield

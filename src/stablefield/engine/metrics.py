@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from stablefield.denoise import Denoiser
@@ -44,15 +44,14 @@ class NoiseBins:
     names: tuple[str, ...]
 
     @classmethod
-    def equally_likely(cls, times: TimeDistribution, process: Process, count: int = 8) -> "NoiseBins":
-        """Ranges that training visits equally often.
+    def equally_likely(cls, times: TimeDistribution, process: Process) -> "NoiseBins":
+        """Eight ranges that training visits equally often.
 
         Args:
             times: distribution of t.
             process: the process, for the noise level at each time.
-            count: number of ranges.
         """
-        t = times.quantile(torch.linspace(0, 1, count + 1, dtype=torch.float64))
+        t = times.quantile(torch.linspace(0, 1, 9, dtype=torch.float64))
         alpha, sigma = process.scales(t)
         names = tuple(f"{low:.3g}..{high:.3g}" for low, high in pairwise((sigma / alpha).tolist()))
         return cls(t[1:-1], names)
@@ -209,23 +208,16 @@ class HeldOutLoss:
         t = self.objective.times.quantile(level)
         sums = torch.zeros(len(self.bins.names), 2, dtype=torch.float64)
         for examples in torch.arange(n)[self.ranks.rank :: self.ranks.world_size].split(self.batch_size):
-            sums += self._sums(denoiser, examples, index[examples], t[examples])
+            x, label = self.pool.take(index[examples]).to(self.ranks.device), self.pool.label(index[examples])
+            noisy = self.objective.perturb(
+                denoiser.process,
+                x,
+                t=t[examples],
+                generators=(generator(0, "held out", number) for number in examples.tolist()),
+                label=None if label is None else label.to(x.device),
+                index=index[examples],
+            )
+            report = self.objective.loss(denoiser, denoiser.process, noisy, DSMTarget()(noisy))
+            sums += self.bins.sums(t[examples], report.losses)
         total = self.ranks.all_gather(sums[None].to(self.ranks.device)).sum(0).cpu()
         return self.bins.means("held_out", total)
-
-    def _sums(
-        self, denoiser: Denoiser, examples: Int[Tensor, "b"], index: Int[Tensor, "b"], t: Float[Tensor, "b"]
-    ) -> Float[Tensor, "K 2"]:
-        """Sums for each range over some examples, whose numbers seed their noise."""
-        device = self.ranks.device
-        x, label = self.pool.take(index).to(device), self.pool.label(index)
-        noisy = self.objective.perturb(
-            denoiser.process,
-            x,
-            t=t,
-            generators=(generator(0, "held out", number) for number in examples.tolist()),
-            label=None if label is None else label.to(device),
-            index=index,
-        )
-        report = self.objective.loss(denoiser, denoiser.process, noisy, DSMTarget()(noisy))
-        return self.bins.sums(t, report.losses)

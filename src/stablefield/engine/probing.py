@@ -11,8 +11,7 @@ its distance from the posterior mean over the *training* data, which falls if th
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
@@ -23,13 +22,10 @@ from torch import Tensor
 from stablefield.build import Components
 from stablefield.config import Config
 from stablefield.distributed import Ranks
-from stablefield.engine.metrics import NoiseBins
 from stablefield.engine.state import TrainState
-from stablefield.evaluate.plots import plot_excess
 from stablefield.floor import ByNoise, Probes, SquaredError, edm_loss
 from stablefield.objective import Objective
 from stablefield.process import VE, Process
-from stablefield.run import RunFolder
 from stablefield.seeding import derive
 from stablefield.targets import DSMTarget, ExactTarget, KNNTarget, Prefetched, Sharded, STFTarget, TargetEstimator
 from stablefield.times import LogNormal, Stratified
@@ -60,19 +56,11 @@ def target_name(target: TargetEstimator) -> str | None:
             return None
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Probes of one loss, and the beginning of the names of their metrics."""
-
-    prefix: str
-    probes: Probes
-    bins: NoiseBins
-
-    def means(self, group: str, name: str, values: ByNoise) -> dict[str, float]:
-        """Mean over all noise levels and over each range, by the names of the metrics."""
-        by_noise = f"{'' if group == 'loss' else group + '_'}{name}_by_noise"
-        ranges = zip(self.bins.names, values.by_bin.tolist(), strict=True)
-        return {f"{group}/{name}": values.value} | {f"{by_noise}/{label}": value for label, value in ranges}
+def _named(group: str, name: str, values: ByNoise) -> dict[str, float]:
+    """Mean over all noise levels and over each range, by the names of the metrics."""
+    by_noise = f"{'' if group == 'loss' else group + '_'}{name}_by_noise"
+    ranges = zip(values.names, values.by_bin.tolist(), strict=True)
+    return {f"{group}/{name}": values.value} | {f"{by_noise}/{label}": value for label, value in ranges}
 
 
 class RunProbes:
@@ -91,15 +79,13 @@ class RunProbes:
     """
 
     def __init__(self, config: Config, components: Components, ranks: Ranks) -> None:
-        training, self.components, self.ranks = config.training, components, ranks
-        self.every, self.per_bin, self.images = training.probe_every, training.probes, training.images
-        self.label_dropout, self.seed = training.label_dropout, training.seed
-        self.target = target_name(components.objective.target)
-        self.batch_size = training.micro_batch_size or training.batch_size // ranks.world_size
+        self.training, self.components, self.ranks = config.training, components, ranks
+        self.every, self.target = config.training.probe_every, target_name(components.objective.target)
+        self.batch_size = self.training.micro_batch_size or self.training.batch_size // ranks.world_size
         self.augmented = bool(config.make("augmentation").augment_dim)
         self.latest: dict[str, Any] = {}
         self.excess_by_bin = torch.zeros(0)
-        self._made: tuple[list[_Group], Probes | None] | None = None
+        self._made: tuple[dict[str, Probes], Probes | None] | None = None
 
     def due(self, images: int, batch_size: int) -> bool:
         """True if a measurement is due after a step.
@@ -110,7 +96,7 @@ class RunProbes:
         """
         if not self.every or images < self.every:
             return False
-        return images // self.every > (images - batch_size) // self.every or images >= self.images
+        return images // self.every > (images - batch_size) // self.every or images >= self.training.images
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """Metrics of the network with its weights as they are and averaged; must be called on all ranks.
@@ -122,14 +108,16 @@ class RunProbes:
         groups, held_out = self._groups(state.denoiser.process)
         devices = [] if state.device.type == "cpu" else [state.device]
         with torch.random.fork_rng(devices):  # networks that draw random numbers take none from training
-            torch.manual_seed(derive(self.seed, "probes"))
+            torch.manual_seed(derive(self.training.seed, "probes"))
             metrics = self._floors(groups)
             raw = copy.deepcopy(state.average)
             raw.load_state_dict(state.denoiser.state_dict())
             for suffix, network in (("", raw), ("_average", state.average)):
                 metrics |= self._excess(groups, network, suffix)
             if held_out is not None:
-                metrics |= self._held_out(groups[0], held_out, state.average)
+                squares = held_out.squares(state.average, batch_size=self.batch_size)
+                for name, square in zip(("distance_to_training_mean", "probe_loss"), squares, strict=True):
+                    metrics |= _named("held_out", name, self._gathered(held_out, held_out.weighted(square)))
         self.recall(metrics)
         return metrics | {"timing/probe_sec": perf_counter() - start}
 
@@ -143,42 +131,34 @@ class RunProbes:
         self.latest = {"loss/excess": metrics["loss/excess"], "loss/floor": metrics[f"loss/{name}"]}
         self.latest["target/name"] = target or "dsm"
 
-    def _excess(self, groups: list[_Group], network: Callable[..., Tensor], suffix: str) -> dict[str, float]:
+    def _excess(self, groups: dict[str, Probes], network: Callable[..., Tensor], suffix: str) -> dict[str, float]:
         metrics: dict[str, float] = {}
         squares: dict[int, Tensor] = {}  # groups that differ in their weight share one evaluation of the network
-        for group in groups:
-            probes = group.probes
+        for group, probes in groups.items():
             if id(probes.noisy) not in squares:
                 squares[id(probes.noisy)] = probes.squares(network, batch_size=self.batch_size)[0]
             excess = self._gathered(probes, probes.weighted(squares[id(probes.noisy)]))
-            metrics |= group.means(group.prefix, f"excess{suffix}", excess)
-            if group is groups[0] and not suffix:
+            metrics |= _named(group, f"excess{suffix}", excess)
+            metrics[f"{group}/excess{suffix}_error"] = excess.error
+            if group == "loss" and not suffix:
                 self.excess_by_bin = excess.by_bin
-            metrics[f"{group.prefix}/excess{suffix}_error"] = excess.error
         return metrics
 
-    def _floors(self, groups: list[_Group]) -> dict[str, float]:
+    def _floors(self, groups: dict[str, Probes]) -> dict[str, float]:
         metrics: dict[str, float] = {}
-        for group in groups:
-            names = {"floor_dsm": "dsm"} | ({"floor_target": self.target} if self.target else {})
+        names = {"floor_dsm": "dsm"} | ({"floor_target": self.target} if self.target else {})
+        for group, probes in groups.items():
             for name, target in names.items():
-                floor = self._gathered(group.probes, group.probes.floors(target))
-                metrics |= group.means(group.prefix, name, floor)
-                metrics[f"{group.prefix}/{name}_error"] = floor.error
-        return metrics
-
-    def _held_out(self, own: _Group, probes: Probes, network: Callable[..., Tensor]) -> dict[str, float]:
-        squares = probes.squares(network, batch_size=self.batch_size)
-        metrics: dict[str, float] = {}
-        for name, square in zip(("distance_to_training_mean", "probe_loss"), squares, strict=True):
-            metrics |= own.means("held_out", name, self._gathered(probes, probes.weighted(square)))
+                floor = self._gathered(probes, probes.floors(target))
+                metrics |= _named(group, name, floor)
+                metrics[f"{group}/{name}_error"] = floor.error
         return metrics
 
     def _gathered(self, probes: Probes, values: Float[Tensor, "B R"]) -> ByNoise:
         """Values at the examples of all ranks."""
         return probes.by_noise(self.ranks.all_gather(values.to(self.ranks.device).float()).cpu().double())
 
-    def _groups(self, process: Process) -> tuple[list[_Group], Probes | None]:
+    def _groups(self, process: Process) -> tuple[dict[str, Probes], Probes | None]:
         """The probes of the run's own loss, of EDM's, and of held-out images; made when they are first due."""
         if self._made is None:
             if self.augmented and self.ranks.is_main:
@@ -189,12 +169,8 @@ class RunProbes:
             own, edm = SquaredError.of_objective(objective, process), edm_loss(process)
             probes = self._probes(own)
             of_edm = probes.with_weight(edm) if _has_noise_of_edm(objective, process) else self._probes(edm)
-            groups = [
-                _Group(prefix, each, NoiseBins.equally_likely(each.loss.times, process, each.bins))
-                for prefix, each in (("loss", probes), ("edm", of_edm))
-                if each.loss.times is not None
-            ]
-            self._made = groups, None if held_out is None else self._probes(own, sources=held_out)
+            of_held_out = None if held_out is None else self._probes(own, sources=held_out)
+            self._made = {"loss": probes, "edm": of_edm}, of_held_out
         return self._made
 
     def _probes(self, loss: SquaredError, **sources: Any) -> Probes:
@@ -202,45 +178,12 @@ class RunProbes:
             self.components.pool,
             loss,
             target=self.target or "dsm",
-            per_bin=self.per_bin,
-            label_dropout=self.label_dropout,
+            per_bin=self.training.probes,
+            label_dropout=self.training.label_dropout,
             part=(self.ranks.rank, self.ranks.world_size),
             device=self.ranks.device,
             **sources,
         )
-
-
-class LossFigure:
-    """Figure of a run: its loss, the floor of it and the excess, during training and by noise level.
-
-    Args:
-        folder: folder of the run.
-        history: lines of the metrics so far.
-
-    Attributes:
-        folder: folder of the run.
-        lines: the lines of the metrics that the figure shows.
-    """
-
-    def __init__(self, folder: RunFolder, history: Sequence[Mapping[str, Any]]) -> None:
-        self.folder = folder
-        self.lines: list[dict[str, Any]] = []
-        for line in history:
-            self.add(line)
-
-    def add(self, line: Mapping[str, Any]) -> None:
-        """Add a line of the metrics.
-
-        Args:
-            line: values by the name of the metric.
-        """
-        prefixes = ("progress/", "loss/", "excess", "floor")
-        self.lines.append({key: value for key, value in line.items() if key.startswith(prefixes)})
-
-    def draw(self) -> None:
-        """Write the figure, if the excess was measured."""
-        if any("loss/excess" in line for line in self.lines):
-            plot_excess(self.folder.loss_figure, self.lines, f"Loss and excess of {self.folder.path.name}")
 
 
 def _has_noise_of_edm(objective: Objective, process: Process) -> bool:

@@ -1,20 +1,29 @@
-"""A run in training: what `fit` and a comparison do alike, whatever they record on the way."""
+"""The driver of a run, for `fit` and for a comparison: it trains, saves and resumes, and they record what they need.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Whatever ends a run (a request to stop, an error, a rank that dies), its newest checkpoint is whole, and the run resumes
+from it as if it had never stopped.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 
 import torch
 
 from stablefield.build import Components
-from stablefield.config import Config, ConfigError, Training
+from stablefield.config import Config, ConfigError
 from stablefield.distributed import Ranks
 from stablefield.engine.adaptation import Adaptation
-from stablefield.engine.checkpoints import CheckpointManager
+from stablefield.engine.checkpoints import CheckpointManager, locked
 from stablefield.engine.compilation import decide_compile
 from stablefield.engine.loop import Optimization, Prepare, StepReport, train
 from stablefield.engine.state import TrainState
-from stablefield.precision import dtype_of
+from stablefield.files import write_text
+from stablefield.precision import arithmetic, dtype_of
 from stablefield.run import RunFolder
+
+Record = Callable[[StepReport | None], bool]
+"""Records a step of a run, or what is due before the next one (None); True ends training."""
 
 
 class Session:
@@ -24,12 +33,10 @@ class Session:
         config: the configuration that `components` were built from.
         components: the parts of the run; the denoiser is trained in place.
         folder: folder of the run.
-        ranks: this process and those it trains with; by default a single process.
+        ranks: this process and those it trains with.
 
     Attributes:
         config: the configuration, in which "auto" for `training.compile` has been decided.
-        components: the parts of the run.
-        ranks: this process and those it trains with.
         state: the state of training.
         checkpoints: the checkpoints in the folder.
 
@@ -38,20 +45,88 @@ class Session:
         CheckpointError: the newest checkpoint is damaged.
     """
 
-    def __init__(self, config: Config, components: Components, folder: RunFolder, ranks: Ranks | None = None) -> None:
-        self.ranks = ranks or Ranks(components.denoiser.device)
-        self.config = config = decide_compile(config, components, folder, self.ranks)
+    def __init__(self, config: Config, components: Components, folder: RunFolder, ranks: Ranks) -> None:
+        self.folder, self.ranks = folder, ranks
+        self.config = config = decide_compile(config, components, folder, ranks)
         self.components, self.state = components, initial_state(config, components)
         self.checkpoints = CheckpointManager(folder, config, components)
         self.checkpoints.restore(self.state, self.ranks)
 
-    def steps(self, prepare: Prepare | None = None) -> Iterator[StepReport]:
-        """The steps that are left; each one is taken when it is asked for.
+    def run(
+        self,
+        record: Record,
+        *,
+        prepare: Prepare | None = None,
+        before_rescue: Callable[[], object] = lambda: None,
+    ) -> bool:
+        """Train until all images have been seen, or until `record` or `prepare` ends it; an error saves the run, too.
 
         Args:
+            record: called on every rank before the first step, with None, and after every step.
             prepare: calls the function that makes the batch of a step, as for `train`.
+            before_rescue: called on the main rank before the run is saved because of an error.
+
+        Returns:
+            True if all images have been seen, and `record` has not ended training.
         """
-        return training_steps(self.config, self.components, self.state, ranks=self.ranks, prepare=prepare)
+        self.ranks.on_main(self._start)
+        try:
+            with self.ranks.reraise_lost_rank():
+                steps = training_steps(self.config, self.components, self.state, ranks=self.ranks, prepare=prepare)
+                for step in chain([None], steps):
+                    ends = record(step)
+                    self.checkpoints.raise_failure()
+                    if ends:
+                        self.ranks.on_main(self.save)
+                        return False
+            return self.state.images >= self.config.training.images
+        except Exception:
+            with suppress(Exception):  # the first of two errors is the one to report
+                self.checkpoints.wait()
+            if self.ranks.is_main and self.state.complete:
+                with suppress(Exception):
+                    before_rescue()
+                with suppress(Exception):
+                    self.checkpoints.save(self.state)
+            raise
+        finally:
+            self.checkpoints.wait()
+
+    def save(self) -> None:
+        """Save the state, unless the newest checkpoint has it."""
+        self.checkpoints.wait()
+        if self.checkpoints.newest_images < self.state.images:
+            self.checkpoints.save(self.state)
+
+    def _start(self) -> None:
+        """Write the configuration and a first checkpoint, so that the run can be resumed from its first step on.
+
+        config.toml comes first: a run that is stopped before its checkpoint resumes with it (see `latest_config`).
+        """
+        write_text(self.folder.config, self.config.toml())
+        self.checkpoints.save(self.state)
+
+
+@contextmanager
+def open_session(
+    config: Config, components: Components, folder: RunFolder, ranks: Ranks | None = None
+) -> Iterator[Session]:
+    """Context of a session in which no other process can train in the folder, with the arithmetic of the run.
+
+    Args:
+        config: the configuration that `components` were built from.
+        components: the parts of the run; the denoiser is trained in place.
+        folder: folder of the run.
+        ranks: this process and those it trains with; by default a single process.
+
+    Raises:
+        ConfigError: another process is training in the folder, or as for `Session`.
+    """
+    ranks, training = ranks or Ranks(components.denoiser.device), config.training
+    with ExitStack() as stack:
+        ranks.on_main(lambda: stack.enter_context(locked(folder)))
+        stack.enter_context(arithmetic(training.precision, deterministic=training.deterministic))
+        yield Session(config, components, folder, ranks)
 
 
 def training_steps(
@@ -63,16 +138,15 @@ def training_steps(
     ranks: Ranks | None = None,
     prepare: Prepare | None = None,
 ) -> Iterator[StepReport]:
-    """Train with the components and hyperparameters of a configuration, as `train` does.
+    """The steps of `train` with the components and hyperparameters of a configuration.
 
     Args:
         config: configuration of the run.
-        components: the parts of the run; the network is compiled in place if `training.compile` is true, so the names
-            of its weights do not change.
+        components: the parts of the run; the network is compiled in place if `training.compile` is true.
         state: the state, trained in place.
         images: images to see in the whole run; those of the configuration by default.
-        ranks: this process and those it trains with; a single process by default.
-        prepare: calls the function that makes the batch of a step, as for `train`.
+        ranks: as for `train`.
+        prepare: as for `train`.
     """
     training = config.training
     if training.compile is True:
@@ -84,7 +158,7 @@ def training_steps(
         components.batches,
         images=training.images if images is None else images,
         seed=training.seed,
-        optimization=make_optimization(training),
+        optimization=Optimization(training.rate, training.gradient_clip, training.micro_batch_size),
         ranks=ranks,
         prepare=prepare,
     )
@@ -113,29 +187,3 @@ def _adaptation(config: Config, components: Components) -> Adaptation | None:
     if adaptation and not adaptation.adaptive.reweight and not config.training.probe_every:
         raise ConfigError("times.reweight=false follows the excess, which is not measured: set training.probe_every")
     return adaptation
-
-
-def make_optimization(training: Training) -> Optimization:
-    """The hyperparameters of the update of the weights.
-
-    Args:
-        training: the section `training` of the configuration.
-    """
-    return Optimization(training.rate, training.gradient_clip, training.micro_batch_size)
-
-
-@contextmanager
-def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which torch refuses operations whose results are not reproducible bit for bit.
-
-    Args:
-        enabled: False changes nothing.
-    """
-    if not enabled or torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)

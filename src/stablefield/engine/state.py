@@ -25,13 +25,9 @@ class TrainState:
         adaptation: the noise distribution, if it adapts to the run.
 
     Attributes:
-        denoiser: the model.
         emas: the moving averages by name (see `schedule.average_names`).
         averages: a copy of the model with averaged weights for each of them, in evaluation mode.
         weights: the parameters of the model.
-        optimizer: the optimizer.
-        precision: dtype of matrix products and convolutions.
-        adaptation: the noise distribution, if it adapts to the run.
         scaler: scale of the loss, which changes only in float16.
         images: images seen, over all ranks.
         skipped: steps that were skipped because their gradient was not finite.

@@ -51,7 +51,7 @@ class TensorBoardWriter:
         images: images seen so far. TensorBoard drops earlier events of later steps, which the run repeats.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, here and in every method.
     """
 
     def __init__(self, folder: RunFolder, images: int) -> None:
@@ -72,9 +72,6 @@ class TensorBoardWriter:
         Args:
             metrics: values by name; progress and timestamp are left out, since every event has its own.
             images: number of training images seen, the step of the event.
-
-        Raises:
-            OSError: the disk is full or cannot be written.
         """
         names = sorted(metrics.keys() - {"progress/kimg", "timestamp"})
         values = [self.summary.Value(tag=name, simple_value=metrics[name]) for name in names]
@@ -86,9 +83,6 @@ class TensorBoardWriter:
         Args:
             x: the samples, in [-1, 1].
             images: number of training images seen: the step of the event, and the name of the file.
-
-        Raises:
-            OSError: the disk is full or cannot be written.
         """
         path = self.folder.sheets / f"{images:09d}.png"
         save_sheet(path, x)

@@ -24,17 +24,10 @@ _RECIPE = "stablefield classifier 1"  # the number must increase when the networ
 _EPOCHS, _MAX_IMAGES = 30, 300_000
 
 
-class ClassifierNetwork(nn.Module):
-    """Convolutional classifier with one linear layer between the features and the classes.
+class _Network(nn.Module):
+    """Convolutional classifier with one linear layer, the head, between the features and the classes.
 
-    Args:
-        shape: shape of an image, (C, H, W). It is downsampled until its longer side has at most 8 pixels.
-        num_classes: number of classes.
-        width: number of features.
-
-    Attributes:
-        body: maps images to features.
-        head: maps features to logits.
+    Images (C, H, W) are downsampled until their longer side has at most 8 pixels.
     """
 
     def __init__(self, shape: tuple[int, ...], num_classes: int, width: int = 64) -> None:
@@ -51,29 +44,20 @@ class ClassifierNetwork(nn.Module):
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B num_classes"]:
-        """Logits of the classes.
-
-        Args:
-            x: images in [-1, 1].
-        """
         return self.head(self.body(x))
 
 
 class Classifier(Features):
     """Features of a trained classifier: the input of its last layer.
 
-    Args:
-        network: the trained network, for images in [-1, 1].
-        accuracy: fraction of held-out images that it classifies correctly.
-
     Attributes:
-        network: the network, in evaluation mode.
+        network: the trained network, for images in [-1, 1]; it is set to evaluation mode.
         accuracy: fraction of held-out images that it classifies correctly.
     """
 
     name = "classifier"
 
-    def __init__(self, network: ClassifierNetwork, accuracy: float) -> None:
+    def __init__(self, network: _Network, accuracy: float) -> None:
         self.network, self.accuracy = network.eval().requires_grad_(False), accuracy
         self.device = network.head.weight.device
         self.identity = f"classifier:{checksum(network.state_dict(), {})[:16]}"
@@ -138,7 +122,7 @@ def train_classifier(
     test, train = order.split([round(held_out * len(pool)), len(pool) - round(held_out * len(pool))])
     with torch.random.fork_rng([]):
         torch.manual_seed(derive(seed, "classifier weights"))
-        network = ClassifierNetwork(pool.shape, pool.num_classes).to(device)
+        network = _Network(pool.shape, pool.num_classes).to(device)
     _fit(network, pool.subset(train), seed, epochs, progress)
     return Classifier(network, _measure_accuracy(Classifier(network, 0.0), pool, test))
 
@@ -201,12 +185,12 @@ def _read(path: Path, device: str | torch.device) -> Classifier | None:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); remove it to train the classifier again") from None
-    network = ClassifierNetwork(tuple(json.loads(metadata["shape"])), int(metadata["classes"]))
+    network = _Network(tuple(json.loads(metadata["shape"])), int(metadata["classes"]))
     network.load_state_dict(state)
     return Classifier(network.to(device), float(metadata["accuracy"]))
 
 
-def _fit(network: ClassifierNetwork, pool: Pool, seed: int, epochs: int, progress: Progress) -> None:
+def _fit(network: _Network, pool: Pool, seed: int, epochs: int, progress: Progress) -> None:
     device, batches = network.head.weight.device, ShuffledBatches(pool, 128, seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     total = min(epochs * len(pool), _MAX_IMAGES)

@@ -38,7 +38,6 @@ from stablefield.evaluate.metrics import (
     MAX_PAIRED,
     METRICS,
     FeatureSet,
-    check_metrics,
     compute_scores,
     sample_size_notes,
     summarise,
@@ -280,7 +279,8 @@ def evaluate(
         ValueError: something cannot be read or compared, or a score is not finite.
         OSError: samples cannot be written.
     """
-    check_metrics(metrics)
+    if unknown := set(metrics) - set(METRICS):
+        raise ValueError(f"unknown metric {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
     plan = _plan(samples)
     ranks = ranks or Ranks(plan.device if plan else torch.device("cpu"))
     refuse_if(
@@ -302,8 +302,8 @@ def evaluate(
         compared = training_reference(plan, progress)
     other = None if held_out is None else open_reference(held_out, progress)
     for each in (compared, other):
-        if each:
-            each.check_shape(shape)
+        if each and each.pool and each.pool.shape != shape:
+            raise ConfigError(f"samples of shape {shape} cannot be compared with {each.pool} from {each.name}")
     if other and not (other.pool and compared.pool):
         raise ConfigError("--held-out needs data, not statistics, both itself and as --reference")
     floats = name if not images else compared.name if compared.pool and not compared.pool.images else None

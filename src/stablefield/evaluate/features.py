@@ -137,7 +137,7 @@ class ExportedNetwork(Features):
         self.device = torch.device(device)
         try:
             self.network = _load_network(path, content, self.device, trusted)
-        except UntrustedFileError:
+        except _UntrustedFileError:
             raise
         except Exception as error:  # a file that somebody else made may fail in any way
             raise ValueError(
@@ -157,13 +157,8 @@ class ExportedNetwork(Features):
         return features
 
 
-class UntrustedFileError(ValueError):
-    """Error for a file that could run code when it is opened or used.
-
-    Args:
-        path: the file.
-        reason: why it could run code; continues a sentence that starts with the path.
-    """
+class _UntrustedFileError(ValueError):
+    """Error for a file that could run code when it is opened or used, with the reason."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
@@ -175,13 +170,15 @@ class UntrustedFileError(ValueError):
 def _load_network(path: Path, content: bytes, device: torch.device, trusted: bool) -> Callable[[Tensor], Tensor]:
     if path.suffix == ".pt2":
         if not trusted:
-            raise UntrustedFileError(path, "is a network of torch.export, and such a file can run any code")
+            raise _UntrustedFileError(path, "is a network of torch.export, and such a file can run any code")
         from torch.export.passes import move_to_device_pass
 
         network: nn.Module = move_to_device_pass(torch.export.load(io.BytesIO(content)), device).module()
         return network
     if not trusted and (name := _unsafe_name(content)):
-        raise UntrustedFileError(path, f"is TorchScript that contains {name}, by which a file can do more than compute")
+        raise _UntrustedFileError(
+            path, f"is TorchScript that contains {name}, by which a file can do more than compute"
+        )
     return torch.jit.load(io.BytesIO(content), map_location=device).eval()
 
 

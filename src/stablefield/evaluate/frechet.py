@@ -25,6 +25,7 @@ from stablefield.kernel.accumulator import float64_device
 from stablefield.kernel.matmul import has_little_float64
 
 BLOCK = 2048  # features added to the running statistics at a time
+_ROWS, _COLUMNS = 1024, 256  # of a block of features, and of the part of the scatter matrix that is added to
 
 # Tolerance for asymmetry and negative eigenvalues of a covariance, relative to its largest eigenvalue. Rounding in
 # float64 leaves 1e-12 or less. Published files were also stored as float32 (6e-8 of each entry) or computed in float32
@@ -57,18 +58,20 @@ class StatisticsAccumulator:
         Args:
             features: at least one feature vector, (n, F).
         """
-        return merge_all(map(cls._from_block, features.split(BLOCK)))
-
-    @classmethod
-    def _from_block(cls, features: Float[Tensor, "n F"]) -> "StatisticsAccumulator":
-        features = features.to(float64_device(features.device), torch.float64)
-        mean = features.mean(0)
-        centred = features - mean
-        if features.device.type == "cuda" and not has_little_float64(features.device):
-            return cls(len(features), mean, centred.T @ centred)
-        half = centred.cpu().numpy()
-        # numpy computes half of the product of a matrix with its own transpose, and mirrors it
-        return cls(len(features), mean, torch.from_numpy(half.T @ half).to(mean))
+        device = float64_device(features.device)
+        x = features.to("cpu" if has_little_float64(device) else device)
+        centre = x.mean(0).double()
+        total, scatter = torch.zeros_like(centre), centre.new_zeros(len(centre), len(centre))
+        for block in x.split(_ROWS):
+            centred = block - centre
+            total += centred.sum(0)
+            for start in range(0, len(centre), _COLUMNS):  # the lower triangle, which is mirrored below
+                end = start + _COLUMNS
+                scatter[start:end, :end].addmm_(centred[:, start:end].T, centred[:, :end])
+        upper = torch.ones_like(scatter, dtype=torch.bool).triu_(1)
+        scatter = torch.where(upper, scatter.T, scatter)
+        mean, scatter = centre + total / len(x), scatter - torch.outer(total, total) / len(x)
+        return cls(len(x), mean.to(device), scatter.to(device))
 
     def to(self, device: torch.device) -> "StatisticsAccumulator":
         """The same statistics on another device.

@@ -19,7 +19,7 @@ from stablefield.data.arrays import map_array, read_archive
 from stablefield.distributed import Ranks
 from stablefield.evaluate.frechet import Statistics
 from stablefield.generate import SampleStore, SamplingPlan
-from stablefield.generate.plan import fill_store
+from stablefield.generate.plan import sample_to
 from stablefield.pool import Pool
 from stablefield.run import RunFolder, training_data
 
@@ -95,18 +95,6 @@ class Reference:
     def n(self) -> int | None:
         """Number of data points; None if unknown."""
         return len(self.pool) if self.pool else self.statistics.n if self.statistics else None
-
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse samples of another shape.
-
-        Args:
-            shape: shape of one sample.
-
-        Raises:
-            ConfigError: the reference data have another shape.
-        """
-        if self.pool and self.pool.shape != shape:
-            raise ConfigError(f"samples of shape {shape} cannot be compared with {self.pool} from {self.name}")
 
     def metadata(self) -> dict[str, Any]:
         """Name, number of data points and hash, which are stored with every score."""
@@ -221,9 +209,9 @@ def sample_run(
     seeds = [seed for repeat in repeats for seed in repeat]
     with progress("sampling") as watch:
         out = (plan.trained.folder / "evaluated" if keep is None else keep) / key
-        store = fill_store(plan, out, seeds, batch_size, ranks, watch)
-    if ranks.is_main and store.png:
-        store.finish(seeds)
+        store = sample_to(
+            plan, out, seeds=seeds, batch_size=batch_size, ranks=ranks, progress=watch, finish=plan.images
+        )
     metadata = {"name": plan.name, "training_images": plan.trained.images, **store.metadata()}
     return SampleSource(repeats, store.take, plan.trained.shape, metadata, store.images, seeds=repeats)
 

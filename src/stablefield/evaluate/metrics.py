@@ -106,19 +106,6 @@ def _ordered(accumulator: StatisticsAccumulator | None, features: list[Tensor], 
     return FeatureSet(accumulator, kept.index_select(0, move(order, kept.device)), torch.cat(index)[order])
 
 
-def check_metrics(metrics: Collection[str]) -> None:
-    """Refuse unknown names of metrics.
-
-    Args:
-        metrics: the names.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
-    if unknown := set(metrics) - set(METRICS):
-        raise ValueError(f"unknown metric {', '.join(sorted(unknown))}; choose from {', '.join(METRICS)}")
-
-
 def compute_scores(
     features: Features,
     samples: FeatureSet,

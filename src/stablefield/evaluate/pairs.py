@@ -1,9 +1,9 @@
 """Scores that compare all pairs of features: the kernel distance, and precision and recall.
 
-The products are in float32, the sums in float64. For the kernel distance features are centred, so that products are
-small, and the mean of the products is that of float64. The rounding of ||x||^2 - 2xy + ||y||^2 may exceed the distance
-between near neighbours, so precision and recall compute distances again in float64 where it could change a comparison:
-their counts are those of float64.
+The products are in float32, the sums in float64. The kernel distance is a sum of moments in float64 and of squares and
+cubes of the products of centred features, which are small. The rounding of ||x||^2 - 2xy + ||y||^2 may exceed the
+distance between near neighbours, so precision and recall compute distances again in float64 where it could change a
+comparison: their counts are those of float64.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,16 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import linear
 
-from stablefield.kernel.matmul import full_precision
-from stablefield.kernel.nearest import k_nearest, rounding
+from stablefield.kernel.matmul import full_precision, prepared_for_linear
+from stablefield.kernel.nearest import k_nearest, rounding, squared_distances
 from stablefield.pool import draw_without_replacement
 from stablefield.seeding import generator
 
 _BLOCK = 1024
 _SPARE = 5  # candidates beyond the k nearest
+_PART = 64  # rows that fit the cache
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
@@ -65,10 +67,10 @@ def kernel_distance(
     if size == len(x) == len(y):
         subsets = 1
 
-    centre = (x.mean(0) + y.mean(0)).double() / 2
+    centre = (_mean(x) + _mean(y)) / 2
 
-    def subset(features: Tensor) -> _Centred:
-        return _centred(features, draw_without_replacement(len(features), size, draws).to(features.device), centre)
+    def subset(z: Tensor) -> _Centred:
+        return _centred(z, draw_without_replacement(len(z), size, draws).to(z.device), centre)
 
     values = torch.tensor([_discrepancy(subset(x), subset(y)) for _ in range(subsets)], dtype=torch.float64)
     return float(values.mean()), float(values.std(correction=0))
@@ -104,14 +106,13 @@ def precision_recall(
     margin = rounding(x.shape[1], max(float(norm.max()) for norm in norms))
     for start in range(0, len(x), _BLOCK):
         rows = slice(start, start + _BLOCK)
-        squares = torch.addmm(norms[0][rows, None] + norms[1], x[rows], y.T, alpha=-2)
+        squares = squared_distances(prepared_for_linear(-2 * x[rows]), norms[0][rows], y, norms[1])
         hits[0][rows] |= _hits(squares, radii[1], margin, samples[rows], reference, hits[0][rows])
         hits[1] |= _hits(squares.T, radii[0][rows], margin, reference, samples[rows], hits[1])
     precision, recall = (float(found.double().mean()) for found in hits)
     return precision, recall
 
 
-@full_precision()
 def _radii(x: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n"]:
     """Distance of each point to its k-th nearest other point, in float64.
 
@@ -125,7 +126,7 @@ def _radii(x: Float[Tensor, "n F"], k: int) -> Float[Tensor, "n"]:
     starts = range(0, len(x), _BLOCK)
     for first, second in ((a, b) for a in starts for b in starts if a <= b):
         one, two = slice(first, first + _BLOCK), slice(second, second + _BLOCK)
-        squares = torch.addmm(norms[one, None] + norms[two], centred[one], centred[two].T, alpha=-2)
+        squares = squared_distances(prepared_for_linear(-2 * centred[one]), norms[one], centred[two], norms[two])
         if first == second:
             squares.fill_diagonal_(torch.inf)
         else:
@@ -187,55 +188,68 @@ class _Centred(NamedTuple):
     """Vectors z = u + c around a centre c.
 
     Attributes:
-        difference: u, rounded to the type of z.
-        total: sum of u.
-        inner: u . c + c . c / 2 of each.
-        norm: z . z of each.
+        u: the differences, in float32 if the vectors are.
+        offset: (u . c + c . c / 2) / F + 1/2 of each, in float64.
+        norm: u . u / F of each, in float64.
     """
 
-    difference: Float[Tensor, "n F"]
-    total: Float[Tensor, "F"]
-    inner: Float[Tensor, "n"]
+    u: Float[Tensor, "n F"]
+    offset: Float[Tensor, "n"]
     norm: Float[Tensor, "n"]
+
+    def moments(self) -> Float[Tensor, "3 F"]:
+        """Sum of offset^k u, for k = 0, 1 and 2."""
+        powers = torch.stack([self.offset**k for k in range(3)])
+        moments = powers.new_zeros(3, self.u.shape[1])
+        for part, weights in zip(self.u.split(_PART), powers.split(_PART, 1), strict=True):
+            moments.addmm_(weights, part.double())
+        return moments
+
+
+def _mean(z: Float[Tensor, "n F"]) -> Float[Tensor, "F"]:
+    """Mean of vectors in float64. Differences from a mean in float32 would often be ties, and round alike."""
+    return torch.stack([part.sum(0).double() for part in z.split(_PART)]).sum(0) / len(z)
 
 
 def _centred(z: Float[Tensor, "m F"], index: Int[Tensor, "n"], centre: Float[Tensor, "F"]) -> _Centred:
     """Some of the vectors around a centre."""
-    difference, total, inner, norm = z.new_empty(len(index), z.shape[1]), torch.zeros_like(centre), [], []
-    for part, rounded in zip(index.split(64), difference.split(64), strict=True):  # parts that fit the cache
-        u = z[part].double().sub_(centre)
-        rounded.copy_(u)
-        total += u.sum(0)
-        inner.append(u @ centre + centre @ centre / 2)
-        norm.append(torch.linalg.vector_norm(u, dim=1).square() + 2 * inner[-1])
-    return _Centred(difference, total, torch.cat(inner), torch.cat(norm))
+    features = z.shape[1]
+    u, offset, norm = z.new_empty(len(index), features, dtype=torch.promote_types(z.dtype, torch.float32)), [], []
+    for part, rounded in zip(index.split(_PART), u.split(_PART), strict=True):
+        difference = z[part] - centre
+        rounded.copy_(difference)
+        offset.append((difference @ centre + centre @ centre / 2) / features + 0.5)
+        norm.append(torch.linalg.vector_norm(difference, dim=1).square() / features)
+    return _Centred(u, torch.cat(offset), torch.cat(norm))
 
 
 @full_precision()
 def _discrepancy(x: _Centred, y: _Centred) -> float:
-    n, features = x.difference.shape
-    own = sum(float((side.norm / features + 1).pow(3).sum()) for side in (x, y))
-    return (_kernel_sum(x, x) + _kernel_sum(y, y) - own) / (n * (n - 1)) - 2 * _kernel_sum(x, y) / n**2
+    n = len(x.norm)
+    moments = x.moments(), y.moments()
+    within = sum(_kernel_sum(side, side, own, own) for side, own in zip((x, y), moments, strict=True))
+    return within / (n * (n - 1)) - 2 * _kernel_sum(x, y, *moments) / n**2
 
 
-def _kernel_sum(x: _Centred, y: _Centred) -> float:
-    """Sum of (x . y / F + 1)^3 over all pairs.
+def _kernel_sum(x: _Centred, y: _Centred, x_moments: Tensor, y_moments: Tensor) -> float:
+    """Sum of (x . y / F + 1)^3 over all pairs, without pairs of a vector with itself.
 
-    With u = x - c and v = y - c around the centre c, x . y = u . v + u . c + c . v + c . c. Only u . v, which is small,
-    is computed in the precision of the features; the mean of its rounding is known from the sums of u and v, and is
-    subtracted. Without this, the rounding of float32 exceeds the distance of sets that are alike.
+    Around the centre, x . y / F + 1 = s + p, where s is the sum of both offsets and p = u . v / F. Of (s + p)^3, s^3 +
+    3 s^2 p sums to products of moments, in float64. Only 3 s p^2 + p^3 needs p of each pair, in float32: where sets
+    are alike, these terms are small, and so is their rounding.
     """
-    features = len(x.total)
-    products = _gram(x.difference) if x is y else x.difference @ y.difference.T
-    rounding = (products.sum(1).double().sum() - x.total @ y.total) / products.numel()
-    rows, columns = x.inner / features, (y.inner - rounding) / features + 1
-    total = 0.0
-    for part, row in zip(products.split(64), rows[:, None].split(64), strict=True):
-        base = part.double().div_(features).add_(row).add_(columns).flatten()
-        total += float(torch.dot(base.square(), base))
-    return total
-
-
-def _gram(x: Float[Tensor, "n F"]) -> Float[Tensor, "n n"]:
-    """Inner products of all pairs; numpy computes half of them, and mirrors it."""
-    return torch.from_numpy(x.numpy() @ x.numpy().T) if x.device.type == "cpu" else x @ x.T
+    a, b, features = x.offset, y.offset, x.u.shape[1]
+    one, two = ([offset.pow(k).sum() for k in range(4)] for offset in (a, b))
+    total: Tensor = torch.stack([c * one[k] * two[3 - k] for k, c in enumerate((1, 3, 3, 1))]).sum()
+    total += 3 / features * sum(c * (x_moments[k] @ y_moments[2 - k]) for k, c in enumerate((1, 2, 1)))
+    products = linear(prepared_for_linear(x.u), y.u).to_dense()
+    if x is y:
+        products.fill_diagonal_(0)
+        total -= (8 * a**3 + 12 * a**2 * x.norm).sum()
+    largest = float(torch.maximum(x.norm.max(), y.norm.max())) or 1.0  # of p; cubes of large features would overflow
+    for part, offset in zip(products.split(_PART), a.split(_PART), strict=True):
+        p = part.div_(features * largest)
+        square = p.square()
+        total += 3 * largest**2 * (square.sum(1).double() @ offset + square.sum(0).double() @ b)
+        total += largest**3 * torch.dot(square.flatten(), p.flatten()).double()
+    return float(total)

@@ -60,7 +60,8 @@ def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> N
     if all(line.get("loss/floor_target") == line.get("loss/floor_dsm") for line in lines):  # a run with DSM targets
         lines = [{key: value for key, value in line.items() if "floor_target" not in key} for line in lines]
     for key, style in {"loss": _TRAINING, **_PARTS}.items():
-        points = [(line["progress/kimg"] * 1000, x) for line in lines if _is_positive(x := line.get(f"loss/{key}"))]
+        known = [(line["progress/kimg"] * 1000, line.get(f"loss/{key}")) for line in lines]
+        points = [(at, x) for at, x in known if isinstance(x, int | float) and 0 < x < float("inf")]
         if points:
             marked = style if len(points) < 30 else {**style, "marker": ""}
             above.plot(*zip(*points, strict=True), **marked)
@@ -114,10 +115,6 @@ def _middles(ends: Tensor) -> Tensor:
     low = torch.where(low > 0, low, torch.where(torch.isfinite(high), high / 2, 0.5**0.5))
     high = torch.where(torch.isfinite(high), high, low * 2)
     return (low * high).sqrt()
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < float("inf")
 
 
 def label(axes: Any, x: str, y: str) -> None:

@@ -14,7 +14,6 @@ from stablefield import __version__
 from stablefield.evaluate.estimate import Estimate
 from stablefield.evaluate.frechet import Statistics
 from stablefield.files import append
-from stablefield.generate.images import save_sheet
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,18 +62,6 @@ class ScoreTable:
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         append(path, json.dumps(self.record()) + "\n")
-
-    def save_pairs(self, path: Path) -> None:
-        """Write the sheet of the samples most like copies, four pairs in a row.
-
-        Args:
-            path: the PNG file.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        assert self.pairs is not None
-        save_sheet(path, self.pairs, columns=8)
 
 
 @dataclass(frozen=True, eq=False)

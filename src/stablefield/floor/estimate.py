@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from jaxtyping import Float
 from torch import Tensor
@@ -39,6 +40,11 @@ class ByNoise:
         """Standard error of `value`."""
         points = self._errors_over_points().square().sum() / len(self.values) ** 2
         return float((points + _squared_error(self.values.mean((0, 1)))).sqrt())
+
+    @property
+    def names(self) -> list[str]:
+        """Noise levels at both ends of each range, such as `0.1..0.2`."""
+        return [f"{low:.3g}..{high:.3g}" for low, high in pairwise(self.noise_levels.tolist())]
 
     @property
     def by_bin(self) -> Float[Tensor, "K"]:

@@ -3,11 +3,19 @@
     V_DSM = Tr Cov[x | x_t],      V_STF(n) = E ||T_n - E[x | x_t]||^2,      over sources and references, given x_t
 
 (Xu et al. 2023, eq. 3 and 7.) The target over the k nearest data points A keeps the source where it is not in A. By the
-law of total variance, V_kNN = V_DSM - P(A | x_t) Tr Cov[x | x_t, A]. One pass over the data gives the weight of every
-data point for an x_t, from which all follows without further passes. With the references of draw r, the STF target of
-an example has the error vector e_r = T_r - E[x | x_t]. The mean of <e_r, e_s> over pairs of different draws is
-||E[T | x_t] - E[x | x_t]||^2, the squared bias, without the Monte-Carlo variance that the square of a mean would add.
-It may be negative, by about its standard error.
+law of total variance, V_kNN = V_DSM - P(A | x_t) Tr Cov[x | x_t, A].
+
+One pass over the data gives the weight w_k of every data point for an x_t. The weights of a reference batch are a
+subset of them, so that its stable target costs only a lookup and a matrix product.
+
+Given x_t, data point k is the source with probability w_k, whichever one x_t was made from. So every reference batch is
+combined with two sources: the most likely one, which counts by its weight, and one drawn from the posterior over the
+others, which counts by their total weight. At small noise, where a second source is rare and yet causes all of the
+variance, it is then never missed.
+
+With the references of draw r, the STF target of an example has the error vector e_r = T_r - E[x | x_t]. The mean of
+<e_r, e_s> over pairs of different draws is ||E[T | x_t] - E[x | x_t]||^2, the squared bias, without the Monte-Carlo
+variance that the square of a mean would add. It may be negative, by about its standard error.
 """
 
 import math
@@ -17,21 +25,15 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import override
 
-from stablefield.floor.weights import (
-    EnergyRecorder,
-    PosteriorStatistics,
-    Sources,
-    draw_sources,
-    posterior_statistics,
-    stable_means,
-)
 from stablefield.kernel.accumulator import PosteriorAccumulator, chunk_size, float64_device
 from stablefield.pool import NULL_LABEL, Pool, draw_without_replacement
 from stablefield.process import BatchRecord, NoisyBatch
 from stablefield.seeding import generator
 
 MAX_ELEMENTS = 2**26  # float64 numbers per tensor; about two such tensors are held at once (1 GB)
+SINGLE_SOURCE = 0.99  # posterior probability from which a data point counts as the only likely source
 
 Progress = Callable[[int, int], object]
 
@@ -55,6 +57,23 @@ class TargetErrors(BatchRecord):
     squared_bias: Float[Tensor, "B R"] | None = None
     without_source: Float[Tensor, "B R"] | None = None
     without_source_squared_bias: Float[Tensor, "B R"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PosteriorStatistics(BatchRecord):
+    """Statistics of the posterior of each x_t over N candidates.
+
+    Attributes:
+        ess_share: effective sample size 1 / sum w^2, divided by N, (B,).
+        kl: KL divergence of the posterior from the prior, sum w log(N w), in nats: at most log N, (B,).
+        divergence: the paper's D, sum w f(1 / (N w)): at most about N^2 (Xu et al. 2023, section 4), (B,).
+        single_source: 1 where one candidate has at least 99 % of the posterior, else 0, (B,).
+    """
+
+    ess_share: Float[Tensor, "B"]
+    kl: Float[Tensor, "B"]
+    divergence: Float[Tensor, "B"]
+    single_source: Float[Tensor, "B"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +170,90 @@ def _by_label(noisy: NoisyBatch) -> Iterator[tuple[int, Int[Tensor, "b"]]]:
     return ((value, (label == value).nonzero().flatten()) for value in label.unique().tolist())
 
 
+class _EnergyRecorder(PosteriorAccumulator):
+    """Posterior accumulator that keeps the energies of all candidates, from which it returns their weights."""
+
+    def __init__(self, x_t: Tensor, sigma: Tensor, alpha: Tensor, num_candidates: int) -> None:
+        super().__init__(x_t, sigma, alpha)
+        self.energies, self.count = self.query.new_empty(len(x_t), num_candidates), 0
+
+    @override
+    def compare(self, candidates: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        result = super().compare(candidates, square)
+        self.energies[:, self.count : self.count + len(candidates)] = result[2]
+        self.count += len(candidates)
+        return result
+
+    def log_weights(self) -> Float[Tensor, "B N"]:
+        """Logarithm of the weight of every candidate, normalized over all of them; overwrites the energies."""
+        relative = self.energies.sub_(self.lowest[:, None]).mul_(-self.sharpness[:, None])
+        return relative.sub_(self.total.log()[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class _Sources(BatchRecord):
+    """Possible sources of each x_t: the most likely one, one of the others for each draw, and the weight of these."""
+
+    first: Int[Tensor, "B"]
+    others: Int[Tensor, "B S"]
+    other_weight: Float[Tensor, "B"]
+
+    @classmethod
+    def draw(cls, w: Float[Tensor, "B N"], uniform: Float[Tensor, "B S"]) -> "_Sources":
+        """Sources drawn from posterior probabilities, which are overwritten, with numbers in [0, 1)."""
+        first = w.max(1).indices
+        below = w.scatter_(1, first[:, None], 0.0).cumsum(1)
+        others = torch.searchsorted(below, uniform * below[:, -1:], right=True).clamp(max=w.shape[1] - 1)
+        return cls(first, others, below[:, -1].contiguous())
+
+
+def _statistics(log_w: Float[Tensor, "B N"], w: Float[Tensor, "B N"]) -> PosteriorStatistics:
+    """Statistics of posteriors from the weight of every data point, which may be 0."""
+    count = w.shape[1]
+    share = w * count
+    # f(y) = (1 / y - 1)^2 below y = 1 / share = 1.5, and 8 y / 27 - 1 / 3 above
+    terms = torch.where(share > 1 / 1.5, w * (share - 1).square(), 8 / 27 / count - w / 3)
+    return PosteriorStatistics(
+        1 / w.square().sum(1) / count,
+        (w * log_w).sum(1) + math.log(count),
+        terms.sum(1),
+        (w.max(1).values >= SINGLE_SOURCE).double(),
+    )
+
+
+def stable_means(
+    log_w: Float[Tensor, "B N"],
+    support: Float[Tensor, "n D"],
+    drawn: Int[Tensor, "n"],
+    sources: Sequence[tuple[Int[Tensor, "B"], Float[Tensor, "B D"]]],
+) -> list[Float[Tensor, "B D"]]:
+    """Means over r_1 .. r_n and each of the sources, by the rule of `STFTarget`; and, last, without a source.
+
+    The weights are normalized over all data; only their ratios within the support matter.
+
+    Args:
+        log_w: logarithm of the weight of every data point.
+        support: the drawn data points r_1 .. r_n.
+        drawn: their indices.
+        sources: pairs of indices and data points, each a possible source of every example.
+    """
+    log_drawn = log_w[:, drawn]
+    shared = log_drawn[:, :-1]
+    total = shared.logsumexp(1)
+    weight = (shared - torch.where(total == -torch.inf, 0.0, total)[:, None]).exp_()
+    mean = weight @ support[:-1]
+
+    def mean_with(x: Tensor, log_weight: Tensor) -> Tensor:
+        return torch.lerp(mean, x, torch.sigmoid(log_weight - total)[:, None])
+
+    targets = []
+    for source, x in sources:
+        is_shared = torch.isin(source, drawn[:-1])
+        log_weight = torch.where(is_shared, log_drawn[:, -1], log_w.gather(1, source[:, None]).squeeze(1))
+        targets.append(mean_with(torch.where(is_shared[:, None], support[-1], x), log_weight))
+    return [*targets, mean_with(support[-1].expand_as(mean), log_drawn[:, -1])]
+
+
 @dataclass(frozen=True, eq=False)
 class _Measurement:
     """Measures examples with one label."""
@@ -183,12 +286,12 @@ class _Measurement:
     def measure(self, noisy: NoisyBatch, label: int, advance: Callable[[int], None]) -> Exact:
         x_t, sigma, alpha = (value.to(self.device, torch.float64) for value in (noisy.x_t, noisy.sigma, noisy.alpha))
         count = len(self.pool.indices(label))
-        sums = EnergyRecorder(x_t, sigma, alpha, count) if self.weighted else PosteriorAccumulator(x_t, sigma, alpha)
+        sums = _EnergyRecorder(x_t, sigma, alpha, count) if self.weighted else PosteriorAccumulator(x_t, sigma, alpha)
         for block in self.pool.blocks(label, chunk_size(x_t)):
             sums.add(block.to(self.device))
             advance(len(block))
         posterior, stf, knn, statistics = sums.finish(), {}, {}, None
-        if isinstance(sums, EnergyRecorder):
+        if isinstance(sums, _EnergyRecorder):
             assert noisy.image_number is not None
             generators = (generator(self.seed, "floor", "sources", number) for number in noisy.image_number.tolist())
             uniform = torch.stack([torch.rand(self.draws, generator=g, dtype=torch.float64) for g in generators])
@@ -200,14 +303,14 @@ class _Measurement:
 
     def _sources(
         self, log_w: Float[Tensor, "B N"], uniform: Float[Tensor, "B R"]
-    ) -> tuple[Sources, PosteriorStatistics | None]:
+    ) -> tuple[_Sources, PosteriorStatistics | None]:
         """Possible sources of each example and, for details, statistics; 16 examples at a time to save memory."""
         sources, statistics = [], []
         for part, u in zip(log_w.split(16), uniform.split(16), strict=True):
             w = part.exp()
-            statistics += [posterior_statistics(part, w).map(Tensor.cpu)] if self.details else []
-            sources.append(draw_sources(w, u))
-        return Sources.concatenate(sources), PosteriorStatistics.concatenate(statistics) if statistics else None
+            statistics += [_statistics(part, w).map(Tensor.cpu)] if self.details else []
+            sources.append(_Sources.draw(w, u))
+        return _Sources.concatenate(sources), PosteriorStatistics.concatenate(statistics) if statistics else None
 
     def _variance_of_knn(
         self, label: int, dsm: Float[Tensor, "B"], log_w: Float[Tensor, "B N"], k: int
@@ -229,7 +332,7 @@ class _Measurement:
         label: int,
         mean: Float[Tensor, "B D"],
         log_w: Float[Tensor, "B N"],
-        sources: Sources,
+        sources: _Sources,
         size: int,
         advance: Callable[[int], None],
     ) -> TargetErrors:

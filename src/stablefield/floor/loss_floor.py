@@ -10,7 +10,7 @@ The floor is that of the finite training set. Below the distance of neighbouring
 the distribution the data were drawn from.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.floor.estimate import ByNoise
-from stablefield.floor.exact import Exact, Progress, exact_posteriors
-from stablefield.floor.loss import SquaredError
-from stablefield.floor.points import draw_points, noise_levels_of_bins
-from stablefield.pool import Pool
-from stablefield.process import NoisyBatch
+from stablefield.floor.exact import Progress
+from stablefield.floor.probes import Probes
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,15 +79,13 @@ class LossFloor:
         Raises:
             ValueError: the loss is not a squared error, the target is unknown, or the data do not fit.
         """
-        pool, loss = as_pool(data, labels), check_loss(SquaredError() if loss is None else loss)
-        sizes, neighbours = supports(targets)
-        noisy = draw_points(pool, loss, bins=bins, per_bin=per_bin, seed=seed, label_dropout=label_dropout)
-        exact = exact_posteriors(
-            pool, noisy, sizes=sizes, neighbours=neighbours, draws=draws, seed=seed, device=device, progress=progress
-        )
-        ends, values = noise_levels_of_bins(loss, bins), in_units_of_loss(exact, noisy, loss)
-        floors = {name: ByNoise(values[name].unflatten(0, (bins, per_bin)), ends) for name in dict.fromkeys(targets)}
-        return cls(floors, None if noisy.label is None else noisy.label.reshape(bins, per_bin))
+        probes = Probes(
+            data, loss, labels=labels, target=targets, bins=bins, per_bin=per_bin, draws=draws, seed=seed,
+            label_dropout=label_dropout, device=device, progress=progress,
+        )  # fmt: skip
+        floors = {name: probes.floor(name) for name in dict.fromkeys(targets)}
+        label = probes.noisy.label
+        return cls(floors, None if label is None else label.reshape(bins, per_bin))
 
     def by_class(self, target: str = "dsm") -> dict[int, tuple[float, float]]:
         """The floor of each class and its standard error; -1 is that of examples without label.
@@ -113,82 +108,3 @@ def _mean_of_class(values: Float[Tensor, "K m"], chosen: Tensor) -> tuple[float,
     errors = [row.var() / len(row) if len(row) > 1 else row.new_zeros(()) for row in bins]
     mean = torch.stack([row.mean() for row in bins]).mean()
     return float(mean), float(torch.stack(errors).sum().sqrt()) / len(bins)
-
-
-def in_units_of_loss(exact: Exact, noisy: NoisyBatch, loss: SquaredError) -> dict[str, Float[Tensor, "B R"]]:
-    """Variances of targets at noisy examples in units of a loss, by the name of the target.
-
-    Args:
-        exact: posteriors at the examples.
-        noisy: the examples.
-        loss: the loss.
-    """
-    factor = loss.factor_of_x0(noisy.t.double(), noisy.x[0].numel())[:, None]
-    zero = torch.zeros_like(exact.dsm)[:, None]
-    variances = {
-        "dsm": exact.dsm[:, None],
-        "exact": zero,
-        **{f"stf:{n}": errors.variance for n, errors in exact.stf.items()},
-        **{f"knn:{k}": variance[:, None] for k, variance in exact.knn.items()},
-    }
-    # a weight may be infinite where the variance is 0, at the very end of the noise levels
-    return {name: torch.where(values == 0, 0.0, factor * values) for name, values in variances.items()}
-
-
-def supports(targets: Iterable[str]) -> tuple[list[int], list[int]]:
-    """Sizes n of the targets "stf:n" of a list, and k of its "knn:k", sorted.
-
-    Args:
-        targets: kinds of targets, as for `LossFloor.measure`.
-
-    Raises:
-        ValueError: an unknown target.
-    """
-    sizes: dict[str, set[int]] = {"stf": set(), "knn": set()}
-    for target in targets:
-        kind, _, size = target.partition(":")
-        if target in ("dsm", "exact"):
-            continue
-        if kind not in sizes or not size.isdigit() or int(size) < 1:
-            raise ValueError(
-                'a target is "dsm", "exact", "stf:n" with n candidates, such as "stf:256", or "knn:k" with the k '
-                f"nearest, not {target!r}"
-            )
-        sizes[kind].add(int(size))
-    return sorted(sizes["stf"]), sorted(sizes["knn"])
-
-
-def check_loss(loss: Any) -> SquaredError:
-    """The loss, which must be a squared error: for others the mean is not the best prediction.
-
-    Args:
-        loss: the loss.
-
-    Raises:
-        ValueError: it is another loss.
-    """
-    if not isinstance(loss, SquaredError):
-        name = loss if isinstance(loss, str) else type(loss).__name__
-        raise ValueError(f"a floor is known for squared errors only, not for {name}: describe the loss by SquaredError")
-    return loss
-
-
-def as_pool(data: Any, labels: Tensor | None = None) -> Pool:
-    """A data set as a pool.
-
-    Args:
-        data: a `Pool`, a tensor or a memory map (N, *D).
-        labels: class of each data point of a tensor.
-
-    Raises:
-        ValueError: labels for a pool, which has its own, or data of another type.
-    """
-    if isinstance(data, Pool):
-        if labels is not None:
-            raise ValueError("labels belong to a tensor: a Pool has its own")
-        return data
-    if not isinstance(data, Tensor):
-        if not hasattr(data, "__array_interface__"):
-            raise ValueError(f"data must be a Pool, a tensor or a memory map, not {type(data).__name__}")
-        data = torch.as_tensor(data)
-    return Pool(data.detach(), labels)

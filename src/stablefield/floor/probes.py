@@ -9,24 +9,23 @@ Probes of held-out data have a denoising loss of their own, and a distance from 
 set. A network that begins to copy its training data approaches that mean there, while its denoising loss rises.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from stablefield.floor.estimate import ByNoise
-from stablefield.floor.exact import Exact, exact_posteriors
+from stablefield.floor.exact import Exact, Progress, exact_posteriors
 from stablefield.floor.loss import Levels, SquaredError
-from stablefield.floor.loss_floor import as_pool, check_loss, in_units_of_loss, supports
-from stablefield.floor.points import draw_points, noise_levels_of_bins
-from stablefield.pool import Pool
+from stablefield.pool import NULL_LABEL, Pool
 from stablefield.prediction import stable_target
-from stablefield.process import NoisyBatch, per_example
+from stablefield.process import NoisyBatch, draw_noise, per_example
+from stablefield.seeding import generator
 
 Prediction = Callable[..., Tensor]
 """Network to examine, called as prediction(x_t, t), or as prediction(x_t, t, label) for data with labels."""
@@ -51,8 +50,8 @@ class Probes:
         labels: class of each data point, for a tensor; a pool has its own.
         sources: data that the examples are made from, such as held-out data (a pool or tensor); the training data by
             default. Labels as those of `data`.
-        target: kind of the targets that the network is trained with, whose floor is measured too: "dsm", "stf:n",
-            "knn:k" or "exact".
+        target: kind of the targets that the network is trained with, or several kinds, whose floor is measured too:
+            "dsm", "stf:n", "knn:k" or "exact", as for `LossFloor.measure`.
         bins: number of ranges of the noise level, which the loss visits equally often.
         per_bin: number of examples in each of them.
         draws: number of reference batches for the floor of stable targets.
@@ -60,13 +59,11 @@ class Probes:
         label_dropout: probability that an example has no label.
         part: (rank, number of ranks) of a process that measures only its part of the examples.
         device: device of the exact means; that of the data by default.
+        progress: called with (done, total) while these are computed.
 
     Attributes:
         pool: the training data.
-        loss: the loss.
-        target: kind of the targets.
-        bins: number of ranges of the noise level.
-        per_bin: number of examples in each.
+        loss, target, bins, per_bin: as they were given.
         noise_levels: sigma / alpha at the ends of the ranges, (bins + 1,).
 
     Raises:
@@ -80,7 +77,7 @@ class Probes:
         *,
         labels: Tensor | None = None,
         sources: Any = None,
-        target: str = "dsm",
+        target: str | Iterable[str] = "dsm",
         bins: int = 8,
         per_bin: int = 32,
         draws: int = 8,
@@ -88,17 +85,20 @@ class Probes:
         label_dropout: float = 0.0,
         part: tuple[int, int] = (0, 1),
         device: torch.device | str | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self.pool, self.loss = as_pool(data, labels), check_loss(SquaredError() if loss is None else loss)
+        self.pool, self.loss = as_pool(data, labels), _checked(SquaredError() if loss is None else loss)
         self.sources: Pool = self.pool if sources is None else as_pool(sources)
         if self.sources.shape != self.pool.shape:
             raise ValueError(f"sources have the shape {self.sources.shape}, but the data {self.pool.shape}")
         if (self.sources.labels is None) != (self.pool.labels is None):
             raise ValueError("sources need labels if and only if the data have labels")
-        self.target, self._supports = target, supports([target])
+        self.target, self._supports = target, _supports([target] if isinstance(target, str) else target)
         self.bins, self.per_bin, self.draws, self.seed = bins, per_bin, draws, seed
-        self.label_dropout, self.part, self.device = label_dropout, part, device
-        self.noise_levels = noise_levels_of_bins(self.loss, bins)
+        self.label_dropout, self.part, self.device, self.progress = label_dropout, part, device, progress
+        ends = self.loss.quantile(torch.linspace(0, 1, bins + 1, dtype=torch.float64))
+        alpha, sigma = self.loss.process.scales(ends)
+        self.noise_levels = sigma / alpha
 
     def __len__(self) -> int:
         """Number of examples, of all parts."""
@@ -132,6 +132,7 @@ class Probes:
             draws=self.draws,
             seed=self.seed,
             device=self.device,
+            progress=self.progress,
         )
 
     @cached_property
@@ -169,7 +170,7 @@ class Probes:
             target: "dsm", "exact" or the `target` of the probes.
 
         Raises:
-            ValueError: another target.
+            ValueError: another target than the probes were made for.
         """
         return self.by_noise(self.floors(target))
 
@@ -229,11 +230,8 @@ class Probes:
 
         Args:
             target: as for `floor`.
-
-        Raises:
-            ValueError: another target than the probes were made for.
         """
-        known = in_units_of_loss(self.exact, self.noisy, self.loss)
+        known = _in_units_of_loss(self.exact, self.noisy, self.loss)
         if target not in known:
             raise ValueError(f"these probes know the floor of {', '.join(known)}, not of {target!r}: pass target=")
         return known[target]
@@ -259,6 +257,106 @@ class Probes:
         noise = torch.where(per_example(sigma > 0, residual), residual / per_example(sigma, residual), noisy.noise)
         noisy = replace(noisy, alpha=alpha, sigma=sigma, noise=noise)
         return stable_target(noisy, x0, self.loss.process, prediction_type=self.loss.prediction_type)
+
+
+def as_pool(data: Any, labels: Tensor | None = None) -> Pool:
+    """A data set as a pool.
+
+    Args:
+        data: a `Pool`, a tensor or a memory map (N, *D).
+        labels: class of each data point of a tensor.
+
+    Raises:
+        ValueError: labels for a pool, which has its own, or data of another type.
+    """
+    if isinstance(data, Pool):
+        if labels is not None:
+            raise ValueError("labels belong to a tensor: a Pool has its own")
+        return data
+    if not isinstance(data, Tensor):
+        if not hasattr(data, "__array_interface__"):
+            raise ValueError(f"data must be a Pool, a tensor or a memory map, not {type(data).__name__}")
+        data = torch.as_tensor(data)
+    return Pool(data.detach(), labels)
+
+
+def draw_points(
+    pool: Pool,
+    loss: SquaredError,
+    *,
+    bins: int,
+    per_bin: int,
+    seed: int = 0,
+    label_dropout: float = 0.0,
+    only: Int[Tensor, "b"] | None = None,
+) -> NoisyBatch:
+    """Noisy examples, those of a range of the noise level after one another; their numbers are `image_number`.
+
+    The ranges are visited equally often by the loss, with times spread evenly over each. The sources of a range are
+    spread evenly over the data in the order of their labels. Each example follows from the seed and its number.
+
+    Args:
+        pool: the data that sources are drawn from.
+        loss: the loss, for its process and noise levels.
+        bins: number of ranges of the noise level.
+        per_bin: number of examples in each of them.
+        seed: seed of all draws.
+        label_dropout: probability that an example has no label.
+        only: numbers of the examples to return, between 0 and bins * per_bin; all by default.
+    """
+    count = bins * per_bin
+    only = torch.arange(count) if only is None else only
+    draws = generator(seed, "floor", "points", bins, per_bin)
+    spread = torch.rand(4, count, generator=draws, dtype=torch.float64)
+    u = (torch.arange(count) + spread[0].clamp(min=2.0**-40)) / count
+    place = spread[1].reshape(bins, per_bin).argsort(1)  # so that sources are independent of the noise levels
+    share = (place + spread[2].reshape(bins, per_bin)).flatten() / per_bin
+    order = torch.arange(len(pool)) if pool.labels is None else pool.labels.cpu().argsort(stable=True)
+    index = order[(share * len(pool)).long().clamp(max=len(pool) - 1)][only]
+    x, label = pool.take(index).cpu(), pool.label(index)
+    if label is not None:
+        label = torch.where(spread[3][only] < label_dropout, NULL_LABEL, label.cpu())
+    noise = draw_noise(x, (generator(seed, "floor", "noise", n) for n in only.tolist()))
+    t = loss.quantile(u)[only].to(x.dtype)
+    return loss.process.perturb(x, t, noise, label=label, index=index, image_number=only)
+
+
+def _in_units_of_loss(exact: Exact, noisy: NoisyBatch, loss: SquaredError) -> dict[str, Float[Tensor, "B R"]]:
+    """Variances of targets at noisy examples in units of a loss, by the name of the target."""
+    factor = loss.factor_of_x0(noisy.t.double(), noisy.x[0].numel())[:, None]
+    zero = torch.zeros_like(exact.dsm)[:, None]
+    variances = {
+        "dsm": exact.dsm[:, None],
+        "exact": zero,
+        **{f"stf:{n}": errors.variance for n, errors in exact.stf.items()},
+        **{f"knn:{k}": variance[:, None] for k, variance in exact.knn.items()},
+    }
+    # a weight may be infinite where the variance is 0, at the very end of the noise levels
+    return {name: torch.where(values == 0, 0.0, factor * values) for name, values in variances.items()}
+
+
+def _supports(targets: Iterable[str]) -> tuple[list[int], list[int]]:
+    """Sizes n of the targets "stf:n" of a list, and k of its "knn:k", sorted."""
+    sizes: dict[str, set[int]] = {"stf": set(), "knn": set()}
+    for target in targets:
+        kind, _, size = target.partition(":")
+        if target in ("dsm", "exact"):
+            continue
+        if kind not in sizes or not size.isdigit() or int(size) < 1:
+            raise ValueError(
+                'a target is "dsm", "exact", "stf:n" with n candidates, such as "stf:256", or "knn:k" with the k '
+                f"nearest, not {target!r}"
+            )
+        sizes[kind].add(int(size))
+    return sorted(sizes["stf"]), sorted(sizes["knn"])
+
+
+def _checked(loss: Any) -> SquaredError:
+    """The loss, which must be a squared error: for others the mean is not the best prediction."""
+    if not isinstance(loss, SquaredError):
+        name = loss if isinstance(loss, str) else type(loss).__name__
+        raise ValueError(f"a floor is known for squared errors only, not for {name}: describe the loss by SquaredError")
+    return loss
 
 
 def _call(prediction: Prediction, noisy: NoisyBatch, loss: SquaredError) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from stablefield.data.decode import Preprocessing, decode
 from stablefield.data.png import encode_png
 from stablefield.files import atomic_path
 
@@ -32,18 +31,6 @@ def to_pixels(x: Float[Tensor, "n C H W"]) -> UInt8[np.ndarray, "n H W C"]:
         x: the images.
     """
     return np.ascontiguousarray(to_bytes(x).movedim(1, -1).cpu().numpy())
-
-
-def read_image(path: Path) -> Float[Tensor, "C H W"]:
-    """Read one image, in [-1, 1].
-
-    Args:
-        path: the file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    return torch.from_numpy(decode(path.read_bytes(), str(path), Preprocessing()).pixels).float() / 127.5 - 1
 
 
 def save_sheet(path: Path, x: Float[Tensor, "n C H W"], *, columns: int | None = None, side: int = 48) -> None:

@@ -123,6 +123,7 @@ def sample_to(
     batch_size: int = 64,
     ranks: Ranks | None = None,
     progress: Progress = silent,
+    finish: bool = True,
 ) -> SampleStore:
     """Sample a run into a store on disk; samples that the store holds already are not made again.
 
@@ -135,9 +136,7 @@ def sample_to(
         batch_size: samples per batch.
         ranks: the ranks that share the work, all of which must call this; by default this process alone.
         progress: called with (samples made, number that were missing).
-
-    Returns:
-        The store, whose files for other programs are complete (see `SampleStore.finish`).
+        finish: True to write the files for other programs, too (see `SampleStore.finish`).
 
     Raises:
         ConfigError: the store holds samples of another run or sampler.
@@ -147,34 +146,10 @@ def sample_to(
     """
     plan = run if isinstance(run, SamplingPlan) else SamplingPlan.for_run(run)
     ranks = ranks or Ranks(plan.device)
-    store = fill_store(plan, Path(out), seeds, batch_size, ranks, progress)
-    ranks.on_main(lambda: store.finish(seeds))
-    return store
-
-
-def fill_store(
-    plan: SamplingPlan, out: Path, seeds: Sequence[int], batch_size: int, ranks: Ranks, progress: Progress = silent
-) -> SampleStore:
-    """Make the samples that a store lacks, without completing its files for other programs.
-
-    Args:
-        plan: everything that decides the samples except their seeds.
-        out: folder or file of the store.
-        seeds: seed of each sample.
-        batch_size: samples per batch.
-        ranks: the ranks that share the work, all of which must call this.
-        progress: called with (samples made, number that were missing).
-
-    Raises:
-        ConfigError: the store holds samples of another run or sampler.
-        ValueError: a seed occurs twice or is out of range.
-        FloatingPointError: some samples are not finite.
-        OSError: the samples cannot be written.
-    """
     check_seeds(seeds)
     # the main rank creates the store first: half created, it would look like somebody else's folder to the others
-    ranks.on_main(lambda: SampleStore.open(out, plan.images, plan.identity))
-    store = SampleStore.open(out, plan.images, plan.identity)
+    ranks.on_main(lambda: SampleStore.open(Path(out), plan.images, plan.identity))
+    store = SampleStore.open(Path(out), plan.images, plan.identity)
     missing = store.missing(seeds)
     ranks.barrier()  # a sample made before all ranks have listed the missing ones would change how these are shared
     mine, done = ranks.shard(missing), 0
@@ -185,6 +160,8 @@ def fill_store(
         done += len(part)
         progress(done, len(mine))
     ranks.barrier()
+    if finish:
+        ranks.on_main(lambda: store.finish(seeds))
     return store
 
 

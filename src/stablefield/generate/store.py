@@ -27,9 +27,10 @@ from torch import Tensor
 
 from stablefield.config import ConfigError
 from stablefield.data.arrays import read_archive
+from stablefield.data.decode import Preprocessing, decode
 from stablefield.data.png import encode_png
 from stablefield.files import append, atomic_path, sweep, temporary_folder, write_text
-from stablefield.generate.images import read_image, save_sheet, to_pixels
+from stablefield.generate.images import save_sheet, to_pixels
 from stablefield.sample import Samples
 
 _WRITERS = 4  # threads that compress and write; both release the interpreter
@@ -182,14 +183,16 @@ class SampleStore:
             for start in {seed - seed % 1000 for seed in seeds}:
                 self.path(start).parent.mkdir(exist_ok=True)
 
-            def write(seed: int, sample: np.ndarray, label: int) -> None:
-                temporary = f"{folder}/{seed}"  # paths as text: pathlib takes longer than the system
-                with open(temporary, "wb") as file:
-                    file.write(self._encode(sample, label))
-                os.replace(temporary, f"{self.folder}/{self._name(seed)}")
+            def write(first: int) -> None:
+                share = slice(first, None, _WRITERS)  # one at a time, handing over takes as long as compressing
+                for seed, sample, label in zip(seeds[share], x[share], labels[share], strict=True):
+                    temporary = f"{folder}/{seed}"  # paths as text: pathlib takes longer than the system
+                    with open(temporary, "wb") as file:
+                        file.write(self._encode(sample, label))
+                    os.replace(temporary, f"{self.folder}/{self._name(seed)}")
 
             with ThreadPoolExecutor(_WRITERS) as writers:
-                list(writers.map(write, seeds, x, labels))  # raises the first error
+                list(writers.map(write, range(_WRITERS)))  # raises the first error
 
     def _encode(self, sample: np.ndarray, label: int) -> bytes:
         """Content of the file of a sample."""
@@ -256,7 +259,8 @@ class SampleStore:
     def _read(self, seed: int) -> Tensor:
         """A sample as it was written: an image in [-1, 1], or float32."""
         if self.png:
-            return read_image(self.path(seed))
+            pixels = decode(self.path(seed).read_bytes(), str(self.path(seed)), Preprocessing()).pixels
+            return torch.from_numpy(pixels).float() / 127.5 - 1
         array = torch.from_numpy(self._part(seed)["x"])
         return array.movedim(-1, 0).float() / 127.5 - 1 if array.dtype == torch.uint8 else array
 

@@ -59,7 +59,9 @@ def from_edm(checkpoint: EDMCheckpoint) -> Checkpoint:
         RefusedError: an argument or a class is unknown, or this package has no counterpart for it.
     """
     arguments = dict(checkpoint.arguments)
-    model_type = arguments.get("model_type", _default_network(checkpoint))
+    # the default of `model_type` in EDM's constructors
+    usual = "DhariwalUNet" if checkpoint.precond in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
+    model_type = arguments.get("model_type", usual)
     kind, network_names = NETWORKS[_known("model_type", model_type, NETWORKS)]
     precond = _known("preconditioner", checkpoint.precond, PRECONDITIONERS)
     preconditioning, preconditioning_names, times, weight = PRECONDITIONERS[precond]
@@ -125,11 +127,6 @@ def to_edm(checkpoint: Checkpoint, path: Path) -> None:
     described |= {name: config.sections[name] for name in ("network", "preconditioning")}
     described |= {"shape": checkpoint.config["shape"], "label_dim": checkpoint.config["num_classes"]}
     write_tensors(path, state, {"config": json.dumps(described)})
-
-
-def _default_network(checkpoint: EDMCheckpoint) -> str:
-    # the default of `model_type` in EDM's constructors
-    return "DhariwalUNet" if checkpoint.precond in ("EDMPrecond", "iDDPMPrecond") else "SongUNet"
 
 
 def _known(option: str, name: Any, names: Mapping[str, Any]) -> str:

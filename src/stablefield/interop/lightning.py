@@ -21,13 +21,9 @@ class StableTargetCallback(Callback):
 
     A training that resumes from such a checkpoint uses the references that it would have used without the interruption.
 
-    Args:
+    Attributes:
         stable: the stable target that the module's `training_step` calls.
         name: name of the metric, and of the state in the checkpoint.
-
-    Attributes:
-        stable: the stable target.
-        name: the name.
 
     Raises:
         ImportError: Lightning is not installed.

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import linear
 
 from stablefield.kernel.accumulator import chunk_size, float64_device
-from stablefield.kernel.matmul import full_precision
+from stablefield.kernel.matmul import full_precision, prepared_for_linear
 
 # (data points per block, device) -> blocks of the data, (m, *D)
 Blocks = Callable[[int, torch.device], Iterable[Tensor]]
@@ -28,6 +29,21 @@ def rounding(features: int, largest: float) -> float:
         largest: largest squared norm of the vectors.
     """
     return 4 * (features + 8) * 2.0**-24 * largest
+
+
+@full_precision()
+def squared_distances(
+    minus_2x: Tensor, norms: Float[Tensor, "n"], y: Float[Tensor, "m D"], y_norms: Float[Tensor, "m"]
+) -> Float[Tensor, "n m"]:
+    """Squared distances ||x||^2 - 2xy + ||y||^2 of all pairs, in the precision of the vectors.
+
+    Args:
+        minus_2x: -2 x, (n, D), as returned by `prepared_for_linear`.
+        norms: squared norms of x.
+        y: the other vectors.
+        y_norms: their squared norms.
+    """
+    return linear(minus_2x, y, y_norms).to_dense().add_(norms[:, None])
 
 
 @full_precision()
@@ -59,14 +75,14 @@ def nearest_candidates(
         return (z.to(torch.promote_types(z.dtype, dtype)) - centre).to(dtype)
 
     queries = centred(x)
-    norm = queries.square().sum(1)
+    norm, minus_2x = queries.square().sum(1), prepared_for_linear(-2 * queries)
     best, index = queries.new_empty(len(x), 0), torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
     largest, start = norm.max(), 0
     for block in blocks(chunk_size(x), x.device):
         y = centred(block.to(x.device).flatten(1))
         norms = y.square().sum(1)
         largest = torch.maximum(largest, norms.max())
-        squares = torch.addmm(norm[:, None] + norms, queries, y.T, alpha=-2)
+        squares = squared_distances(minus_2x, norm, y, norms)
         if exclude is not None:
             position = exclude.to(x.device)[:, None] - start
             squares.masked_fill_(position == torch.arange(len(y), device=x.device), torch.inf)

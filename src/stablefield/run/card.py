@@ -59,9 +59,10 @@ def model_card(trained: TrainedRun, exported: Checkpoint, license: str | None) -
     """
     config = Config(exported.sections, trained.config.allowed)
     tables = [_table(record, trained) for record in _records(trained)]
+    header = ["library_name: stablefield", *([f"license: {license}"] if license else [])]
     scores = "\n\n".join(tables) if tables else "No scores of these weights were recorded."
     parts = (
-        _front_matter(license),
+        "\n".join(["---", *header, "tags:", "- diffusion-models", "- stable-target-field", "---"]),  # the hub reads it
         "# Diffusion model trained with stablefield",
         f"A denoiser E[x | x_t] for data of shape {trained.shape}. {_license(license)}",
         f"## Use\n\n{_USE}{_own_classes(config)}",
@@ -72,12 +73,6 @@ def model_card(trained: TrainedRun, exported: Checkpoint, license: str | None) -
         f"## Settings\n\n{_code(config.toml())}",
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _front_matter(license: str | None) -> str:
-    """The header that the Hugging Face hub reads."""
-    lines = ["library_name: stablefield", *([f"license: {license}"] if license else [])]
-    return "\n".join(["---", *lines, "tags:", "- diffusion-models", "- stable-target-field", "---"])
 
 
 def _license(license: str | None) -> str:

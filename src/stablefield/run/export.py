@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from stablefield.checkpoint import Checkpoint, CheckpointError, read, save
+from stablefield.checkpoint import Checkpoint, save
 from stablefield.config import Allowed, Config, ConfigError
 from stablefield.files import atomic_folder, printable, sweep
 from stablefield.run.card import model_card
-from stablefield.run.folder import RunFolder
+from stablefield.run.folder import RunFolder, is_readable
 from stablefield.run.trained import TrainedRun, as_json, open_run
 
 _FILES = {"model.safetensors", "config.json", "README.md"}
@@ -75,21 +75,13 @@ def _refuse_other_files(folder: RunFolder) -> None:
         return
     except NotADirectoryError:
         raise ConfigError(f"{folder.path} is a file; choose another folder for the export") from None
-    if _is_export(folder.exported):
+    if is_readable(folder.exported):
         names -= _FILES
     if names:
         raise ConfigError(
             f"{folder.path} holds more than an earlier export: {printable(', '.join(sorted(names)))}; choose another "
             "folder, or remove these files"
         )
-
-
-def _is_export(file: Path) -> bool:
-    try:
-        read(file)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _checkpoint(trained: TrainedRun) -> Checkpoint:

@@ -88,7 +88,7 @@ class RunFolder:
             return read(self.checkpoint)
         except CheckpointError as error:
             others = [*self.older_checkpoints().values(), *([self.best] if self.best.exists() else [])]
-            other = next(filter(_is_readable, reversed(others)), None)
+            other = next(filter(is_readable, reversed(others)), None)
             hint = f"; to resume from an older one, copy {other} to {self.checkpoint}" if other else ""
             raise CheckpointError(f"{error}{hint}") from None
 
@@ -158,7 +158,12 @@ class RunFolder:
         sweep(self.path, self.path / "checkpoints", self.sheets, self.tensorboard)
 
 
-def _is_readable(path: Path) -> bool:
+def is_readable(path: Path) -> bool:
+    """True for a whole checkpoint.
+
+    Args:
+        path: the file.
+    """
     try:
         read(path)
     except CheckpointError:

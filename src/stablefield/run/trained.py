@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from stablefield.config import Allowed, Config, ConfigError, resolve
 from stablefield.data import Progress, silent
 from stablefield.data.identity import fingerprint, refuse_other_data
 from stablefield.denoise import Denoiser
+from stablefield.extras import how_to_install
+from stablefield.files import printable
 from stablefield.pool import Pool, Values, values_of
 from stablefield.run.folder import RunFolder, checkpoint_of, run_folder
-from stablefield.run.hub import download, is_hub_name
 
+_HUB = re.compile(r"hf:(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", re.ASCII)  # hf:OWNER/NAME, maybe with @REVISION
 _MOST_VALUES = 2**28  # of one data point: an image of 9,459 x 9,459 pixels in color
 
 
@@ -74,7 +77,7 @@ class TrainedRun:
         Raises:
             ConfigError: the run was opened from the Hugging Face hub, whose cache is not a place for such files.
         """
-        if is_hub_name(self.path):
+        if _is_hub_name(self.path):
             raise ConfigError(f"{self.path} has no folder on this machine; choose one with --out")
         return run_folder(self.path)
 
@@ -96,7 +99,7 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint does not exist, is damaged, or is of another program or version.
-        ConfigError: the checkpoint names a class that is not allowed.
+        ConfigError: the checkpoint names a class that is not allowed, or its configuration is not valid.
         ValueError: the checkpoint has no such weights.
     """
     return open_run(run, weights=weights, device=device, allow=allow).denoiser
@@ -114,11 +117,9 @@ def open_run(
         allow: classes outside this package that the network may be, as for `load`.
 
     Raises:
-        CheckpointError: the checkpoint does not exist, is damaged, or is of another program or version.
-        ConfigError: the checkpoint names a class that is not allowed, or its configuration is not valid.
-        ValueError: the checkpoint has no such weights.
+        CheckpointError, ConfigError, ValueError: as for `load`.
     """
-    path = download(str(run)) if is_hub_name(run) else Path(run)
+    path = _download(str(run)) if _is_hub_name(run) else Path(run)
     if weights == "best" and not RunFolder(path).best.exists():
         raise ValueError(f"{path} has no best checkpoint; runs keep one if data.holdout is set")
     file = RunFolder(path).best if weights == "best" else checkpoint_of(path)
@@ -146,9 +147,7 @@ def open_run(
     try:
         denoiser = build_denoiser(config, shape, num_classes, state)
         denoiser.load_state_dict(state)
-    except ConfigError as error:
-        raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
-    except RuntimeError as error:
+    except (ConfigError, RuntimeError) as error:
         raise CheckpointError(f'the weights "{name}" in {path} do not fit its network: {error}') from None
     denoiser = place(denoiser, choose_device(device)).eval().requires_grad_(False)
     checksum = found.checksum if name == "average" else f"{found.checksum} {name}"
@@ -205,3 +204,26 @@ def training_data(trained: TrainedRun, progress: Progress = silent, *, way_out: 
     data: Pool = trained.config.make("data").load(progress)
     refuse_other_data(data, fingerprint(data), trained.data, way_out)
     return data
+
+
+def _is_hub_name(run: str | Path) -> bool:
+    return str(run).startswith("hf:")
+
+
+def _download(name: str) -> Path:
+    """Folder with the two files of an exported model that are read, from the cache of `huggingface_hub` or the hub.
+
+    With the environment variable `HF_HUB_OFFLINE=1` only the cache is used.
+    """
+    if (parts := _HUB.fullmatch(name)) is None:
+        raise CheckpointError(f"{name} is not the name of a model; write hf:OWNER/NAME, or hf:OWNER/NAME@REVISION")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(how_to_install("a model of the Hugging Face hub", "hub")) from None
+    try:
+        folder = snapshot_download(parts[1], revision=parts[2], allow_patterns=["config.json", "model.safetensors"])
+    except Exception as error:  # a network can fail in any way
+        reason = printable(str(error).strip().partition("\n")[0] or repr(error))
+        raise CheckpointError(f"{name} cannot be read from the Hugging Face hub or its cache: {reason}") from None
+    return Path(folder)

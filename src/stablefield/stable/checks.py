@@ -22,6 +22,7 @@ from stablefield.prediction import PREDICTION_TYPES, coefficients_of, mixture
 from stablefield.process import NoisyBatch, per_example
 from stablefield.stable.drawn import Drawn
 from stablefield.stable.references import References, hash_of
+from stablefield.targets.base import TargetEstimator
 
 ROUNDINGS = 8  # in x_t and in a target: of alpha, sigma, both products, their sum, and the noise itself
 SLACK = 1e-3  # relative: alpha and sigma may have been computed in two ways
@@ -39,12 +40,9 @@ class Loop:
         target: the loop's target, (B, *D).
         x_t: noisy data, (B, *D).
         x: clean data, (B, *D).
-        alpha: scale of the data in x_t, (B,).
-        sigma: noise level, (B,).
-        d_alpha: derivative of alpha with respect to t, (B,).
-        d_sigma: derivative of sigma with respect to t, (B,).
-        unit: unit roundoff of the types of x_t and target.
-        tiny: smallest number of those types.
+        alpha, sigma: scale of the data in x_t and noise level, (B,).
+        d_alpha, d_sigma: their derivatives with respect to t, (B,).
+        unit, tiny: unit roundoff and smallest number of the types of x_t and target.
     """
 
     prediction_type: str
@@ -135,16 +133,40 @@ def rounding(computed: Iterable[Tensor], given: Iterable[Tensor | float]) -> tup
     return max(limit.eps for limit in limits) / 2, max(limit.smallest_normal * limit.eps for limit in limits)
 
 
-def check_target(loop: Loop) -> None:
-    """Refuse a target that is not of the prediction type.
+def check_call(loop: Loop, noisy: NoisyBatch, references: TargetEstimator, default_rates: bool) -> None:
+    """Refuse arguments of a call that contradict one another.
 
     Args:
         loop: what was handed in.
+        noisy: the same as a batch.
+        references: what it is to be averaged over.
+        default_rates: True if the derivatives of alpha and sigma are -1 and 1 by default.
 
     Raises:
-        ValueError: it is not, with the prediction type, sign or process that fits.
+        ValueError: a velocity lacks the derivatives, where alpha + sigma is not 1; there is no noise; the target is not
+            of the prediction type; the mean square of (x_t - alpha x) / sigma is not 1; an index is out of range, or
+            does not count the references; or a statistic of every reference is above, or below, that of every example,
+            such as [0, 1] beside [-1, 1].
     """
-    if loop.fits() or not bool((loop.sigma != 0).any()):
+    off = float((loop.alpha + loop.sigma - 1).abs().max())
+    if loop.prediction_type == "velocity" and default_rates and off > 1e-5 + 16 * loop.unit:
+        raise ValueError(
+            "a velocity needs d_alpha= and d_sigma=, the derivatives of alpha and sigma with respect to t, because "
+            f"alpha + sigma is not 1 (off by {off:.3g})"
+        )
+    if not bool((loop.sigma > 0).any()):
+        raise ValueError("sigma is 0 for every example: x_t holds no noise")
+    _check_target(loop)
+    _check_noise(loop)
+    if isinstance(references, Drawn):
+        _check_order(noisy, references)
+    if isinstance(references, References):
+        _check_references(noisy, references)
+
+
+def _check_target(loop: Loop) -> None:
+    """Refuse a target that is not of the prediction type, and name the type, sign or process that fits."""
+    if loop.fits():
         return
     excess = torch.where(loop.per(loop.sigma == 0), 0.0, loop.excess()).flatten(1).amax(1)
     example = int(excess.argmax())
@@ -154,15 +176,8 @@ def check_target(loop: Loop) -> None:
     )
 
 
-def check_noise(loop: Loop) -> None:
-    """Refuse an x_t whose noise has another level than sigma.
-
-    Args:
-        loop: what was handed in.
-
-    Raises:
-        ValueError: the mean square of (x_t - alpha x) / sigma is not 1.
-    """
+def _check_noise(loop: Loop) -> None:
+    """Refuse an x_t whose noise has another level than sigma."""
     found = _mean_square(loop)
     if found is None or found[1] <= found[0] <= found[2]:
         return
@@ -174,16 +189,8 @@ def check_noise(loop: Loop) -> None:
     )
 
 
-def check_references(noisy: NoisyBatch, references: References) -> None:
-    """Refuse references that are not draws of the distribution of x, such as [0, 1] beside [-1, 1].
-
-    Args:
-        noisy: the batch.
-        references: what it is to be averaged over.
-
-    Raises:
-        ValueError: a statistic of every reference is above, or below, that of every example.
-    """
+def _check_references(noisy: NoisyBatch, references: References) -> None:
+    """Refuse references that are not draws of the distribution of x."""
     label = torch.full_like(noisy.sigma, NULL_LABEL).long() if noisy.label is None else noisy.label
     values, counts = label.unique(return_counts=True)
     ours, theirs, log_chance = [], [], 0.0
@@ -212,18 +219,9 @@ def check_references(noisy: NoisyBatch, references: References) -> None:
             )
 
 
-def check_order(noisy: NoisyBatch, references: References) -> None:
-    """Refuse an index that does not count the references.
-
-    Args:
-        noisy: the batch.
-        references: what it is to be averaged over.
-
-    Raises:
-        ValueError: an index out of range, a label that differs from that of the reference, or examples that are equal
-            to references of another index and never to that of their own.
-    """
-    if not isinstance(references, Drawn) or noisy.index is None or references.by_value:
+def _check_order(noisy: NoisyBatch, references: Drawn) -> None:
+    """Refuse an index that does not count the references: by labels, and by examples equal to references."""
+    if noisy.index is None or references.by_value:
         return
     index, total = noisy.index.cpu(), len(references.pool)
     if ((index < 0) | (index >= total)).any():

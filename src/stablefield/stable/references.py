@@ -65,7 +65,7 @@ class Minibatch(References):
     @override
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
         index, label = identity(noisy)
-        x, everyone, labels = gathered(noisy.x, index, label, self.gather)
+        x, everyone, labels = _gathered(noisy.x, index, label, self.gather)
         mask = (index[:, None] != everyone) & first_of(everyone) & _same_label(label, labels)
         return mean_over(noisy, shared_blocks(noisy, x, mask))
 
@@ -81,8 +81,6 @@ class Bank(References):
             all. None keeps to this rank.
 
     Attributes:
-        size: number of examples held.
-        gather: the function given.
         data: the examples, (size, *D); None before the first call.
         index: data point of each, (size,).
         label: class of each, (size,); -1 without label.
@@ -106,7 +104,7 @@ class Bank(References):
     @override
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
         index, label = identity(noisy)
-        held = self._push(*gathered(noisy.x, index, label, self.gather))
+        held = self._push(*_gathered(noisy.x, index, label, self.gather))
         mask = (index[:, None] != self.index) & (self.index != EMPTY) & _same_label(label, self.label)
         return mean_over(noisy, shared_blocks(noisy, held, mask))
 
@@ -173,15 +171,8 @@ class Bank(References):
         return self.data
 
 
-def gathered(x: Tensor, index: Tensor, label: Tensor, gather: Gather | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Examples, indices and labels of all ranks.
-
-    Args:
-        x: examples of this rank, (B, *D).
-        index: data point of each.
-        label: class of each; -1 for none.
-        gather: concatenates a tensor of all ranks; None returns what was given.
-    """
+def _gathered(x: Tensor, index: Tensor, label: Tensor, gather: Gather | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Examples, indices and labels of all ranks, or of this one."""
     return (x, index, label) if gather is None else (gather(x), gather(index), gather(label))
 
 

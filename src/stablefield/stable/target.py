@@ -33,9 +33,9 @@ from stablefield.kernel.gaussian import check_tensor
 from stablefield.pool import Pool
 from stablefield.prediction import canonical_prediction_type
 from stablefield.process import NoisyBatch, move
-from stablefield.stable.checks import Loop, check_noise, check_order, check_references, check_target, rounding
+from stablefield.stable.checks import Loop, check_call, rounding
 from stablefield.stable.drawn import Drawn, TensorPool, as_tensor
-from stablefield.stable.references import Bank, Gather, Minibatch, References, hash_of
+from stablefield.stable.references import Bank, Gather, Minibatch, hash_of
 from stablefield.targets.base import TargetEstimator
 from stablefield.targets.dsm import DSMTarget
 from stablefield.targets.exact import ExactTarget
@@ -108,12 +108,13 @@ class StableTarget:
         self.by_value, self.checks, self.calls = match == "values", checks, 0
         self.ess: Tensor | None = None
         self.generator = torch.Generator().manual_seed(seed)
-        # a compiled step calls this as it is: compiling it would gain nothing
-        self._eager = torch.compiler.disable(self._target)
 
     def __repr__(self) -> str:
         return f"StableTarget({self.references!r}, {self.prediction_type!r})"
 
+    @torch.compiler.disable  # a compiled step calls this as it is: compiling it would gain nothing
+    @torch.no_grad()
+    @_cpu_by_default()
     def __call__(
         self,
         target: Float[Tensor, "B *D"],
@@ -150,7 +151,36 @@ class StableTarget:
             ValueError: an argument is of the wrong type, shape or device; a value is not finite; or, on the first
                 calls, the arguments contradict one another.
         """
-        return self._eager(target, x_t, x, alpha, sigma, index, label, d_alpha, d_sigma, generator)
+        _check_data(target, x_t, x)
+        device = float64_device(x.device)
+        if (d_alpha is None) != (d_sigma is None):
+            raise ValueError("pass both d_alpha and d_sigma, the derivatives with respect to t, or neither")
+        default_rates = d_alpha is None and d_sigma is None
+        loop = Loop(
+            self.prediction_type,
+            target=target.detach().to(device, torch.float64),
+            x_t=x_t.detach().to(device, torch.float64),
+            x=x.detach().to(device, torch.float64),
+            alpha=_scale("alpha", alpha, x, device),
+            sigma=_scale("sigma", sigma, x, device),
+            d_alpha=_scale("d_alpha", -1.0 if default_rates else d_alpha, x, device),
+            d_sigma=_scale("d_sigma", 1.0 if default_rates else d_sigma, x, device),
+        )
+        noisy = self._noisy(loop, x.to(device), index, label)
+        if self.calls < self.checks:
+            if (complaint := _complaint(loop)) is not None:
+                raise ValueError(complaint)
+            unit, tiny = rounding((x_t, target), (alpha, sigma))
+            check_call(replace(loop, unit=unit, tiny=tiny), noisy, self.references, default_rates)
+        posterior = self.references(noisy, generator=generator or self.generator)
+        result, valid = _combine(loop, posterior.mean.to(torch.float64))
+        result = result.to(target.device, target.dtype)
+        valid &= torch.isfinite(result).all() & self._in_range(noisy)
+        if not bool(valid):  # on a GPU the one time that the host waits
+            raise ValueError(_complaint(loop) or self._impossible(noisy, result))
+        self.calls += 1
+        self.ess = posterior.ess.to(x.device, torch.float32)
+        return result
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the draws and the bank, for a checkpoint."""
@@ -172,51 +202,6 @@ class StableTarget:
             self.references.load_state_dict(state["bank"])
         self.generator.set_state(state["generator"].cpu())
 
-    @torch.no_grad()
-    @_cpu_by_default()
-    def _target(
-        self,
-        target: Tensor,
-        x_t: Tensor,
-        x: Tensor,
-        alpha: float | Tensor,
-        sigma: float | Tensor,
-        index: Tensor | None,
-        label: Tensor | None,
-        d_alpha: float | Tensor | None,
-        d_sigma: float | Tensor | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        _check_data(target, x_t, x)
-        device = float64_device(x.device)
-        if (d_alpha is None) != (d_sigma is None):
-            raise ValueError("pass both d_alpha and d_sigma, the derivatives with respect to t, or neither")
-        default_rates = d_alpha is None and d_sigma is None
-        loop = Loop(
-            self.prediction_type,
-            target=target.detach().to(device, torch.float64),
-            x_t=x_t.detach().to(device, torch.float64),
-            x=x.detach().to(device, torch.float64),
-            alpha=_scale("alpha", alpha, x, device),
-            sigma=_scale("sigma", sigma, x, device),
-            d_alpha=_scale("d_alpha", -1.0 if default_rates else d_alpha, x, device),
-            d_sigma=_scale("d_sigma", 1.0 if default_rates else d_sigma, x, device),
-        )
-        noisy = self._noisy(loop, x.to(device), index, label)
-        if self.calls < self.checks:
-            if (complaint := _complaint(loop)) is not None:
-                raise ValueError(complaint)
-            self._check(loop, noisy, rounding((x_t, target), (alpha, sigma)), default_rates)
-        posterior = self.references(noisy, generator=generator or self.generator)
-        result, valid = _combine(loop, posterior.mean.to(torch.float64))
-        result = result.to(target.device, target.dtype)
-        valid &= torch.isfinite(result).all() & self._in_range(noisy)
-        if not bool(valid):  # on a GPU the one time that the host waits
-            raise ValueError(_complaint(loop) or self._impossible(noisy, result))
-        self.calls += 1
-        self.ess = posterior.ess.to(x.device, torch.float32)
-        return result
-
     def _noisy(self, loop: Loop, x: Tensor, index: Tensor | None, label: Tensor | None) -> NoisyBatch:
         """The batch as target estimators take it."""
         index, label = (_integers(name, value, loop) for name, value in (("index", index), ("label", label)))
@@ -229,7 +214,7 @@ class StableTarget:
                 warnings.warn(
                     "data points are identified by their values: targets are biased if the data hold duplicates or "
                     "are augmented at random; pass index= and leave match out if you can",
-                    stacklevel=5,
+                    stacklevel=6,  # the line of the loop
                 )
             index = hash_of(x)
         elif index is None and not isinstance(self.references, Minibatch | DSMTarget):
@@ -239,23 +224,6 @@ class StableTarget:
             )
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         return NoisyBatch(x, loop.x_t, loop.sigma, loop.alpha, loop.sigma, loop.x_t, label, index)
-
-    def _check(self, loop: Loop, noisy: NoisyBatch, rounded: tuple[float, float], default_rates: bool) -> None:
-        """Refuse what contradicts itself; only on the first calls, because the host waits."""
-        loop = replace(loop, unit=rounded[0], tiny=rounded[1])
-        off = float((loop.alpha + loop.sigma - 1).abs().max())
-        if loop.prediction_type == "velocity" and default_rates and off > 1e-5 + 16 * loop.unit:
-            raise ValueError(
-                "a velocity needs d_alpha= and d_sigma=, the derivatives of alpha and sigma with respect to t, because "
-                f"alpha + sigma is not 1 (off by {off:.3g})"
-            )
-        if not bool((loop.sigma > 0).any()):
-            raise ValueError("sigma is 0 for every example: x_t holds no noise")
-        check_target(loop)
-        check_noise(loop)
-        if isinstance(self.references, References):
-            check_order(noisy, self.references)
-            check_references(noisy, self.references)
 
     def _in_range(self, noisy: NoisyBatch) -> Tensor:
         """True if every index counts a reference."""

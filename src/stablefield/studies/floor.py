@@ -4,15 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from stablefield.checkpoint import CheckpointError, read, save
+from stablefield.checkpoint import cached_tensors
 from stablefield.data import Progress, content_hash, silent
-from stablefield.files import cached
 from stablefield.floor import ByNoise, LossFloor, SquaredError
 from stablefield.pool import Pool
 from stablefield.studies.field.linear import LinearDenoiser
@@ -48,38 +45,28 @@ def cached_floor(
     description = {"kind": "floor 1", "data": data_hash, "loss": repr(loss), "targets": list(targets), **options}
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
-    def find(path: Path) -> LossFloor | None:
-        try:
-            checkpoint = read(path)
-        except CheckpointError:
-            return None
-        if checkpoint.config != description:
-            return None
-        tensors = checkpoint.tensors
-        floors = {name: ByNoise(tensors[name], tensors["noise_levels"]) for name in targets}
-        return LossFloor(floors, tensors.get("label"))
-
-    def make(path: Path) -> None:
+    def compute() -> dict[str, torch.Tensor]:
         found = LossFloor.measure(
             pool, loss, targets=targets, device=device, progress=progress, bins=bins, per_bin=per_bin, seed=seed,
             label_dropout=label_dropout,
         )  # fmt: skip
         tensors = {name: floor.values.contiguous() for name, floor in found.floors.items()}
         tensors["noise_levels"] = next(iter(found.floors.values())).noise_levels
-        save(path, tensors | ({} if found.label is None else {"label": found.label}), config=description, images=0)
+        return tensors | ({} if found.label is None else {"label": found.label})
 
-    return cached(f"{data_hash[:32]}-floor-{digest[:16]}.safetensors", find, make)
+    tensors = cached_tensors(f"{data_hash[:32]}-floor-{digest[:16]}.safetensors", description, compute)
+    floors = {name: ByNoise(tensors[name], tensors["noise_levels"]) for name in targets}
+    return LossFloor(floors, tensors.get("label"))
 
 
-def loss_of_linear_denoiser(pool: Pool, loss: SquaredError, points: int = 4096) -> float:
+def loss_of_linear_denoiser(pool: Pool, loss: SquaredError) -> float:
     """The loss of the best linear denoiser, which a trained network should be far below.
 
     Args:
         pool: the data.
         loss: the loss.
-        points: number of noise levels.
     """
-    t = loss.quantile((torch.arange(points, dtype=torch.float64) + 0.5) / points)
+    t = loss.quantile((torch.arange(4096, dtype=torch.float64) + 0.5) / 4096)
     alpha, sigma = loss.process.scales(t)
     linear = LinearDenoiser.from_pool(pool)
     return float((loss.factor_of_x0(t, len(linear.variances)) * linear.squared_error(sigma / alpha)).mean())
@@ -103,12 +90,10 @@ class FloorReport:
         """Floor and excess by noise level, as rows of cells."""
         columns = {f"floor {name}": floor for name, floor in self.floors.items()}
         columns |= {} if self.excess is None else {"excess": self.excess}
-        ends = next(iter(columns.values())).noise_levels.tolist()
-        names = [f"{low:.3g}..{high:.3g}" for low, high in pairwise(ends)]
         rows = [["sigma / alpha", *columns]]
-        for i, name in enumerate([*names, "all"]):
+        for i, name in enumerate([*next(iter(columns.values())).names, "all"]):
             cells = (
-                (values.by_bin[i], values.errors_by_bin[i]) if i < len(names) else (values.value, values.error)
+                (values.value, values.error) if name == "all" else (values.by_bin[i], values.errors_by_bin[i])
                 for values in columns.values()
             )
             rows.append([name, *(_cell(float(value), float(error)) for value, error in cells)])
@@ -133,13 +118,8 @@ class FloorReport:
         """Values, standard errors and noise levels, for a JSON file."""
 
         def numbers(values: ByNoise) -> dict[str, Any]:
-            by_bin = {"by_bin": values.by_bin.tolist(), "errors_by_bin": values.errors_by_bin.tolist()}
-            return {
-                "value": values.value,
-                "error": values.error,
-                "noise_levels": values.noise_levels.tolist(),
-                **by_bin,
-            }
+            numbers = {"value": values.value, "error": values.error, "noise_levels": values.noise_levels.tolist()}
+            return {**numbers, "by_bin": values.by_bin.tolist(), "errors_by_bin": values.errors_by_bin.tolist()}
 
         return {
             "floors": {name: numbers(floor) for name, floor in self.floors.items()},

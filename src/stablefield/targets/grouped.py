@@ -36,7 +36,8 @@ def mean_over(
     count = ((drawn >= 0).sum(1) - 1).clamp(min=0)  # of the shared references
     last = drawn.gather(1, count[:, None]).squeeze(1).clamp(min=0)
     shared = drawn[:, :-1].where(torch.arange(drawn.shape[1] - 1) < count[:, None], -1)
-    own = _own_candidate(noisy, (shared[group] == index[:, None]).any(1), group, last, take)
+    theirs = shared if len(shared) == 1 else shared[group]
+    own = _own_candidate(noisy, (theirs == index[:, None]).any(1), group, last, take)
     if len(drawn) == 1:
         parts = shared[0].split(chunk_size(noisy.x_t))
         blocks = ((take(part, noisy.x.device), None) for part in parts)

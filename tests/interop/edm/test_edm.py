@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from stablefield.data.pickles import RefusedError
 from stablefield.interop import edm
-from stablefield.interop.edm import containers
+from stablefield.interop.edm import checkpoint as checkpoint_module
 
 FIXTURES = Path(os.environ.get("STABLEFIELD_FIXTURES", "nowhere")) / "edm"
 PUBLISHED = sorted(FIXTURES.glob("*/*.p[kt]*"))
@@ -491,9 +491,9 @@ def test_a_small_file_that_would_expand_is_refused_with_little_memory(refused, o
 
 
 def test_an_archive_that_is_referred_to_many_times_is_read_once(read, monkeypatch):
-    reads, read_embedded_storage = [], containers.read_embedded_storage
+    reads, _read_embedded_storage = [], checkpoint_module._read_embedded_storage
     monkeypatch.setattr(
-        containers, "read_embedded_storage", lambda data: reads.append(1) or read_embedded_storage(data)
+        checkpoint_module, "_read_embedded_storage", lambda data: reads.append(1) or _read_embedded_storage(data)
     )
     calls = b"ctorch.storage\n_load_from_bytes\nq\x01B" + struct.pack("<I", len(BARE)) + BARE + b"\x85q\x02R"
     octets = whole(mapping(ema=module(), extra=b"](" + calls + b"h\x01h\x02R" * 1000 + b"e"))

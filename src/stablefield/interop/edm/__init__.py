@@ -6,8 +6,7 @@ a name, a class or a storage type) is refused with its name. Only data that are 
 many bytes as the file has.
 
     allowlist.py   every name that may occur, and the data that stands for it
-    containers.py  a plain pickle, torch's ZIP file of a pickle and its storages, torch's legacy sequence of pickles
-    checkpoint.py  from the data to weights, constructor arguments and optimiser state
+    checkpoint.py  the three file formats; weights, constructor arguments and optimiser state
 """
 
 from stablefield.interop.edm.allowlist import LAYERS, LOSSES, NETWORKS, PRECONDITIONERS

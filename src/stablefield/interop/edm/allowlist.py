@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from typing_extensions import override
 
-from stablefield.data.pickles import NUMPY, Dtype, Instances, Name, Record, RefusedError, Table, expect, not_allowed
+from stablefield.data.pickles import NUMPY, Dtype, Instances, Record, RefusedError, Table, expect, not_allowed
 from stablefield.files import printable
 
 PRECONDITIONERS = frozenset({"VPPrecond", "VEPrecond", "iDDPMPrecond", "EDMPrecond"})
@@ -176,30 +176,3 @@ ALLOWED: Table = {
     "numpy.core.multiarray scalar": _scalar,  # numpy 1
     "numpy._core.multiarray scalar": _scalar,  # numpy 2
 }
-
-
-def find_storage(storages: dict[str, Storage], identity: object) -> Storage | Name:
-    """The storage that a persistent id stands for; in torch's legacy format also the name of a class.
-
-    Args:
-        storages: the storages found so far, by key; a new one is added.
-        identity: the id, as the file gives it.
-
-    Raises:
-        RefusedError: the id has another form, or its type or size is not allowed or not that of the same key before.
-    """
-    match identity:
-        case ("module", Name() as name, *_):  # its source follows, and is ignored
-            return name
-        case ("storage", Name(path), str(key), str(), int(count)):
-            pass
-        case ("storage", Name(path), str(key), str(), int(count), None):
-            pass
-        case _:
-            raise RefusedError("a persistent id is not that of a storage")
-    if path not in STORAGE_TYPES or count < 0:
-        raise RefusedError("a persistent id is that of a storage that is not allowed here")
-    storage = storages.setdefault(key, Storage(STORAGE_TYPES[path], count))
-    if (storage.dtype, storage.count) != (STORAGE_TYPES[path], count):
-        raise RefusedError("a storage is used with two types or sizes")
-    return storage

@@ -5,8 +5,8 @@ from stablefield.studies.compare.endpoints import Endpoint, Finding
 from stablefield.studies.compare.experiment import Arm, Experiment
 from stablefield.studies.compare.gradients import GradientVariance, gradient_variance
 from stablefield.studies.compare.page import summarize, write_page
+from stablefield.studies.compare.runs import measure_steps
 from stablefield.studies.compare.statistics import Estimate
-from stablefield.studies.compare.steps import measure_steps
 
 __all__ = [
     "Arm",

@@ -24,7 +24,6 @@ from stablefield.kinds import OBJECTIVES
 from stablefield.run import RunFolder
 from stablefield.studies.compare.endpoints import (
     WEIGHTS,
-    Curve,
     Endpoint,
     Finding,
     endpoints_hash,
@@ -32,10 +31,8 @@ from stablefield.studies.compare.endpoints import (
 )
 from stablefield.studies.compare.evaluator import find_spaces
 from stablefield.studies.compare.experiment import Arm, Experiment
-from stablefield.studies.compare.jobs import ReportRun, Worker, run_all
-from stablefield.studies.compare.runs import is_finished, read_lines
-from stablefield.studies.compare.statistics import holm
-from stablefield.studies.compare.steps import step_ratio
+from stablefield.studies.compare.runs import ReportRun, Worker, is_finished, read_lines, run_all, step_ratio
+from stablefield.studies.compare.statistics import Curve, holm
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,8 @@ class Comparison:
             seeds: the seeds; by default all that are finished.
         """
         seeds = [s for s in self.experiment.seeds if (arm, s) in self.lines] if seeds is None else seeds
-        return [Curve.from_lines(self.lines[arm, seed], weights, quantity) for seed in seeds]
+        lines = [self.lines[arm, seed] for seed in seeds]
+        return [Curve([x["images"] for x in run], [x[weights].get(quantity, math.nan) for x in run]) for run in lines]
 
     def mean_at_end(self, arm: Arm, name: str, weights: str = "") -> float:
         """Mean over finished seeds of a number in the last record; nan if there is none.

@@ -14,13 +14,12 @@ are corrected together by Holm's method.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, isfinite, isnan, log, nan
-from typing import Any
 
 from stablefield.config import describe_target
-from stablefield.studies.compare.statistics import Estimate, area_mean, roughness, spread_ratio, value_at
+from stablefield.studies.compare.statistics import Curve, Estimate, spread_ratio
 
 WEIGHTS = ("average", "raw")
 LEVEL = 0.05
@@ -85,30 +84,6 @@ def endpoints_hash(endpoints: Sequence[Endpoint]) -> str:
         endpoints: the endpoints, in order.
     """
     return hashlib.sha256("\n".join([_DEFINITIONS, *map(str, endpoints)]).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A quantity of one finished run at every evaluation.
-
-    Attributes:
-        images: image counts of the evaluations.
-        values: the quantity at each.
-    """
-
-    images: Sequence[int]
-    values: Sequence[float]
-
-    @classmethod
-    def from_lines(cls, lines: Sequence[Mapping[str, Any]], weights: str, quantity: str) -> "Curve":
-        """The curve of a quantity in the records of a run.
-
-        Args:
-            lines: records of the run, one per evaluation.
-            weights: "average" or "raw".
-            quantity: name of the quantity.
-        """
-        return cls([line["images"] for line in lines], [line[weights].get(quantity, nan) for line in lines])
 
 
 @dataclass(frozen=True)
@@ -182,8 +157,8 @@ def measure_endpoint(
         if not isfinite(time_ratio):
             return Estimate.from_values([])
         # the faster of the two sees all images
-        ours = [_log(_early(curve, max(time_ratio, 1.0))) for curve in arm]
-        theirs = [_log(_early(curve, max(1 / time_ratio, 1.0))) for curve in baseline]
+        ours = [_early(curve, max(time_ratio, 1.0)) for curve in arm]
+        theirs = [_early(curve, max(1 / time_ratio, 1.0)) for curve in baseline]
     else:
         ours, theirs = ([_STATISTICS[endpoint.statistic](curve) for curve in curves] for curves in (arm, baseline))
     if endpoint.statistic == "spread":
@@ -192,17 +167,8 @@ def measure_endpoint(
 
 
 def _early(curve: Curve, factor: float) -> float:
-    """Value of a curve when a fraction 1 / factor of the images were seen."""
-    return curve.values[-1] if factor == 1 else value_at(curve.images[-1] / factor, curve.images, curve.values)
+    """Logarithm of a curve when a fraction 1 / factor of the images were seen."""
+    return curve.end() if factor == 1 else curve.at(curve.images[-1] / factor)
 
 
-def _log(value: float) -> float:
-    return log(value) if value > 0 else nan
-
-
-_STATISTICS: dict[str, Callable[[Curve], float]] = {
-    "area": lambda curve: area_mean(curve.images, curve.values),
-    "end": lambda curve: _log(curve.values[-1]),
-    "spread": lambda curve: _log(curve.values[-1]),
-    "roughness": lambda curve: _log(roughness(curve.values)),
-}
+_STATISTICS = {"area": Curve.area, "end": Curve.end, "spread": Curve.end, "roughness": Curve.roughness}

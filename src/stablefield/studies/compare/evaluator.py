@@ -69,14 +69,8 @@ def find_spaces(data: Pool) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, eq=False)
-class Space:
-    """A feature space with the statistics of the data in it.
-
-    Attributes:
-        features: the features.
-        train: statistics of the training data.
-        held_out: statistics of the held-out data.
-    """
+class _Space:
+    """A feature space with the statistics of the data in it."""
 
     features: Features
     train: Statistics
@@ -96,7 +90,7 @@ class Reference:
 
     pool: Pool
     held_out: Pool
-    spaces: dict[str, Space]
+    spaces: dict[str, _Space]
     nearest: NearestMatches
 
     @classmethod
@@ -121,7 +115,7 @@ class Reference:
             with stage_progress(f"statistics of the data: {name}") as progress:
                 compute = partial(_cached_statistics, cache, features)
                 train = compute(f"{name}-train", parts.pool, progress)
-                spaces[name] = Space(features, train, compute(f"{name}-held-out", parts.held_out, silent))
+                spaces[name] = _Space(features, train, compute(f"{name}-held-out", parts.held_out, silent))
         index = torch.randperm(len(parts.held_out), generator=generator(0, "near"))[:samples]
         nearest = find_nearest(parts.held_out.take(index), parts.pool)
         return cls(parts.pool, parts.held_out, spaces, nearest)

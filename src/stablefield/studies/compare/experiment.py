@@ -201,11 +201,8 @@ class Experiment:
                 f"cannot change {', '.join(changed)} of an existing comparison, which can only be extended by targets, "
                 "objectives and seeds; start a new one with another --out"
             )
-        same = (set(self.targets), set(self.objectives), set(self.seeds)) >= (
-            set(other.targets),
-            set(other.objectives),
-            set(other.seeds),
-        )
+        added = ("targets", "objectives", "seeds")
+        same = all(set(getattr(self, name)) >= set(getattr(other, name)) for name in added)
         return replace(
             self,
             config=other.config,

@@ -1,9 +1,7 @@
 """The three figures of a comparison; arms differ by line style, marker and brightness, for prints in grey."""
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from math import exp, isfinite, isnan, log
-from operator import getitem
 from pathlib import Path
 from statistics import fmean
 from textwrap import fill
@@ -18,7 +16,7 @@ from stablefield.evaluate.plots import save_figure
 from stablefield.studies.compare.comparison import Comparison
 from stablefield.studies.compare.endpoints import WEIGHTS, Finding
 from stablefield.studies.compare.experiment import Arm
-from stablefield.studies.compare.statistics import Estimate
+from stablefield.studies.compare.statistics import Curve, Estimate
 
 # darkest first, so that they differ in grey too
 STYLES: tuple[dict[str, Any], ...] = (
@@ -72,7 +70,7 @@ def draw_distance(comparison: Comparison, axes: Axes, objective: str, weights: s
     """
     space = comparison.experiment.spaces[0]
     axes.axhline(comparison.machine["reference"]["held_out_distance"][space], color="0.7", linewidth=1)
-    _draw_arms(comparison, axes, objective, _entry(weights, space))
+    _draw_arms(comparison, axes, objective, lambda line: line[weights][space])
     _label(axes, f"{objective} {WORDS[weights]}".strip(), f"Frechet distance\n({space}, squared units)")
 
 
@@ -80,9 +78,9 @@ def _losses(comparison: Comparison) -> Figure:
     """Held-out loss and the variance of the gradient against images; thin lines are the part due to the target."""
     figure, panels = _grid(comparison, 2)
     for objective, (loss, variance) in zip(comparison.experiment.objectives, panels, strict=True):
-        _draw_arms(comparison, loss, objective, _entry("average", "held-out loss"))
+        _draw_arms(comparison, loss, objective, lambda line: line["average"]["held-out loss"])
         _label(loss, f"{objective} averaged weights".strip(), "held-out loss\n(weighted, per dimension)")
-        _draw_arms(comparison, variance, objective, _entry("gradient_variance"))
+        _draw_arms(comparison, variance, objective, lambda line: line["gradient_variance"])
         _draw_arms(comparison, variance, objective, _variance_of_target, thin=True)
         _label(variance, f"{objective} raw weights".strip(), "variance of the gradient\n(loss units squared)")
     panels[0][0].legend(frameon=False)
@@ -126,7 +124,7 @@ def _draw_interval(axes: Axes, y: float, finding: Finding) -> None:
     estimate = finding.estimate
     if isnan(estimate.mean):
         return
-    low, mean, high = (_percent(min(max(x, -WIDEST), WIDEST)) for x in (estimate.low, estimate.mean, estimate.high))
+    low, mean, high = (_percent(_within(x)) for x in (estimate.low, estimate.mean, estimate.high))
     found = finding.direction in ("increases", "decreases")
     if isfinite(estimate.low):
         axes.plot([low, high], [y, y], color="black" if found else "0.55", linewidth=2 if found else 1.2)
@@ -147,13 +145,15 @@ def _draw_arms(
     for target, style in zip(experiment.targets, STYLES * len(experiment.targets), strict=False):
         arm = Arm(objective, target)
         baseline = experiment.baseline(arm)
-        seeds = comparison.paired_seeds(arm, baseline)
-        ours, theirs = (_logs(comparison, each, seeds, value) for each in (arm, baseline))
+        points, seeds = experiment.evaluation_points, comparison.paired_seeds(arm, baseline)
+        ours, theirs = (
+            [Curve(points, [value(line) for line in comparison.lines[each, seed]]).logs for seed in seeds]
+            for each in (arm, baseline)
+        )
         if not ours:
             continue
         means = [fmean(at) if all(map(isfinite, at)) else float("nan") for at in zip(*ours, strict=True)]
         width = {"linewidth": 0.9, "markersize": 3, "markerfacecolor": "white"} if thin else {"linewidth": 1.8}
-        points = experiment.evaluation_points
         look = {"markersize": 5, **style, **width, "label": "" if thin else fill(describe_target(target), 26)}
         axes.plot(points, [exp(m) for m in means], **look)
         if arm == baseline or thin or len(seeds) < 2:
@@ -162,13 +162,9 @@ def _draw_arms(
             Estimate.from_values([a - b for a, b in zip(ours_at, theirs_at, strict=True)])
             for ours_at, theirs_at in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True)
         ]
-        low, high = ([exp(m + e) for m, e in zip(means, ends, strict=True)] for ends in _ends(bands))
+        low = [exp(mean + _within(band.low - band.mean)) for mean, band in zip(means, bands, strict=True)]
+        high = [exp(mean + _within(band.high - band.mean)) for mean, band in zip(means, bands, strict=True)]
         axes.fill_between(points, low, high, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def _entry(*keys: str) -> Callable[[Any], float]:
-    """Function that finds a number in a record."""
-    return lambda line: float(reduce(getitem, keys, line))
 
 
 def _variance_of_target(line: Any) -> float:
@@ -177,19 +173,9 @@ def _variance_of_target(line: Any) -> float:
     return part if part > 1e-6 * whole else 0.0
 
 
-def _ends(bands: Sequence[Estimate]) -> tuple[list[float], list[float]]:
-    """Distances from the mean to both ends of the intervals, within what can be drawn."""
-    low = [max(band.low - band.mean, -WIDEST) if isfinite(band.mean) else float("nan") for band in bands]
-    high = [min(band.high - band.mean, WIDEST) if isfinite(band.mean) else float("nan") for band in bands]
-    return low, high
-
-
-def _logs(
-    comparison: Comparison, arm: Arm, seeds: Sequence[int], value: Callable[[dict[str, Any]], float]
-) -> list[list[float]]:
-    """Logarithms of a number at every evaluation, one list per seed."""
-    values = [[value(line) for line in comparison.lines[arm, seed]] for seed in seeds]
-    return [[log(v) if v > 0 else float("nan") for v in run] for run in values]
+def _within(log_ratio: float) -> float:
+    """A log ratio within what is drawn."""
+    return min(max(log_ratio, -WIDEST), WIDEST)
 
 
 def _grid(comparison: Comparison, columns: int) -> tuple[Figure, Any]:

@@ -37,7 +37,7 @@ class GradientVariance:
 
 
 def gradient_variance(
-    denoiser: Denoiser, objective: Objective, batches: Sequence[tuple[NoisyBatch, Tensor]], seed: int = 0
+    denoiser: Denoiser, objective: Objective, batches: Sequence[tuple[NoisyBatch, Tensor]]
 ) -> GradientVariance:
     """Estimate the variance of the gradient over several batches.
 
@@ -45,7 +45,6 @@ def gradient_variance(
         denoiser: the denoiser, evaluated without dropout; its weights do not change.
         objective: loss weight and target; the target is drawn anew for each batch.
         batches: at least two batches, each with its exact posterior means (B, *D).
-        seed: seed of the references.
     """
     weights: list[Tensor] = [p for p in denoiser.parameters() if p.requires_grad]
     mean = [torch.zeros_like(p, dtype=torch.float64) for p in weights]
@@ -54,7 +53,7 @@ def gradient_variance(
     denoiser.eval()
     for number, (noisy, exact) in enumerate(batches):
         x0 = denoiser(noisy.x_t, noisy.t, noisy.label, noisy.augment_label)
-        drawn = objective.target(noisy, generator=generator(seed, "gradient", number)).mean
+        drawn = objective.target(noisy, generator=generator(0, "gradient", number)).mean
         factor = per_example(objective.weight(denoiser.process, noisy.t), x0) * 2 / x0.numel()
         pullback = _pullback(x0, weights)
         for total, g in zip(mean, gradient := pullback(factor * (x0.detach() - drawn)), strict=True):

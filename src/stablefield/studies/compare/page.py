@@ -1,9 +1,11 @@
 """The page of a comparison in Markdown: a summary, three figures, and a table of all endpoints."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from math import isnan
 from pathlib import Path
+from statistics import median
 
 from stablefield.config import Config
 from stablefield.files import write_text
@@ -56,12 +58,11 @@ def summarize(comparison: Comparison) -> list[str]:
 
 def _sentence(pairs: int, findings: tuple[Finding, ...]) -> str:
     """Numbers of endpoints of a contrast by direction, and the changes of the first two."""
-    words = ("decreases", "increases", "not distinguishable", "not measured")
-    numbers = {word: sum(f.direction == word for f in findings) for word in words}
+    count = Counter(finding.direction for finding in findings)
     return (
         f"**{findings[0].contrast}** ({pairs} {'pair' if pairs == 1 else 'pairs'}): of {len(findings)} endpoints "
-        f"{numbers['decreases']} decrease, {numbers['increases']} increase, {numbers['not distinguishable']} are not "
-        f"distinguishable and {numbers['not measured']} not measured; "
+        f"{count['decreases']} decrease, {count['increases']} increase, {count['not distinguishable']} are not "
+        f"distinguishable and {count['not measured']} not measured; "
         + "; ".join(f"{f.endpoint.title} [{f.endpoint.weights}] {_cell(f)}" for f in findings[:2])
     )
 
@@ -78,8 +79,8 @@ def _levels(comparison: Comparison) -> Iterator[str]:
         if any(each == arm for each, _ in comparison.lines):
             values = [comparison.mean_at_end(arm, name, "average") for name in names]
             values += [comparison.mean_at_end(arm, f"gradient_variance{end}") for end in ("", "_of_target")]
-            times = sorted(comparison.steps.get("sec_per_kimg", {}).get(str(arm), []))
-            cells = [f"{value:.3g}" for value in values] + [f"{times[len(times) // 2]:.3g}" if times else ""]
+            times = comparison.steps.get("sec_per_kimg", {}).get(str(arm), [])
+            cells = [f"{value:.3g}" for value in values] + [f"{median(times):.3g}" if times else ""]
             lines.append(f"| {arm} | {' | '.join(cells)} |")
     held_out = [cell for space in spaces for cell in (f"{real[space]:.3g}", "")]
     lines.append(f"| held-out data | {' | '.join(held_out + [''] * (len(columns) - len(held_out)))} |")
@@ -102,10 +103,10 @@ def _status(comparison: Comparison) -> Iterator[str]:
     if not comparison.complete:
         total = len(comparison.experiment.arms) * len(comparison.experiment.seeds)
         yield f"**Unfinished**: {len(comparison.lines)} of {total} runs are complete; only complete pairs are used."
-    down, up = (sum(f.direction == word for f in findings) for word in ("decreases", "increases"))
+    count = Counter(finding.direction for finding in findings)
     yield (
-        f"Of {len(findings)} endpoints fixed before the runs, {down} decrease and {up} increase significantly (Holm, "
-        "5 % over the page); lower is better for each of them."
+        f"Of {len(findings)} endpoints fixed before the runs, {count['decreases']} decrease and {count['increases']} "
+        "increase significantly (Holm, 5 % over the page); lower is better for each of them."
     )
 
 

@@ -8,8 +8,10 @@ Intervals and tests of means are Student's t; equality of two spreads over the s
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import exp, inf, isfinite, isnan, log, nan, sqrt
+from math import inf, isfinite, isnan, log, nan, sqrt
 from statistics import correlation, fmean, stdev
+
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 MIN_PAIRS = 5  # for the spread over seeds
@@ -97,59 +99,64 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def area_mean(images: Sequence[float], values: Sequence[float]) -> float:
-    """Mean of log(value) over log(images), by the trapezoidal rule: the area under the curve over its width.
+@dataclass(frozen=True)
+class Curve:
+    """A quantity of one finished run at every evaluation. Its statistics are nan where a value is not positive.
 
-    Args:
-        images: increasing image counts of at least two evaluations.
-        values: the curve at these image counts, positive.
-    """
-    points = [(log(count), log(value) if value > 0 else nan) for count, value in zip(images, values, strict=True)]
-    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
-    return area / (points[-1][0] - points[0][0])
-
-
-def value_at(at: float, images: Sequence[float], values: Sequence[float]) -> float:
-    """Value of a curve between two evaluations, interpolated linearly in log(value) and log(images).
-
-    Args:
-        at: number of images; the result is nan before the first and after the last evaluation.
+    Attributes:
         images: increasing image counts of the evaluations.
-        values: the curve at these image counts, positive.
+        values: the quantity at each.
     """
-    for (before, left), (after, right) in pairwise(zip(images, values, strict=True)):
-        if before <= at <= after and left > 0 and right > 0:
-            fraction = log(at / before) / log(after / before)
-            return left if left == right else exp(log(left) + fraction * log(right / left))
-    return nan
 
+    images: Sequence[float]
+    values: Sequence[float]
 
-def roughness(values: Sequence[float]) -> float:
-    """Relative spread of a curve between successive evaluations over its last half, from second differences.
+    @property
+    def logs(self) -> list[float]:
+        """Logarithms of the values."""
+        return [log(value) if value > 0 else nan for value in self.values]
 
-    With y the logarithms of the values, it is sqrt(mean (y_(i-1) - 2 y_i + y_(i+1))^2 / 6): the standard deviation of
-    independent errors around a straight line, such as a power law of the images when evaluation points grow by equal
-    factors. Curvature contributes too.
+    def area(self) -> float:
+        """Mean of log(value) over log(images), by the trapezoidal rule: the area under the curve over its width."""
+        points = [(log(count), y) for count, y in zip(self.images, self.logs, strict=True)]
+        area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(points))
+        return area / (points[-1][0] - points[0][0])
 
-    Args:
-        values: the curve; the result is nan for fewer than four values, or if one is not positive.
-    """
-    if len(values) < 4 or not all(value > 0 for value in values):
+    def end(self) -> float:
+        """Logarithm of the last value."""
+        return self.logs[-1]
+
+    def at(self, images: float) -> float:
+        """Logarithm of the value between two evaluations, interpolated linearly in log(images).
+
+        Args:
+            images: number of images; the result is nan before the first and after the last evaluation.
+        """
+        for (before, left), (after, right) in pairwise(zip(self.images, self.logs, strict=True)):
+            if before <= images <= after:
+                return left + log(images / before) / log(after / before) * (right - left)
         return nan
-    y = [log(value) for value in values[len(values) // 2 - 1 :]]
-    bends = [before - 2 * here + after for before, here, after in zip(y, y[1:], y[2:], strict=False)]
-    return sqrt(fmean(bend * bend for bend in bends) / 6)
+
+    def roughness(self) -> float:
+        """Logarithm of the spread between successive evaluations over the last half, from second differences.
+
+        With y the logarithms of the values, the spread is sqrt(mean (y_(i-1) - 2 y_i + y_(i+1))^2 / 6): the standard
+        deviation of independent errors around a straight line, such as a power law of the images when evaluation points
+        grow by equal factors. Curvature contributes too. Nan for fewer than four values, or without any spread.
+        """
+        y = self.logs[len(self.values) // 2 - 1 :]
+        if len(self.values) < 4 or not all(map(isfinite, self.logs)):
+            return nan
+        bends = [before - 2 * here + after for before, here, after in zip(y, y[1:], y[2:], strict=False)]
+        square = fmean(bend * bend for bend in bends) / 6
+        return log(square) / 2 if square > 0 else nan
 
 
 def _student_quantile(degrees: int) -> float:
     """Quantile of Student's t distribution for a two-sided interval."""
-    from scipy.special import stdtrit
-
     return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
 
 
 def _student_p(t: float, degrees: int) -> float:
     """Two-sided p-value of a t statistic."""
-    from scipy.special import stdtr
-
     return float(2 * stdtr(degrees, -abs(t)))

@@ -30,13 +30,12 @@ class DataDistances:
     farthest: float
 
     @classmethod
-    def from_pool(cls, pool: Pool, *, examples: int = 64, sweeps: int = 3, seed: int = 0) -> "DataDistances":
+    def from_pool(cls, pool: Pool, *, examples: int = 64, seed: int = 0) -> "DataDistances":
         """Distances of a random part of the data to all data, then of the farthest of these to all, and so on.
 
         Args:
             pool: the data.
             examples: number of data points drawn at random to start from.
-            sweeps: number of passes over the data, each from the data points that were farthest in the pass before.
             seed: seed of the random draw.
 
         Raises:
@@ -44,7 +43,7 @@ class DataDistances:
         """
         index = torch.randint(len(pool), (examples,), generator=generator(seed, "extent"))
         nearest, most, index = _extremes(pool, index)
-        for _ in range(sweeps - 1):
+        for _ in range(2):
             _, farthest, index = _extremes(pool, index.unique())
             most = max(most, farthest)
         if most == 0:

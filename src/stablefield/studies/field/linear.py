@@ -19,6 +19,8 @@ from torch import Tensor
 
 from stablefield.pool import Pool
 
+MAX_ELEMENTS = 2**24  # numbers of the data that are read, but those of no less than 256 data points
+
 
 @dataclass(frozen=True, eq=False)
 class LinearDenoiser:
@@ -31,16 +33,14 @@ class LinearDenoiser:
     variances: Float[Tensor, "D"]
 
     @classmethod
-    def from_pool(cls, pool: Pool, max_elements: int = 2**24) -> "LinearDenoiser":
+    def from_pool(cls, pool: Pool) -> "LinearDenoiser":
         """The linear denoiser of data points spread evenly over a data set.
 
         Args:
             pool: the data.
-            max_elements: how many numbers to read; this limits the number of data points, but to no less than 256.
         """
-        n = min(len(pool), max(256, max_elements // math.prod(pool.shape)))
-        x = pool.take(torch.arange(n) * len(pool) // n)
-        x = x - x.mean(0)
+        x = pool.take(pool.evenly_spaced(max(256, MAX_ELEMENTS // math.prod(pool.shape))))
+        n, x = len(x), x - x.mean(0)
         for _ in range(2, x.ndim):
             x = torch.tensordot(x, _cosines(x.shape[2]).to(x), ([2], [1]))  # moves the transformed axis to the end
         if 4 * x.shape[1] <= n:

@@ -28,7 +28,7 @@ from stablefield.studies.field.linear import LinearDenoiser
 from stablefield.studies.field.study import VarianceStudy, measure
 from stablefield.times import LogNormal
 
-MAX_VALUES = 2 * 10**8  # numbers of the data that are examined
+MAX_VALUES = 2 * 10**8  # numbers of the data that are examined, but those of no less than 1,024 data points
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class NoiseProposal:
             rule = f"a quarter of the step between two of {pool.num_levels} values"
         else:
             sigma_min, rule = 0.004 * sigma_data, "0.004 sigma_data, EDM's ratio"
-        ends = learnable_range(linear)
+        ends = _learnable_range(linear)
         low, high = ends or (0.0, 0.0)
         edm = LogNormal()
         mean = math.log(low * high) / 2 if ends else edm.mean + math.log(sigma_data / 0.5)
@@ -119,8 +119,6 @@ def propose_noise(
     sigma_data: float,
     *,
     examples: int = 16,
-    draws: int = 4,
-    max_values: int = MAX_VALUES,
     progress: Progress = silent,
 ) -> tuple[NoiseProposal, VarianceStudy]:
     """Propose noise levels for data, and measure the variance of targets at them.
@@ -129,8 +127,6 @@ def propose_noise(
         pool: the data. Of large data, evenly spaced data points are examined.
         sigma_data: standard deviation of the data.
         examples: number of x_t at each noise level.
-        draws: number of reference batches.
-        max_values: numbers of the data that are examined, but those of no less than 1,024 data points.
         progress: called with (done, total).
 
     Returns:
@@ -139,23 +135,15 @@ def propose_noise(
     Raises:
         ValueError: all data points are the same.
     """
-    count = min(len(pool), max(1024, max_values // math.prod(pool.shape)))
-    few = pool if count == len(pool) else pool.subset(torch.arange(count) * len(pool) // count)
-    size = min(1024, max(2, count // 4))
-    study = measure(few, sizes=[size], examples=examples, draws=draws, progress=progress)
+    index = pool.evenly_spaced(max(1024, MAX_VALUES // math.prod(pool.shape)))
+    few = pool if len(index) == len(pool) else pool.subset(index)
+    size = min(1024, max(2, len(few) // 4))
+    study = measure(few, sizes=[size], examples=examples, draws=4, progress=progress)
     return NoiseProposal.from_pool(few, sigma_data, study.linear), study
 
 
-def learnable_range(linear: LinearDenoiser, share: float = 0.5) -> tuple[float, float] | None:
-    """Range of sigma in which the learnable share is at least a part of its maximum.
-
-    Args:
-        linear: the linear denoiser of the data.
-        share: the part of the maximum.
-
-    Returns:
-        Lowest and highest sigma; None if the maximum is below 1 %.
-    """
+def _learnable_range(linear: LinearDenoiser, share: float = 0.5) -> tuple[float, float] | None:
+    """Range of sigma in which the learnable share is at least a part of its maximum; None if that is below 1 %."""
     spread = float(linear.variances.mean().sqrt())
     noise_level = spread * torch.logspace(-5, 4, 1801, dtype=torch.float64)
     learnable = linear.learnable_share(noise_level)

@@ -1,4 +1,4 @@
-"""Consequences of a variance study for a training: where target variance is, and how much of it enters the loss.
+"""Consequences of a variance study for a training, and its files: where target variance is, and how it enters the loss.
 
 Training draws t from its distribution and weighs squared errors by w(t). So the variance of its targets adds
 
@@ -8,19 +8,27 @@ to its loss. Between the measured noise levels, V in noise units is interpolated
 the lowest level it is taken as 0, above the highest as constant.
 """
 
+import csv
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield import __version__
+from stablefield.checkpoint import finite
+from stablefield.files import atomic_path, write_text
 from stablefield.floor import ByNoise
 from stablefield.objective import LossWeight
-from stablefield.studies.field.study import VarianceStudy
+from stablefield.studies.field.plots import plot_bias, plot_field
+from stablefield.studies.field.study import COLUMNS, VarianceStudy
 from stablefield.times import TimeDistribution
 
 Range = tuple[float, float]
@@ -78,7 +86,7 @@ class VarianceReport:
         factor = weight(study.process, t) / study.dim
         variance, error = _interpolated(study, study.dsm, noise_level), study.linear.squared_error(noise_level)
         weighted = factor * variance
-        high, phases, central = _high(study), phases_of(study), _central(noise_level, weighted)
+        high, phases, central = _high(study), study.phases, _central(noise_level, weighted)
         return cls(
             phases,
             high,
@@ -126,7 +134,34 @@ class VarianceReport:
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
-        return [*self._where(), *self._training(), *self._sizes(), *self._verdict()]
+        one, prior = self.phases
+        share, mean_share = _percent(self.share_of_loss), _percent(self.mean_share_of_loss)
+        lines = [f"DSM targets vary most at sigma = {_span(self.high)} (at least half the maximum, in noise units)."]
+        if one is not None:
+            lines += [f"Below sigma = {one:.2g} most x_t have one likely source, and there is nothing to average."]
+        if prior is not None:
+            lines += [f"Above sigma = {prior:.2g} the posterior is close to the prior, and a few references suffice."]
+        lines += [
+            f"Of the training noise, {self.times}, {self.high_share:.1%} is where DSM targets vary most,",
+            f"  and {self.competing_share:.1%} where several sources compete.",
+        ]
+        if self.central:
+            lines += [
+                f"90% of the variance in the loss comes from sigma = {_span(self.central)},",
+                f"  where {self.central_share:.1%} of the training noise is.",
+            ]
+        lines += [
+            *(self._sizes() if self.dsm > 0 else ()),
+            f"The variance of DSM targets is {share} of the loss of a linear denoiser, {self.linear_loss:.3g};",
+            f"  averaged over the training noise, it is {mean_share} of that loss at each noise level.",
+            "  A network's loss is smaller, so its shares are larger; other gradient variance is not measured.",
+        ]
+        if max(self.share_of_loss, self.mean_share_of_loss) < 0.01:
+            lines += ["Expect no gain from stable targets in this training: almost every x_t has one likely source."]
+        elif self.stf:
+            removed = 1 - min(self.stf.values()) / self.dsm
+            lines += [f"{max(self.stf):,} references remove {removed:.0%} of that variance, all data remove all of it."]
+        return lines
 
     def summary(self) -> list[str]:
         """The most important results in two or three lines of text."""
@@ -138,59 +173,19 @@ class VarianceReport:
             lines.append(f"the variance of DSM targets is {share} of the loss of a linear denoiser{reduction}")
         return lines
 
-    def _where(self) -> Iterator[str]:
-        one, prior = self.phases
-        yield f"DSM targets vary most at sigma = {_span(self.high)} (at least half the maximum, in noise units)."
-        if one is not None:
-            yield f"Below sigma = {one:.2g} most x_t have one likely source, and there is nothing to average."
-        if prior is not None:
-            yield f"Above sigma = {prior:.2g} the posterior is close to the prior, and a few references suffice."
-
-    def _training(self) -> Iterator[str]:
-        yield f"Of the training noise, {self.times}, {self.high_share:.1%} is where DSM targets vary most,"
-        yield f"  and {self.competing_share:.1%} where several sources compete."
-        if self.central:
-            yield f"90% of the variance in the loss comes from sigma = {_span(self.central)},"
-            yield f"  where {self.central_share:.1%} of the training noise is."
-
     def _sizes(self) -> Iterator[str]:
-        if not self.dsm > 0:
-            return
         yield f"Variance of targets in the weighted loss, per dimension: {self.dsm:.3g} with DSM targets,"
         for n, variance in self.stf.items():
-            yield f"  {variance:.3g} with {n:,} references ({_times_less(self.dsm, variance)}),"
+            less = f"{self.dsm / variance:.3g} times less" if variance > 0 else "none left"
+            yield f"  {variance:.3g} with {n:,} references ({less}),"
         yield "  0 with all data (target.kind=exact --set target.missing_mass=0)."
         size, measured = self.size_for(10)
-        extrapolated = "" if measured else " (extrapolated from smaller sizes)"
         if size > 0.9 * self.num_data_points:
             yield "A 10 times smaller variance needs all data."
         else:
-            yield f"A 10 times smaller variance needs about {_rounded(size):,} references{extrapolated}."
-
-    def _verdict(self) -> Iterator[str]:
-        share, mean_share = _percent(self.share_of_loss), _percent(self.mean_share_of_loss)
-        yield f"The variance of DSM targets is {share} of the loss of a linear denoiser, {self.linear_loss:.3g};"
-        yield f"  averaged over the training noise, it is {mean_share} of that loss at each noise level."
-        yield "  A network's loss is smaller, so its shares are larger; other gradient variance is not measured."
-        if max(self.share_of_loss, self.mean_share_of_loss) < 0.01:
-            yield "Expect no gain from stable targets in this training: almost every x_t has one likely source."
-        elif self.stf:
-            reduction = 1 - min(self.stf.values()) / self.dsm
-            yield f"{max(self.stf):,} references remove {reduction:.0%} of that variance, all data remove all of it."
-
-
-def phases_of(study: VarianceStudy) -> tuple[float | None, float | None]:
-    """Noise levels between which several sources compete.
-
-    Above the first level, less than half of the x_t have one likely source; above the second, the effective sample size
-    is more than half of N. None where that is outside the measured levels.
-
-    Args:
-        study: the measured quantities.
-    """
-    log_level, order = study.noise_level.log().sort()
-    several, ess_share = 1 - study.single_source.by_bin[order], study.ess_share.by_bin[order]
-    return _crossing(log_level, several), _crossing(log_level, ess_share)
+            digits = 10 ** max(0, math.floor(math.log10(size)) - 1)  # two are significant
+            rounded, how = math.ceil(size / digits) * digits, "" if measured else " (extrapolated from smaller sizes)"
+            yield f"A 10 times smaller variance needs about {rounded:,} references{how}."
 
 
 def _interpolated(study: VarianceStudy, variance: ByNoise, noise_level: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
@@ -206,16 +201,6 @@ def _high(study: VarianceStudy) -> Range:
     values = study.in_noise_units(study.dsm).by_bin
     inside = study.noise_level[values >= values.max() / 2]
     return float(inside.min()), float(inside.max())
-
-
-def _crossing(log_level: Float[Tensor, "L"], rising: Float[Tensor, "L"]) -> float | None:
-    """Noise level at which a share exceeds one half, interpolated linearly in log; None if it does not."""
-    beyond = rising > 0.5
-    if bool(beyond[0]) or not bool(beyond.any()):
-        return None
-    after = int(beyond.long().argmax())
-    step = (0.5 - rising[after - 1]) / (rising[after] - rising[after - 1])
-    return float(torch.lerp(log_level[after - 1], log_level[after], step).exp())
 
 
 def _central(noise_level: Float[Tensor, "P"], amount: Float[Tensor, "P"], share: float = 0.9) -> Range | None:
@@ -242,11 +227,29 @@ def _span(ends: Range) -> str:
     return f"{ends[0]:.2g} to {ends[1]:.2g}"
 
 
-def _times_less(before: float, after: float) -> str:
-    return f"{before / after:.3g} times less" if after > 0 else "none left"
+def write_study(
+    folder: Path, study: VarianceStudy, report: VarianceReport, *, name: str, description: Mapping[str, Any]
+) -> list[str]:
+    """Write field.csv, field.json, field.png and bias.png.
 
+    Args:
+        folder: where they are written; made if it does not exist.
+        study: the measured quantities.
+        report: their consequences for a training.
+        name: name of the data, for the titles of the figures.
+        description: further entries of the JSON file, such as the data and the seed.
 
-def _rounded(n: float) -> int:
-    """A size rounded up to two digits; more are not significant."""
-    digits = max(0, math.floor(math.log10(n)) - 1)
-    return math.ceil(n / 10**digits) * 10**digits
+    Returns:
+        The names of the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records = list(study.records())
+    with atomic_path(folder / "field.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(records)
+    content = {"stablefield": __version__, **description, "report": asdict(report)}
+    write_text(folder / "field.json", json.dumps({**content, "records": finite(records)}, indent=1) + "\n")
+    plot_field(folder / "field.png", study, f"Variance of training targets: {name}")
+    plot_bias(folder / "bias.png", study, f"Squared error with and without the source in the support: {name}")
+    return ["field.csv", "field.json", "field.png", "bias.png"]

@@ -30,8 +30,7 @@ from torch import Tensor
 from stablefield.data import Progress, silent
 from stablefield.floor import ByNoise, Levels, SquaredError
 from stablefield.floor.exact import MAX_ELEMENTS, Exact, TargetErrors, exact_posteriors
-from stablefield.floor.loss_floor import as_pool
-from stablefield.floor.points import draw_points
+from stablefield.floor.probes import as_pool, draw_points
 from stablefield.pool import Pool
 from stablefield.process import VE, Process
 from stablefield.studies.field.distances import DataDistances
@@ -44,14 +43,11 @@ COLUMNS = ("t", "alpha", "sigma", "quantity", "n", "value", "standard_error", "u
 
 @dataclass(frozen=True, eq=False)
 class STFErrors:
-    """Errors of the STF target for one size of the support, with and without the source in it, in units of x squared.
+    """Errors of the STF target for one size of the support, in units of x squared (see `floor.exact.TargetErrors`).
 
     Attributes:
-        variance: V_STF, the mean squared distance to E[x | x_t] with the source in the support. It is all variance,
-            because that target is unbiased.
-        squared_bias: squared bias with the source in the support; 0 up to chance.
-        without_source: mean squared distance to E[x | x_t] if the support is drawn independently of the source.
-        without_source_squared_bias: squared bias without the source, a part of `without_source`.
+        variance, squared_bias: with the source in the support; the bias is 0 up to chance.
+        without_source, without_source_squared_bias: of a support drawn independently of the source.
     """
 
     variance: ByNoise
@@ -69,8 +65,7 @@ class VarianceStudy:
     Attributes:
         process: the process that makes x_t from x.
         t: times, (L,).
-        alpha: scale of the data in x_t at each time, (L,).
-        sigma: noise level at each time, (L,).
+        alpha, sigma: scale of the data in x_t and noise level at each time, (L,).
         num_data_points: N, the number of data points.
         dim: number of dimensions of a data point.
         linear: the linear denoiser of the data.
@@ -102,6 +97,17 @@ class VarianceStudy:
     def noise_level(self) -> Float[Tensor, "L"]:
         """Noise level sigma / alpha, which is comparable between processes."""
         return self.sigma / self.alpha
+
+    @property
+    def phases(self) -> tuple[float | None, float | None]:
+        """Noise levels between which several sources compete; None where that is outside the measured levels.
+
+        Above the first level, less than half of the x_t have one likely source; above the second, the effective sample
+        size is more than half of N.
+        """
+        log_level, order = self.noise_level.log().sort()
+        several, ess_share = 1 - self.single_source.by_bin[order], self.ess_share.by_bin[order]
+        return _crossing(log_level, several), _crossing(log_level, ess_share)
 
     def in_noise_units(self, variance: ByNoise) -> ByNoise:
         """Convert to noise units per dimension, in which V_DSM is between 0 and 1.
@@ -242,6 +248,16 @@ def measure(
 
 def _scaled(quantity: ByNoise, factor: Float[Tensor, "L"]) -> ByNoise:
     return quantity.map(lambda values: values * factor[:, None, None])
+
+
+def _crossing(log_level: Float[Tensor, "L"], rising: Float[Tensor, "L"]) -> float | None:
+    """Noise level at which a share exceeds one half, interpolated linearly in log; None if it does not."""
+    beyond = rising > 0.5
+    if bool(beyond[0]) or not bool(beyond.any()):
+        return None
+    after = int(beyond.long().argmax())
+    step = (0.5 - rising[after - 1]) / (rising[after] - rising[after - 1])
+    return float(torch.lerp(log_level[after - 1], log_level[after], step).exp())
 
 
 def _times(noise_levels: Float[Tensor, "L"], process: Process) -> Float[Tensor, "L"]:
