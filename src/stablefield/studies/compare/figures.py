@@ -1,6 +1,6 @@
 """The three figures of a comparison; arms differ by line style, marker and brightness, for prints in grey."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import exp, isfinite, isnan, log
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from stablefield.evaluate.plots import save_figure
 from stablefield.studies.compare.comparison import Comparison
 from stablefield.studies.compare.endpoints import WEIGHTS, Finding
 from stablefield.studies.compare.experiment import Arm
-from stablefield.studies.compare.statistics import Estimate
+from stablefield.studies.compare.statistics import Curve, Estimate
 
 # darkest first, so that they differ in grey too
 STYLES: tuple[dict[str, Any], ...] = (
@@ -145,13 +145,15 @@ def _draw_arms(
     for target, style in zip(experiment.targets, STYLES * len(experiment.targets), strict=False):
         arm = Arm(objective, target)
         baseline = experiment.baseline(arm)
-        seeds = comparison.paired_seeds(arm, baseline)
-        ours, theirs = (_logs(comparison, each, seeds, value) for each in (arm, baseline))
+        points, seeds = experiment.evaluation_points, comparison.paired_seeds(arm, baseline)
+        ours, theirs = (
+            [Curve(points, [value(line) for line in comparison.lines[each, seed]]).logs for seed in seeds]
+            for each in (arm, baseline)
+        )
         if not ours:
             continue
         means = [fmean(at) if all(map(isfinite, at)) else float("nan") for at in zip(*ours, strict=True)]
         width = {"linewidth": 0.9, "markersize": 3, "markerfacecolor": "white"} if thin else {"linewidth": 1.8}
-        points = experiment.evaluation_points
         look = {"markersize": 5, **style, **width, "label": "" if thin else fill(describe_target(target), 26)}
         axes.plot(points, [exp(m) for m in means], **look)
         if arm == baseline or thin or len(seeds) < 2:
@@ -174,14 +176,6 @@ def _variance_of_target(line: Any) -> float:
 def _within(log_ratio: float) -> float:
     """A log ratio within what is drawn."""
     return min(max(log_ratio, -WIDEST), WIDEST)
-
-
-def _logs(
-    comparison: Comparison, arm: Arm, seeds: Sequence[int], value: Callable[[dict[str, Any]], float]
-) -> list[list[float]]:
-    """Logarithms of a number at every evaluation, one list per seed."""
-    values = [[value(line) for line in comparison.lines[arm, seed]] for seed in seeds]
-    return [[log(v) if v > 0 else float("nan") for v in run] for run in values]
 
 
 def _grid(comparison: Comparison, columns: int) -> tuple[Figure, Any]:

@@ -6,9 +6,8 @@ proposes noise levels for data that no model has been trained on yet.
 
 from stablefield.studies.field.distances import DataDistances
 from stablefield.studies.field.linear import LinearDenoiser
-from stablefield.studies.field.output import write_study
 from stablefield.studies.field.proposal import NoiseProposal, propose_noise
-from stablefield.studies.field.report import VarianceReport
+from stablefield.studies.field.report import VarianceReport, write_study
 from stablefield.studies.field.study import STFErrors, VarianceStudy, measure
 
 __all__ = [

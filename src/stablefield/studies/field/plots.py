@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from stablefield.evaluate.plots import label, save_figure
 from stablefield.floor import ByNoise
 from stablefield.studies.field.proposal import NoiseProposal
-from stablefield.studies.field.report import phases_of
 from stablefield.studies.field.study import VarianceStudy
 
 STYLES: tuple[Any, ...] = ("--", "-.", ":", (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (6, 3)))
@@ -117,7 +116,7 @@ def _band(axes: Axes, study: VarianceStudy, quantity: ByNoise, style: Any, name:
 
 def _mark_phases(study: VarianceStudy, *panels: Axes) -> None:
     """Thin lines between the phases of the posterior, with their names on top."""
-    one, prior = phases_of(study)
+    one, prior = study.phases
     for axes in panels:
         for place in filter(None, (one, prior)):
             axes.axvline(place, color="0.6", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""Consequences of a variance study for a training: where target variance is, and how much of it enters the loss.
+"""Consequences of a variance study for a training, and its files: where target variance is, and how it enters the loss.
 
 Training draws t from its distribution and weighs squared errors by w(t). So the variance of its targets adds
 
@@ -8,19 +8,27 @@ to its loss. Between the measured noise levels, V in noise units is interpolated
 the lowest level it is taken as 0, above the highest as constant.
 """
 
+import csv
+import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stablefield import __version__
+from stablefield.checkpoint import finite
+from stablefield.files import atomic_path, write_text
 from stablefield.floor import ByNoise
 from stablefield.objective import LossWeight
-from stablefield.studies.field.study import VarianceStudy
+from stablefield.studies.field.plots import plot_bias, plot_field
+from stablefield.studies.field.study import COLUMNS, VarianceStudy
 from stablefield.times import TimeDistribution
 
 Range = tuple[float, float]
@@ -78,7 +86,7 @@ class VarianceReport:
         factor = weight(study.process, t) / study.dim
         variance, error = _interpolated(study, study.dsm, noise_level), study.linear.squared_error(noise_level)
         weighted = factor * variance
-        high, phases, central = _high(study), phases_of(study), _central(noise_level, weighted)
+        high, phases, central = _high(study), study.phases, _central(noise_level, weighted)
         return cls(
             phases,
             high,
@@ -180,20 +188,6 @@ class VarianceReport:
             yield f"A 10 times smaller variance needs about {rounded:,} references{how}."
 
 
-def phases_of(study: VarianceStudy) -> tuple[float | None, float | None]:
-    """Noise levels between which several sources compete.
-
-    Above the first level, less than half of the x_t have one likely source; above the second, the effective sample size
-    is more than half of N. None where that is outside the measured levels.
-
-    Args:
-        study: the measured quantities.
-    """
-    log_level, order = study.noise_level.log().sort()
-    several, ess_share = 1 - study.single_source.by_bin[order], study.ess_share.by_bin[order]
-    return _crossing(log_level, several), _crossing(log_level, ess_share)
-
-
 def _interpolated(study: VarianceStudy, variance: ByNoise, noise_level: Float[Tensor, "P"]) -> Float[Tensor, "P"]:
     """Variance at other noise levels than the measured ones, in units of x squared."""
     measured, order = study.noise_level.sort()
@@ -207,16 +201,6 @@ def _high(study: VarianceStudy) -> Range:
     values = study.in_noise_units(study.dsm).by_bin
     inside = study.noise_level[values >= values.max() / 2]
     return float(inside.min()), float(inside.max())
-
-
-def _crossing(log_level: Float[Tensor, "L"], rising: Float[Tensor, "L"]) -> float | None:
-    """Noise level at which a share exceeds one half, interpolated linearly in log; None if it does not."""
-    beyond = rising > 0.5
-    if bool(beyond[0]) or not bool(beyond.any()):
-        return None
-    after = int(beyond.long().argmax())
-    step = (0.5 - rising[after - 1]) / (rising[after] - rising[after - 1])
-    return float(torch.lerp(log_level[after - 1], log_level[after], step).exp())
 
 
 def _central(noise_level: Float[Tensor, "P"], amount: Float[Tensor, "P"], share: float = 0.9) -> Range | None:
@@ -241,3 +225,31 @@ def _percent(share: float) -> str:
 
 def _span(ends: Range) -> str:
     return f"{ends[0]:.2g} to {ends[1]:.2g}"
+
+
+def write_study(
+    folder: Path, study: VarianceStudy, report: VarianceReport, *, name: str, description: Mapping[str, Any]
+) -> list[str]:
+    """Write field.csv, field.json, field.png and bias.png.
+
+    Args:
+        folder: where they are written; made if it does not exist.
+        study: the measured quantities.
+        report: their consequences for a training.
+        name: name of the data, for the titles of the figures.
+        description: further entries of the JSON file, such as the data and the seed.
+
+    Returns:
+        The names of the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records = list(study.records())
+    with atomic_path(folder / "field.csv") as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(records)
+    content = {"stablefield": __version__, **description, "report": asdict(report)}
+    write_text(folder / "field.json", json.dumps({**content, "records": finite(records)}, indent=1) + "\n")
+    plot_field(folder / "field.png", study, f"Variance of training targets: {name}")
+    plot_bias(folder / "bias.png", study, f"Squared error with and without the source in the support: {name}")
+    return ["field.csv", "field.json", "field.png", "bias.png"]

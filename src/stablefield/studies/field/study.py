@@ -98,6 +98,17 @@ class VarianceStudy:
         """Noise level sigma / alpha, which is comparable between processes."""
         return self.sigma / self.alpha
 
+    @property
+    def phases(self) -> tuple[float | None, float | None]:
+        """Noise levels between which several sources compete; None where that is outside the measured levels.
+
+        Above the first level, less than half of the x_t have one likely source; above the second, the effective sample
+        size is more than half of N.
+        """
+        log_level, order = self.noise_level.log().sort()
+        several, ess_share = 1 - self.single_source.by_bin[order], self.ess_share.by_bin[order]
+        return _crossing(log_level, several), _crossing(log_level, ess_share)
+
     def in_noise_units(self, variance: ByNoise) -> ByNoise:
         """Convert to noise units per dimension, in which V_DSM is between 0 and 1.
 
@@ -237,6 +248,16 @@ def measure(
 
 def _scaled(quantity: ByNoise, factor: Float[Tensor, "L"]) -> ByNoise:
     return quantity.map(lambda values: values * factor[:, None, None])
+
+
+def _crossing(log_level: Float[Tensor, "L"], rising: Float[Tensor, "L"]) -> float | None:
+    """Noise level at which a share exceeds one half, interpolated linearly in log; None if it does not."""
+    beyond = rising > 0.5
+    if bool(beyond[0]) or not bool(beyond.any()):
+        return None
+    after = int(beyond.long().argmax())
+    step = (0.5 - rising[after - 1]) / (rising[after] - rising[after - 1])
+    return float(torch.lerp(log_level[after - 1], log_level[after], step).exp())
 
 
 def _times(noise_levels: Float[Tensor, "L"], process: Process) -> Float[Tensor, "L"]:
