@@ -68,7 +68,8 @@ class StatisticsAccumulator:
             total += centred.sum(0)
             # numpy computes half of the product of a matrix with its own transpose, and mirrors it
             scatter += torch.from_numpy(centred.T.numpy() @ centred.numpy()) if x.is_cpu else centred.T @ centred
-        scatter.addr_(total, total, alpha=-1 / len(x))
+        shift = total / len(x) ** 0.5
+        scatter.addr_(shift, shift, alpha=-1)
         mean = centre + total / len(x)
         return cls(len(x), mean.to(device), scatter.to(device))
 
