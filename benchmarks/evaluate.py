@@ -1,6 +1,6 @@
 """Time of scores and of writing samples, relative to the usual ways, and the difference of the results.
 
-    OMP_NUM_THREADS=1 python benchmarks/evaluate.py
+    python benchmarks/evaluate.py                       with OMP_NUM_THREADS=1: processor time, on busy machines too
 
 Peers of the scores are torch-fidelity 0.4's functions if they can be imported (pip install torch-fidelity torchvision),
 or else the same operations written anew: numpy's mean and covariance in float64; the kernel of KID in numpy with
@@ -12,6 +12,7 @@ sides run in turns; a ratio above 1 means that ours is faster. Differences are r
 import argparse
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,10 @@ def fidelity() -> dict[str, Callable[..., object]]:
         from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
         from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.metric_prc import prc_features_to_metric
-    except ImportError:
+    except ImportError as error:
+        print(f"peers: the operations of torch-fidelity 0.4, written anew ({error})\n")
         return dict(zip(("statistics", "kid", "precision", "frechet"), written, strict=True))
-    print("peers: torch-fidelity\n")
+    print(f"peers: the functions of torch-fidelity {version('torch-fidelity')}\n")
 
     def frechet(*both: Statistics) -> object:
         one, two = ({"mu": each.mean.numpy(), "sigma": each.covariance.numpy()} for each in both)

@@ -25,7 +25,7 @@ from stablefield.kernel.accumulator import float64_device
 from stablefield.kernel.matmul import has_little_float64
 
 BLOCK = 2048  # features added to the running statistics at a time
-_ROWS, _COLUMNS = 1024, 256  # of a block of features, and of the part of the scatter matrix that is added to
+_ROWS = 4096  # features that are multiplied at once
 
 # Tolerance for asymmetry and negative eigenvalues of a covariance, relative to its largest eigenvalue. Rounding in
 # float64 leaves 1e-12 or less. Published files were also stored as float32 (6e-8 of each entry) or computed in float32
@@ -62,15 +62,15 @@ class StatisticsAccumulator:
         x = features.to("cpu" if has_little_float64(device) else device)
         centre = x.mean(0).double()
         total, scatter = torch.zeros_like(centre), centre.new_zeros(len(centre), len(centre))
+        memory = centre.new_empty(min(_ROWS, len(x)), len(centre))  # reused: fresh pages take long
         for block in x.split(_ROWS):
-            centred = block - centre
+            centred = torch.sub(block, centre, out=memory[: len(block)])
             total += centred.sum(0)
-            for start in range(0, len(centre), _COLUMNS):  # the lower triangle, which is mirrored below
-                end = start + _COLUMNS
-                scatter[start:end, :end].addmm_(centred[:, start:end].T, centred[:, :end])
-        upper = torch.ones_like(scatter, dtype=torch.bool).triu_(1)
-        scatter = torch.where(upper, scatter.T, scatter)
-        mean, scatter = centre + total / len(x), scatter - torch.outer(total, total) / len(x)
+            # numpy computes half of the product of a matrix with its own transpose, and mirrors it
+            scatter += torch.from_numpy(centred.T.numpy() @ centred.numpy()) if x.is_cpu else centred.T @ centred
+        shift = total / len(x) ** 0.5
+        scatter.addr_(shift, shift, alpha=-1)
+        mean = centre + total / len(x)
         return cls(len(x), mean.to(device), scatter.to(device))
 
     def to(self, device: torch.device) -> "StatisticsAccumulator":
