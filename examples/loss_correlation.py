@@ -56,8 +56,7 @@ def correlation(runs: Runs, question: str, loss: str) -> float:
         loss: one of `LOSSES`.
     """
     if question == "along training":
-        found = [spearman(curves[loss], curves["distance"]) for _, curves in runs]
-        return float(np.mean(found))
+        return float(np.mean([curves[f"{loss}, along training"] for _, curves in runs]))
     groups = [runs] if question == "all runs" else [[r for r in runs if r[0] == arm] for arm in {a for a, _ in runs}]
     final = [[np.array([curves[name][-1] for _, curves in group]) for name in (loss, "distance")] for group in groups]
     return float(np.mean([spearman(*each) for each in final]))
@@ -97,7 +96,9 @@ def runs_by_seed(
     def curves(arm: Arm, seed: int) -> dict[str, np.ndarray]:
         lines = [line[weights] for line in comparison.lines[arm, seed]]
         found = {name: np.array([line[key] for line in lines]) for name, key in names.items()}
-        return found | {"excess + floor": found["excess"] + floors.get(arm, float("nan"))}
+        found["excess + floor"] = found["excess"] + floors.get(arm, float("nan"))
+        along = {f"{loss}, along training": np.array(spearman(found[loss], found["distance"])) for loss in LOSSES}
+        return found | along
 
     names = {"distance": space, "excess": "excess", "held-out loss": "held-out loss"}
     arms = [arm for arm in comparison.experiment.arms if arm.objective == objective]
