@@ -2,8 +2,8 @@
 
     python examples/results_table.py DIR [DIR ...]
 
-DIR is the folder of a comparison (`stablefield compare --out DIR`), and DIR.md the page that `--page` wrote. The table in
-docs/results/README.md is this one.
+DIR is the folder of a comparison (`stablefield compare --out DIR`), and DIR.md the page that `--page` wrote. The table
+in docs/results/README.md is this one.
 """
 
 import argparse
@@ -13,9 +13,17 @@ from pathlib import Path
 from stablefield.studies.compare import Comparison, Finding
 
 ENDPOINTS = ("area", "end", "held-out loss/end", "held-out loss/time", "excess/end")  # of the first feature space
-HEAD = """\
-| page | contrast | pairs | endpoints that decrease, increase, of all | distance, mean over log images | distance, at the end | held-out loss, at equal images | at equal time | excess |
-|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "page",
+    "contrast",
+    "pairs",
+    "endpoints that decrease, increase, of all",
+    "distance, mean over log images",
+    "distance, at the end",
+    "held-out loss, at equal images",
+    "at equal time",
+    "excess",
+)
 
 
 def cell(found: Finding) -> str:
@@ -43,6 +51,6 @@ def rows(folder: Path) -> Iterator[str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders of comparisons")
-    print(HEAD)
+    print(f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}", sep="\n")
     for each in parser.parse_args().folders:
         print(*rows(each), sep="\n")
