@@ -78,7 +78,7 @@ class Files(AbstractContextManager["Files"], ABC):
             labelled: False to ignore labels.
 
         Raises:
-            ValueError: there are no images; `dataset.json` is damaged or does not fit the images; labels are not
+            ValueError: no image was found; `dataset.json` is damaged or does not fit the images; labels are not
                 classes; or there are images beside class folders.
         """
         images = [name for name in self._entries if name.lower().endswith(SUFFIXES)]

@@ -143,10 +143,10 @@ def check_call(loop: Loop, noisy: NoisyBatch, references: TargetEstimator, defau
         default_rates: True if the derivatives of alpha and sigma are -1 and 1 by default.
 
     Raises:
-        ValueError: a velocity lacks the derivatives, where alpha + sigma is not 1; there is no noise; the target is not
-            of the prediction type; the mean square of (x_t - alpha x) / sigma is not 1; an index is out of range, or
-            does not count the references; or a statistic of every reference is above, or below, that of every example,
-            such as [0, 1] beside [-1, 1].
+        ValueError: the prediction type is a velocity, alpha + sigma is not 1, and the derivatives are missing; sigma is
+            0 for every example; the target is not of the prediction type; the mean square of (x_t - alpha x) / sigma is
+            not 1; an index is out of range, or does not count the references; or a statistic of every reference is
+            above, or below, that of every example, such as [0, 1] beside [-1, 1].
     """
     off = float((loop.alpha + loop.sigma - 1).abs().max())
     if loop.prediction_type == "velocity" and default_rates and off > 1e-5 + 16 * loop.unit:

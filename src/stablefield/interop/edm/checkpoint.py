@@ -182,7 +182,7 @@ class _Copier:
         return self.json(dict(zip(names, positional, strict=False)) | keyword)
 
     def class_and_arguments(self, instance: object) -> dict[str, Any] | None:
-        """Class name and constructor arguments, or None if there is no such object."""
+        """Class name and constructor arguments of an object; None for None."""
         if instance is None:
             return None
         return {"class_name": expect(instance, Object).kind, **self.arguments(expect(instance, Object))}
