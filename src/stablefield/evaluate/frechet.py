@@ -25,7 +25,8 @@ from stablefield.kernel.accumulator import float64_device
 from stablefield.kernel.matmul import has_little_float64
 
 BLOCK = 2048  # features added to the running statistics at a time
-_ROWS = 4096  # features that are multiplied at once
+_ROWS = 16384  # features that are multiplied at once
+_PART = 256  # features that are centred at a time, so that they stay in the cache
 
 # Tolerance for asymmetry and negative eigenvalues of a covariance, relative to its largest eigenvalue. Rounding in
 # float64 leaves 1e-12 or less. Published files were also stored as float32 (6e-8 of each entry) or computed in float32
@@ -55,19 +56,27 @@ class StatisticsAccumulator:
     def from_features(cls, features: Float[Tensor, "n F"]) -> "StatisticsAccumulator":
         """Running statistics of some features.
 
+        The memory beyond the features is a float64 copy of at most 16,384 of them, and two F x F matrices.
+
         Args:
             features: at least one feature vector, (n, F).
         """
         device = float64_device(features.device)
         x = features.to("cpu" if has_little_float64(device) else device)
         centre = x.mean(0).double()
-        total, scatter = torch.zeros_like(centre), centre.new_zeros(len(centre), len(centre))
-        memory = centre.new_empty(min(_ROWS, len(x)), len(centre))  # reused: fresh pages take long
+        total, size = torch.zeros_like(centre), len(centre)
+        memory, product, scatter = (_empty(rows, size, x.device) for rows in (min(_ROWS, len(x)), size, size))
+        scatter.zero_()
         for block in x.split(_ROWS):
-            centred = torch.sub(block, centre, out=memory[: len(block)])
+            centred = memory[: len(block)]
+            for part, values in zip(block.split(_PART), centred.split(_PART), strict=True):
+                values.copy_(part).sub_(centre)
             total += centred.sum(0)
-            # numpy computes half of the product of a matrix with its own transpose, and mirrors it
-            scatter += torch.from_numpy(centred.T.numpy() @ centred.numpy()) if x.is_cpu else centred.T @ centred
+            if x.is_cpu:  # numpy computes half of the product of a matrix with its own transpose, and mirrors it
+                np.matmul(centred.T.numpy(), centred.numpy(), out=product.numpy())
+            else:
+                torch.mm(centred.T, centred, out=product)
+            scatter += product
         shift = total / len(x) ** 0.5
         scatter.addr_(shift, shift, alpha=-1)
         mean = centre + total / len(x)
@@ -101,6 +110,13 @@ class StatisticsAccumulator:
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 features, not {self.n}")
         return Statistics(self.mean.cpu(), (self.scatter / (self.n - 1)).cpu(), self.n)
+
+
+def _empty(rows: int, columns: int, device: torch.device) -> Float[Tensor, "rows columns"]:
+    """A float64 matrix to be filled. On a CPU numpy allocates it, in large pages, which are much faster to fill."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty((rows, columns)))
+    return torch.empty(rows, columns, dtype=torch.float64, device=device)
 
 
 def merge_all(parts: Iterable[StatisticsAccumulator]) -> StatisticsAccumulator:
