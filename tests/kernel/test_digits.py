@@ -128,6 +128,6 @@ def test_targets_on_a_card_without_fast_float64_are_those_of_the_cpu(name: str, 
         products[capability] = sum(count for line, count in gpu.float64.items() if line.startswith("kernel/matmul.py"))
     torch.testing.assert_close(found[8, 6], here, rtol=0, atol=2e-6)
     assert waits[8, 6] == waits[9, 0]
-    # what is left are products with candidates of one example only, such as its source
-    own = {"stf": 1, "knn": 8}.get(name, 0)
+    # what is left are products with candidates of one example only
+    own = {"knn": 8}.get(name, 0)
     assert products[8, 6] == 24 * 64 * own

@@ -106,6 +106,15 @@ def test_a_source_is_one_more_candidate(candidates: int) -> None:
     same(posterior(x_t, support, **scales, source=x, chunk=4), posterior(x_t, joined, **scales))
 
 
+@pytest.mark.parametrize("candidates", [0, 7])
+def test_the_inputs_stay_as_they_are(candidates: int) -> None:
+    x_t, support, scales = problem()
+    given_ = [x_t, support[:candidates], support[:5].clone()]
+    before = [value.clone() for value in given_]
+    posterior(x_t, given_[1], source=given_[2], **scales).mean.mul_(0)
+    assert all(torch.equal(*pair) for pair in zip(given_, before, strict=True))
+
+
 def test_masks_labels_and_smaller_supports_are_equivalent() -> None:
     x_t, support, scales = problem()
     labels = torch.arange(23) % 3

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from noisy_data import QUERIES, SIX, assert_equal_posteriors, batch_at, screened, streamed, with_draw
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from stablefield.kernel.accumulator import chunk_size
 from stablefield.pool import NULL_LABEL, draw_without_replacement
 from stablefield.prediction import stable_target
 from stablefield.process import Process
+from stablefield.targets.grouped import _among
 
 PROCESSES = [VE(), VP(), SubVP(), Cosine(), Flow()]
 LABELS = torch.tensor([0, 1, 0, 0, 1, 0])
@@ -318,3 +321,9 @@ def test_a_faiss_search_without_faiss_names_the_package(monkeypatch: pytest.Monk
 def test_an_unknown_search_is_refused() -> None:
     with pytest.raises(ValueError, match='"exhaustive" or "faiss", not \'annoy\''):
         KNNTarget(Pool(SIX), 2, search="annoy")
+
+
+@given(st.lists(st.integers(0, 9), max_size=6), st.lists(st.integers(0, 9), max_size=6, unique=True))
+def test_membership_is_that_of_isin(index: list[int], some: list[int]) -> None:
+    both = torch.tensor(index, dtype=torch.int64), torch.tensor(some, dtype=torch.int64)
+    assert torch.equal(_among(*both), torch.isin(*both))

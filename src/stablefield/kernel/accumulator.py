@@ -26,6 +26,7 @@ from torch import Tensor
 from stablefield.kernel.matmul import Matmul, accurate_matmul
 from stablefield.process import BatchRecord
 
+_HIGHEST = torch.finfo(torch.float64).max  # unlike infinity, it can be subtracted from infinity
 _SMALLEST_LOG_WEIGHT = -700.0  # e^-700 = 1e-304 beside a weight of 1
 
 
@@ -58,15 +59,16 @@ class PosteriorAccumulator:
         sigma: noise level, a number or (B,).
         alpha: scale of the data in x_t, a number or (B,).
         matmul: how candidates are multiplied; as accurately as in float64 by default.
+        own: one candidate for each example, such as its source, from which the sums start, (B, *D).
 
     Attributes:
         like: x_t as it was given.
         query: x_t in float64, (B, D).
-        matmul: products of the query with blocks of candidates.
+        matmul: products of -2 alpha x_t with blocks of candidates.
         sigma: noise level, (B,), float64.
         alpha: scale of the data in x_t, (B,), float64.
         sharpness: 1 / (2 sigma^2), limited by rounding, (B,).
-        lowest: smallest energy seen, (B,); infinite where no candidate was added.
+        lowest: smallest energy seen, (B,); the largest number where no candidate was added.
         total: sum of the weights, (B,).
         squares: sum of the squared weights, (B,).
         moment: weighted sum of squared norms, (B,).
@@ -79,17 +81,26 @@ class PosteriorAccumulator:
         sigma: float | Tensor,
         alpha: float | Tensor = 1.0,
         matmul: Callable[[Float[Tensor, "B D"]], Matmul] = accurate_matmul,
+        own: Float[Tensor, "B *D"] | None = None,
     ) -> None:
         self.like = x_t
         self.query = x_t.detach().to(float64_device(x_t.device), torch.float64).flatten(1)
-        self.matmul = matmul(self.query)
         self.sigma = _per_example("sigma", sigma, self.query)
         self.alpha = _per_example("alpha", alpha, self.query)
+        scaled = self.query * (-2 * self.alpha)[:, None]
+        self.matmul = matmul(scaled)
         rounding = 2.0**-44 * self.query.square().sum(1)
         self.sharpness = (0.5 / torch.maximum(self.sigma.square(), rounding)).clamp(1e-300, 1e300)
-        self.lowest = torch.full_like(self.sigma, torch.inf)
-        self.total, self.squares, self.moment = self.query.new_zeros(3, len(x_t))
-        self.weighted = torch.zeros_like(self.query)
+        if own is None:
+            self.lowest = torch.full_like(self.sigma, _HIGHEST)
+            self.total, self.squares, self.moment = self.query.new_zeros(3, len(x_t))
+            self.weighted = torch.zeros_like(self.query)
+        else:
+            assert own.shape == x_t.shape
+            self.weighted = own.detach().to(self.query, copy=True).flatten(1)
+            self.moment = self.weighted.square().sum(1)
+            self.lowest = self.alpha.square() * self.moment + (scaled * self.weighted).sum(1)
+            self.total, self.squares = torch.ones_like(self.lowest), torch.ones_like(self.lowest)
 
     def add(self, candidates: Tensor, mask: Tensor | None = None, square: Float[Tensor, "n"] | None = None) -> None:
         """Add a block of candidates.
@@ -107,18 +118,19 @@ class PosteriorAccumulator:
             # add zero or infinity, in float32: filling what is masked would take many times as long
             energy.add_(mask.to(energy.device, torch.float32).reciprocal_().sub_(1))
         shrink = self._lower(torch.minimum(self.lowest, energy.amin(1)))
-        log_weight = energy.sub_(_finite(self.lowest)[:, None]).mul_(-self.sharpness[:, None])
+        log_weight = energy.sub_(self.lowest[:, None]).mul_(-self.sharpness[:, None])
         if mask is None:  # exp takes six times as long where it underflows; what is masked needs the weight 0
             log_weight.clamp_(min=_SMALLEST_LOG_WEIGHT)
         weight = log_weight.exp_()
-        self.total = self.total * shrink + weight.sum(1)
-        self.squares = self.squares * shrink**2 + torch.linalg.vector_norm(weight, dim=1).square()
-        self.moment = self.moment * shrink + (weight @ norm if norm.ndim == 1 else (weight * norm).sum(1))
+        self.total = weight.sum(1).addcmul_(self.total, shrink)
+        self.squares = torch.linalg.vector_norm(weight, dim=1).square().addcmul_(self.squares, shrink.square())
+        moment = weight @ norm if norm.ndim == 1 else (weight.unflatten(0, (len(norm), -1)) * norm[:, None]).sum(2)
+        self.moment = moment.flatten().addcmul_(self.moment, shrink)
         self.weighted.mul_(shrink[:, None])
         self.matmul.add_weighted_sum(self.weighted, weight, y)
 
     def compare(self, candidates: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The flattened candidates, their squared norms, and the energies (B, n).
+        """The flattened candidates, their squared norms, (n,) or (G, n), and the energies, (B, n).
 
         Args:
             candidates: (n, *D) or (G, n, *D).
@@ -133,10 +145,11 @@ class PosteriorAccumulator:
             )
         y = candidates.flatten(candidates.ndim - self.like.ndim + 1)
         norm = self.matmul.squared_norms(y) if square is None else square
-        if norm.ndim == 2 and len(norm) < len(self.query):
-            norm = norm.repeat_interleave(len(self.query) // len(norm), 0)
-        energy = self.matmul.inner(y).double().mul_(-2 * self.alpha[:, None])
-        return y, norm, energy.add_(self.alpha.square()[:, None] * norm)
+        energy, square_alpha = self.matmul.inner(y).double(), self.alpha.square()
+        if norm.ndim == 1:
+            return y, norm, energy.addr_(square_alpha, norm)
+        energy.unflatten(0, (len(norm), -1)).addcmul_(square_alpha.view(len(norm), -1, 1), norm[:, None])
+        return y, norm, energy
 
     def merge(self, other: "PosteriorAccumulator") -> "PosteriorAccumulator":
         """Merge the statistics of another part of the support, for the same x_t, alpha and sigma.
@@ -194,7 +207,7 @@ class PosteriorAccumulator:
         return self._weight_of(before)
 
     def _weight_of(self, energy: Tensor) -> Tensor:
-        return torch.exp((_finite(self.lowest) - energy) * self.sharpness)
+        return torch.exp((self.lowest - energy) * self.sharpness)
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -223,8 +236,3 @@ def _per_example(name: str, value: float | Tensor, query: Float[Tensor, "B D"]) 
     if value.shape not in ((), (len(query),)):
         raise ValueError(f"{name} must be a number or have shape ({len(query)},), not {tuple(value.shape)}")
     return value.detach().to(query).expand(len(query))
-
-
-def _finite(energy: Tensor) -> Tensor:
-    # examples that no candidate has reached yet: avoid infinity minus infinity
-    return torch.where(energy == torch.inf, 0.0, energy)

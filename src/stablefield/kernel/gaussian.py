@@ -115,11 +115,9 @@ def stream(
 def _sums(
     x_t: Tensor, blocks: Iterable[Block], sigma: float | Tensor, alpha: float | Tensor, source: Tensor | None
 ) -> PosteriorAccumulator:
-    sums = PosteriorAccumulator(x_t, sigma, alpha)
+    sums = PosteriorAccumulator(x_t, sigma, alpha, own=source)
     for candidates, mask in blocks:
         sums.add(candidates, mask)
-    if source is not None:
-        sums.add(source.unsqueeze(1))
     return sums
 
 
@@ -210,8 +208,8 @@ def _check(x_t: Tensor, support: Tensor, source: Tensor | None, allowed: Tensor 
 
 def _refuse_invalid(sums: PosteriorAccumulator) -> None:
     # whatever is not finite on the way in is not finite in the mean: one check (on a GPU: one wait) is enough
-    numbers = torch.isfinite(sums.weighted).all() & (sums.total > 0).all()
-    if not numbers & ((sums.sigma >= 0) & torch.isfinite(sums.sigma + sums.alpha)).all():
+    finite = torch.isfinite(sums.weighted.sum(1) + sums.sigma + sums.alpha)
+    if not (finite & (sums.total > 0) & (sums.sigma >= 0)).all():
         raise ValueError(_complaint(sums.like, sums))
 
 

@@ -109,7 +109,7 @@ class FloatMatmul(Matmul):
         y = self.converted(candidates)
         if y.ndim == 2:
             return self.examples @ y.T
-        return (y @ self.examples.unflatten(0, (len(y), -1)).mT).mT.flatten(0, 1)
+        return (self.examples.unflatten(0, (len(y), -1)) @ y.mT).flatten(0, 1)
 
     @override
     def add_weighted_sum(self, sums: Float[Tensor, "B D"], weight: Float[Tensor, "B n"], candidates: Tensor) -> None:

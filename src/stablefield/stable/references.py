@@ -183,10 +183,9 @@ def mean_over(noisy: NoisyBatch, blocks: Iterable[Block]) -> Posterior:
         noisy: the batch.
         blocks: pairs (candidates, mask); the masks leave out the source's data point.
     """
-    sums = PosteriorAccumulator(noisy.x_t, noisy.sigma, noisy.alpha)
+    sums = PosteriorAccumulator(noisy.x_t, noisy.sigma, noisy.alpha, own=noisy.x)
     for candidates, mask in blocks:
         sums.add(candidates, mask)
-    sums.add(noisy.x.unsqueeze(1))
     return sums.finish()
 
 

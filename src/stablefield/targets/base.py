@@ -84,6 +84,8 @@ class PoolTarget(TargetEstimator):
     @override
     def __call__(self, noisy: NoisyBatch, *, generator: torch.Generator | None = None) -> Posterior:
         seed = int(torch.randint(2**62, (), generator=generator))
+        if noisy.augment_label is None:
+            return self._average(noisy, seed)
         plain = _permuted(noisy)
         if plain.all():
             return self._through_flips(noisy, seed)
@@ -139,7 +141,8 @@ class PoolTarget(TargetEstimator):
             _refuse_changed(noisy, self.pool, index)
             return self.average(noisy, index, label, seed)
         found = self.average(noisy, index, label, seed)
-        difference, limit = _difference(noisy, self.pool, index)  # to look at these, the host would have to wait
+        # to look at these, the host would have to wait
+        difference, limit = _difference(*_first(noisy, self.pool, index))
         return replace(found, mean=found.mean.masked_fill(difference > limit, math.nan))
 
 
@@ -170,8 +173,11 @@ def indices_of(noisy: NoisyBatch, pool: Pool) -> Int[Tensor, "B"]:
             "this target averages over data points and needs to know which ones the examples are: set index"
         )
     index = noisy.index.cpu()
-    if (beyond := (index < 0) | (index >= len(pool))).any():
-        raise ValueError(f"index {index[beyond][0].item()} is out of range: the pool has {len(pool)} data points")
+    if len(index):
+        low, high = map(int, index.aminmax())
+        if low < 0 or high >= len(pool):
+            beyond = low if low < 0 else high
+            raise ValueError(f"index {beyond} is out of range: the pool has {len(pool)} data points")
     return index
 
 
@@ -217,9 +223,13 @@ def _undo_flips(noisy: NoisyBatch) -> NoisyBatch:
     return replace(noisy, x=x, noise=noise, x_t=x_t)
 
 
-def _difference(noisy: NoisyBatch, pool: Pool, index: Int[Tensor, "B"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Largest difference of the first example from the data point of its index, and how large it may be."""
-    x, data_point = noisy.x[0], pool.take(index[:1], noisy.x.device)[0].to(noisy.x.dtype)
+def _first(noisy: NoisyBatch, pool: Pool, index: Int[Tensor, "B"]) -> tuple[Float[Tensor, "*D"], Float[Tensor, "*D"]]:
+    """The first example, and the data point of its index."""
+    return noisy.x[0], pool.take(index[:1], noisy.x.device)[0].to(noisy.x.dtype)
+
+
+def _difference(x: Float[Tensor, "*D"], data_point: Float[Tensor, "*D"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Largest difference of an example from its data point, and how large it may be."""
     return (x - data_point).abs().max(), 0.01 * data_point.abs().max()  # more than half precision rounds
 
 
@@ -230,7 +240,10 @@ def _refuse_changed(noisy: NoisyBatch, pool: Pool, index: Int[Tensor, "B"]) -> N
     would silently have biased targets. Only one example per call is compared, which costs nothing: examples come in
     random order, so this is noticed within a few batches.
     """
-    difference, limit = torch.stack(_difference(noisy, pool, index)).tolist()
+    example = _first(noisy, pool, index)
+    if torch.equal(*example):
+        return
+    difference, limit = torch.stack(_difference(*example)).tolist()
     if difference > limit:
         first = int(index[0])
         raise ValueError(

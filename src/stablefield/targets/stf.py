@@ -111,12 +111,13 @@ class STFTarget(PoolTarget):
         self, noisy: NoisyBatch, index: Int[Tensor, "B"], label: Int[Tensor, "B"], seed: int, size: int, mean: "_Mean"
     ) -> Posterior:
         """Posterior mean over draws of a size; examples with and without labels have different draws."""
-        parts = [part for null in (True, False) if len(part := ((label == NULL_LABEL) == null).nonzero().flatten())]
-        if len(parts) > 1:
+        null = label == NULL_LABEL
+        unlabelled = bool(null.all())
+        if not unlabelled and null.any():
+            parts = [null.nonzero().flatten(), (~null).nonzero().flatten()]
             found = [self._mean(noisy.select(part), index[part], label[part], seed, size, mean) for part in parts]
             return Posterior.concatenate(found).select(torch.cat(parts).argsort())
         labels, group = label.unique(return_inverse=True)
-        unlabelled = int(labels[0]) == NULL_LABEL
         if self.references == "recent":
             recent = self._bank.hold(self._first_image(noisy), self.recent, noisy.x.device)
             drawn = recent[None] if unlabelled else _of_labels(recent, labels, self.pool)
