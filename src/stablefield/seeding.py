@@ -6,7 +6,7 @@ from its own seed. So no generator state has to be saved, and no draw depends on
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -21,8 +21,29 @@ def derive(seed: int, *names: str | int) -> int:
         seed: the seed of the run.
         *names: the purpose, for example `"step", 5`.
     """
-    text = "/".join(map(str, (seed, *names)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return _number(hashlib.blake2b("/".join(map(str, (seed, *names))).encode(), digest_size=8))
+
+
+def derive_each(seed: int, name: str, numbers: Iterable[int]) -> Iterator[int]:
+    """`derive(seed, name, number)` for each of many numbers, in less time.
+
+    Args:
+        seed: the seed of the run.
+        name: the purpose.
+        numbers: what distinguishes the seeds.
+
+    >>> list(derive_each(0, "noise", [7])) == [derive(0, "noise", 7)]
+    True
+    """
+    start = hashlib.blake2b(f"{seed}/{name}/".encode(), digest_size=8)
+    for number in numbers:
+        digest = start.copy()
+        digest.update(b"%d" % number)
+        yield _number(digest)
+
+
+def _number(digest: "hashlib.blake2b") -> int:
+    return int.from_bytes(digest.digest(), "big") >> 1
 
 
 def generator(seed: int, *names: str | int) -> torch.Generator:

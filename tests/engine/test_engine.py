@@ -1,6 +1,7 @@
 """Training is a function of the seed and the images seen: it can stop anywhere and resumes bit for bit."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from stablefield import (
 )
 from stablefield.checkpoint import read, save
 from stablefield.data import ShuffledBatches
-from stablefield.engine import Optimization
+from stablefield.engine import Optimization, loop
 from stablefield.networks import MLP, UNet
 from stablefield.objective import EDMWeight
 from stablefield.preconditioning import EDMPreconditioning
@@ -93,6 +94,60 @@ def test_prefetched_targets_of_several_steps_are_computed_in_one_call(examples, 
     state, objective = start(Prefetched(Counted(POOL, missing_mass=0.0), examples), num_classes=0)
     list(train(state, objective, ShuffledBatches(Pool(POOL.data), 16), images=16 * 7))
     assert seen == counts
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 16])
+def test_making_several_batches_at_once_changes_no_bit_and_asks_for_none_beyond_the_end(at_once, monkeypatch):
+    class Counted(ShuffledBatches):
+        def __call__(self, images):
+            asked.append(images)
+            return super().__call__(images)
+
+    def run():
+        state, objective = start(STFTarget(POOL, 8))
+        batches = Counted(POOL, 16, seed=5)
+        return state, [step.report.loss.item() for step in train(state, objective, batches, images=16 * 7 - 3)]
+
+    asked = []
+    whole, losses = run()
+    assert asked == list(range(0, 16 * 7, 16))
+    monkeypatch.setattr(loop, "_steps_in_cache", lambda x: at_once)
+    other, others = run()
+    assert asked == 2 * list(range(0, 16 * 7, 16))
+    assert losses == others
+    assert same(whole, other)
+
+
+def test_an_error_in_a_batch_that_is_made_in_advance_is_raised_when_its_step_comes():
+    class Broken(ShuffledBatches):
+        def __call__(self, images):
+            if images == 16 * 5:
+                raise OSError("unreadable")
+            return super().__call__(images)
+
+    state, objective = start(DSMTarget())
+    with pytest.raises(OSError, match="unreadable"):
+        list(train(state, objective, Broken(POOL, 16), images=16 * 9))
+    assert state.images == 16 * 4
+
+
+def test_parameters_that_the_optimizer_holds_beside_the_model_accumulate_no_gradient():
+    class Scaled(EDMWeight):
+        def __call__(self, process, t):
+            return super().__call__(process, t) * scale
+
+    scale, gradients = torch.nn.Parameter(torch.ones(())), []
+    state, objective = start(DSMTarget())
+    state.optimizer = torch.optim.SGD([*state.denoiser.parameters(), scale], lr=1e-3)
+    for step in train(state, replace(objective, weight=Scaled()), ShuffledBatches(POOL, 16), images=16 * 4):
+        gradients.append((scale.grad.item(), step.report.loss.item()))
+    # the loss is proportional to the scale, which stays near 1
+    assert all(gradient == pytest.approx(loss, rel=0.02) for gradient, loss in gradients)
+
+
+def test_large_batches_are_made_one_by_one():
+    small, large = torch.empty(64, 1, 8, 8), torch.empty(512, 3, 32, 32)
+    assert [loop._steps_in_cache(x) for x in (small, large, small.to("meta"))] == [16, 1, 1]
 
 
 def test_a_run_with_channels_last_weights_resumes_bit_for_bit():

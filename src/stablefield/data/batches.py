@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from stablefield.pool import Pool
 from stablefield.process import BatchRecord, move
-from stablefield.seeding import derive, generator
+from stablefield.seeding import derive_each, generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Batch(BatchRecord):
             purpose: name of the draw, so that different draws for an example are independent.
         """
         draws = torch.Generator()  # to seed a generator takes less time than to make one
-        return (draws.manual_seed(derive(seed, purpose, number)) for number in self.image_number.tolist())
+        return map(draws.manual_seed, derive_each(seed, purpose, self.image_number.tolist()))
 
 
 class BatchSource(ABC):
