@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import os
 import resource
 import shutil
 import struct
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from safetensors.torch import save_file
 from short_runs import trained
 
 import stablefield.checkpoint
-from stablefield.checkpoint import CheckpointError, checksum, read, save
+from stablefield.checkpoint import CheckpointError, Draft, checksum, read, save
 from stablefield.run import RunFolder, open_run
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
@@ -156,6 +158,53 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert "refused: could not write" in done.stdout
     assert read(path).images == 1
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_draft_holds_the_tensors_as_they_were(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save(path, {"x": torch.zeros(3)}, config={}, images=1)
+    x = torch.arange(5.0)
+    with Draft(path, {"x": x, "y": x[1:]}, {"data": ""}) as draft:
+        x.zero_()
+        assert read(path).images == 1
+        draft.finish(config={"data": "all"}, images=2)
+    found = read(path)
+    assert (found.images, found.config) == (2, {"data": "all"})
+    assert torch.equal(found.tensors["x"], torch.arange(5.0))
+    assert torch.equal(found.tensors["y"], torch.arange(1, 5.0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("config", [None, {"long": "a" * 4096}])
+def test_a_draft_that_is_not_finished_leaves_the_previous_checkpoint_alone(tmp_path, config):
+    path = tmp_path / "c.safetensors"
+    save(path, {"x": torch.zeros(3)}, config={}, images=1)
+    with (
+        nullcontext() if config is None else pytest.raises(ValueError, match="the description grew by more than 1024"),
+        Draft(path, {"x": torch.ones(3)}, {}) as draft,
+    ):
+        if config is not None:
+            draft.finish(config=config, images=2)
+    assert read(path).images == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_draft_whose_file_is_cut_short_before_the_end_is_not_saved(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save(path, {"x": torch.zeros(3)}, config={}, images=1)
+    with Draft(path, {"x": torch.ones(100_000)}, {}) as draft:
+        (temporary,) = tmp_path.glob(".tmp-*")
+        os.truncate(temporary, 300_000)
+        with pytest.raises(OSError, match=r"could not write .*c\.safetensors \(the file was cut short"):
+            draft.finish(config={}, images=2)
+    assert read(path).images == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_beside_a_draft_keeps_its_words(tmp_path):
+    with pytest.raises(OSError, match=r"^the data are gone$"), Draft(tmp_path / "c", {"x": torch.ones(3)}, {}):
+        raise OSError("the data are gone")
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):

@@ -9,6 +9,7 @@ import json
 import re
 import stat
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -22,6 +23,8 @@ from stablefield.files import atomic_path, cached
 
 FORMAT_VERSION = 2  # of checkpoints and of the configurations in them and beside them
 FORMAT = f"stablefield/{FORMAT_VERSION}"
+_SPARE = 1024  # bytes by which a description may grow while tensors are written
+_PART = 2**22  # bytes that are hashed at once
 _SAFETENSORS_TYPES = {
     torch.complex64: "C64",
     torch.float64: "F64",
@@ -74,6 +77,74 @@ class Checkpoint:
         return self.config.get("data", "")
 
 
+class Draft:
+    """A checkpoint whose tensors are in a temporary file already: they may change, and memory holds no copy of them.
+
+    It is a context manager, which removes the file unless `finish` was called. The checksum is that of the bytes that
+    `finish` reads back from the file.
+
+    Args:
+        path: the file to write, replacing the one that is there.
+        tensors: the tensors by name, on any device; they may share memory.
+        config: a preliminary description; that of `finish` may be longer by at most 1,024 bytes.
+
+    Raises:
+        ValueError: a tensor has a type that safetensors does not know.
+        OSError: the disk is full or not writable; the previous file is untouched.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        self._table, order = _table(tensors)
+        self._kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
+        room = len(_header(self._table, _metadata(config, 2**53) | {"checksum": "0" * 64})) + _SPARE
+        self._length = room + -room % 8
+        with ExitStack() as stack:
+            self._file = stack.enter_context(stack.enter_context(atomic_path(path)).open("w+b"))
+            self._file.seek(8 + self._length)
+            for name in order:
+                self._file.write(_octets(tensors[name]))
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> "Draft":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.__exit__(_UnfinishedError, _UnfinishedError(), None)  # nothing is left of it after `finish`
+
+    def finish(self, *, config: Mapping[str, Any], images: int) -> None:
+        """Describe the tensors, flush the file to the disk and give it its name.
+
+        Args:
+            config: description that is stored with them; must be JSON.
+            images: number of images seen in training.
+
+        Raises:
+            ValueError: the description is much longer than the one that the draft was made with.
+            OSError: the disk is full or not writable; the previous file is untouched.
+        """
+        metadata = _metadata(config, images)
+        digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+        with self._stack:
+            for name in sorted(self._kinds):
+                digest.update(f"{name} {self._kinds[name]}".encode())
+                start, end = self._table[name]["data_offsets"]
+                self._file.seek(8 + self._length + start)
+                for at in range(start, end, _PART):
+                    part = self._file.read(min(_PART, end - at))
+                    if len(part) != min(_PART, end - at):
+                        raise OSError("the file was cut short while it was written")
+                    digest.update(part)
+            header = _header(self._table, metadata | {"checksum": digest.hexdigest()})
+            if len(header) > self._length:
+                raise ValueError(f"the description grew by more than {_SPARE} bytes while the tensors were written")
+            self._file.seek(0)
+            self._file.write(self._length.to_bytes(8, "little") + header.ljust(self._length))
+
+
+class _UnfinishedError(Exception):
+    """Ends the context of a temporary file that is to be removed."""
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], images: int) -> None:
     """Write a checkpoint, replacing the file that was there.
 
@@ -86,9 +157,8 @@ def save(path: Path, tensors: Mapping[str, Tensor], *, config: Mapping[str, Any]
     Raises:
         OSError: the disk is full or not writable; the previous file is untouched.
     """
-    metadata = {"format": FORMAT, "config": json.dumps(config), "images": str(images)}
-    metadata["checksum"] = checksum(tensors, metadata)
-    write_tensors(path, tensors, metadata)
+    with Draft(path, tensors, config) as draft:
+        draft.finish(config=config, images=images)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -103,7 +173,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         ValueError: a tensor has a type that safetensors does not know.
         OSError: the disk is full or not writable; the previous file is untouched.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    table, order = _table(tensors)
+    header = _header(table, metadata)
+    header += b" " * (-len(header) % 8)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            file.write(_octets(tensors[name]))
+
+
+def _metadata(config: Mapping[str, Any], images: int) -> dict[str, str]:
+    return {"format": FORMAT, "config": json.dumps(config), "images": str(images)}
+
+
+def _table(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+    """Entries of the header for the tensors, and the order of the tensors in the file."""
+    table: dict[str, Any] = {}
     # readers want each tensor to begin at a multiple of its element's size
     order, end = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)), 0
     for name in order:
@@ -111,13 +196,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         end += tensor.nbytes
         if (kind := _SAFETENSORS_TYPES.get(tensor.dtype)) is None:
             raise ValueError(f"cannot save {name}: safetensors files hold no {tensor.dtype}")
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(_octets(tensors[name]))
+        table[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    return table, order
+
+
+def _header(table: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    return json.dumps({"__metadata__": dict(metadata), **table}, separators=(",", ":")).encode()
 
 
 def finite(value: Any) -> Any:
@@ -245,9 +329,14 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     """
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(f"{name} {_kind(tensors[name])}".encode())
         digest.update(_octets(tensors[name]))
     return digest.hexdigest()
+
+
+def _kind(tensor: Tensor) -> str:
+    """Type and shape of a tensor, as they are hashed."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _octets(tensor: Tensor) -> memoryview:

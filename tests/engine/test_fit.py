@@ -115,7 +115,8 @@ class LimitedCalls:
         self.left = limit
         for name in self.calls:
             monkeypatch.setattr(os, name, self._counted(getattr(os, name)))
-        monkeypatch.setattr(checkpoint, "write_tensors", self._counted(checkpoint.write_tensors))
+        for name in ("__init__", "finish"):
+            monkeypatch.setattr(checkpoint.Draft, name, self._counted(getattr(checkpoint.Draft, name)))
 
     def _counted(self, call: Callable) -> Callable:
         def counted(*arguments, **options):
@@ -168,9 +169,11 @@ def test_a_save_killed_between_any_two_system_calls_leaves_a_run_that_resumes(tm
 def test_training_continues_while_a_checkpoint_of_the_state_as_it_was_is_written(tmp_path, monkeypatch):
     manager, state = manager_of(tmp_path)
     before = {name: tensor.clone() for name, tensor in state.tensors().items()}
-    released, save = threading.Event(), checkpoints.save
+    released, finish = threading.Event(), checkpoint.Draft.finish
     monkeypatch.setattr(
-        checkpoints, "save", lambda *arguments, **options: released.wait(60) and save(*arguments, **options)
+        checkpoint.Draft,
+        "finish",
+        lambda *arguments, **options: released.wait(60) and finish(*arguments, **options),
     )
     state.images = 32
     manager.save(state, background=True)
@@ -193,7 +196,7 @@ def test_a_checkpoint_that_fails_in_the_background_is_reported_once_and_never_lo
         raise OSError("could not write it")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save", full)
+        patch.setattr(checkpoint.Draft, "finish", full)
         for report in (manager.wait, lambda: manager.save(state)):
             manager.save(state, background=True)
             with pytest.raises(OSError, match="could not write it"):

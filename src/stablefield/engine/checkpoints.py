@@ -3,15 +3,17 @@
 A save is a sequence of atomic operations. A process that is killed between any two of them leaves a run that can be
 resumed:
 
-    1. the metrics are synced to the disk, so that they are at least as new as the checkpoint;
-    2. the newest checkpoint gets a second name in `checkpoints/`;
-    3. the new checkpoint is written to a temporary file, synced to the disk, and renamed over the newest;
-    4. if it is the best, it gets a second name as `best.safetensors` (it holds that fact itself, so that this step can
+    1. the tensors are written to a temporary file;
+    2. the metrics are synced to the disk, so that they are at least as new as the checkpoint;
+    3. the newest checkpoint gets a second name in `checkpoints/`;
+    4. the temporary file gets its description, is synced to the disk, and renamed over the newest checkpoint;
+    5. if it is the best, it gets a second name as `best.safetensors` (it holds that fact itself, so that this step can
        be repeated);
-    5. the oldest checkpoints are removed.
+    6. the oldest checkpoints are removed.
 
-During training this happens in a thread. The training loop waits for a copy of the state only, and for the checkpoint
-before, if that is still being written.
+During training all but the first step happens in a thread. The training loop waits until the system has taken the
+tensors, which needs no copy of them in this process, and for the checkpoint before, if that is still being written. The
+tensors of a GPU are copied to the host instead, and the thread writes them: on a slow disk that takes less time.
 """
 
 import os
@@ -26,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from stablefield.build import Components
-from stablefield.checkpoint import save
+from stablefield.checkpoint import Draft
 from stablefield.config import (
     CHECKSUM_LINE,
     Allowed,
@@ -287,8 +289,9 @@ class CheckpointManager:
         Args:
             state: the state.
             score: score of the first average; None if it was not scored.
-            background: True to write a copy of the state in a thread while training continues; `raise_failure` and
-                `wait` report an error. The thread, and the end of the run, wait until all data are hashed.
+            background: True to hash, flush and rename in a thread while training continues. Before that, the tensors
+                are written to a temporary file on a CPU, and are copied to the host from a GPU. `raise_failure` and
+                `wait` report an error of the thread. It, and the end of the run, wait until all data are hashed.
 
         Raises:
             ConfigError: the data are not those that the run was started with.
@@ -300,11 +303,21 @@ class CheckpointManager:
             self.best = {"score": score, "images": state.images}
         tensors, images = state.tensors(), state.images
         if not background:
-            self._write(tensors, images, self.identity.checked(wait=images >= self.config.training.images))
+            self._write(self._draft(tensors), images, wait=images >= self.config.training.images)
             return
-        copied = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._writer = threading.Thread(target=self._try_to_write, args=(copied, images), name="checkpoint")
-        self._writer.start()
+        if state.device.type == "cpu":
+            draft: Draft | dict[str, Tensor] = self._draft(tensors)
+        else:  # a copy in the memory of the host takes less time than a slow disk
+            draft = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        writer = threading.Thread(target=self._try_to_write, args=(draft, images), name="checkpoint")
+        writer.start()
+        self._writer = writer
+
+    def _draft(self, tensors: Mapping[str, Tensor]) -> Draft:
+        return Draft(self.folder.checkpoint, tensors, self._description(self.identity.found))
+
+    def _description(self, data: str) -> dict[str, Any]:
+        return self.metadata | {"data": data} | ({"best": self.best} if self.best else {})
 
     def raise_failure(self) -> None:
         """Report an error of a thread that wrote a checkpoint, once.
@@ -323,20 +336,21 @@ class CheckpointManager:
             self._writer = None
         self.raise_failure()
 
-    def _try_to_write(self, tensors: Mapping[str, Tensor], images: int) -> None:
+    def _try_to_write(self, draft: Draft | dict[str, Tensor], images: int) -> None:
         try:
-            self._write(tensors, images, self.identity.checked(wait=True))
+            self._write(draft if isinstance(draft, Draft) else self._draft(draft), images, wait=True)
         except Exception as error:  # it is raised again in the training loop
             self._failure = error
 
-    def _write(self, tensors: Mapping[str, Tensor], images: int, data: str) -> None:
-        """Write a checkpoint, and give it and the one before their other names."""
-        if self.folder.metrics.exists():
-            sync(self.folder.metrics)
-        if self.keep > 1 and 0 <= self.newest_images != images:
-            _add_name(self.folder.checkpoint, self.folder.older_checkpoint(self.newest_images))
-        metadata = self.metadata | {"data": data} | ({"best": self.best} if self.best else {})
-        save(self.folder.checkpoint, tensors, config=metadata, images=images)
+    def _write(self, draft: Draft, images: int, *, wait: bool) -> None:
+        """Finish a checkpoint, and give it and the one before their other names."""
+        with draft:
+            data = self.identity.checked(wait=wait)
+            if self.folder.metrics.exists():
+                sync(self.folder.metrics)
+            if self.keep > 1 and 0 <= self.newest_images != images:
+                _add_name(self.folder.checkpoint, self.folder.older_checkpoint(self.newest_images))
+            draft.finish(config=self._description(data), images=images)
         self.newest_images = images
         if self.best.get("images") == images:
             _add_name(self.folder.checkpoint, self.folder.best)
