@@ -66,7 +66,6 @@ def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> N
             marked = style if len(points) < 30 else {**style, "marker": ""}
             above.plot(*zip(*points, strict=True), **marked)
     above.set_yscale("log")
-    above.legend(loc="best", framealpha=0.8, edgecolor="none", fontsize=8)
     last = next(line for line in reversed(lines) if "loss/excess" in line)
     label(
         below, "noise level sigma / alpha: ranges that training visits equally often", "part of the loss (same units)"
@@ -77,7 +76,7 @@ def plot_excess(path: Path, lines: Sequence[Mapping[str, Any]], title: str) -> N
             below.plot(list(ranges), list(ranges.values()), **style)
     below.tick_params(axis="x", labelrotation=30, labelsize=8)
     below.set_ylim(bottom=0)
-    below.legend(frameon=False, fontsize=8)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save_figure(figure, path)
 
 

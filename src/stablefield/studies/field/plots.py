@@ -32,7 +32,7 @@ def plot_field(path: Path, study: VarianceStudy, title: str) -> None:
     for style, (n, errors) in zip(cycle(STYLES), study.stf.items(), strict=False):
         _band(above, study, study.in_noise_units(errors.variance), style, f"STF, support of {n:,}")
     above.set_ylim(bottom=0)
-    above.legend(frameon=False)
+    above.legend(frameon=False, loc="best", bbox_to_anchor=(0, 0, 1, 0.94))  # below the names of the phases
     label(below, NOISE_LEVEL, "statistics of the posterior\n(shares, no unit)")
     _band(below, study, study.single_source, "-", "share of x_t with one likely source")
     kl = study.kl.map(lambda values: values / math.log(study.num_data_points))
