@@ -57,11 +57,16 @@ def clock_name() -> str:
     return "processor time" if processor_clock() is time.process_time else "wall-clock time"
 
 
-def peak_memory(script: str, *arguments: str) -> float:
-    """Peak memory in MB, printed by a script that runs in a process of its own."""
+def printed(script: str, *arguments: str) -> list[float]:
+    """The numbers in the last line that a script prints in a process of its own."""
     command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return float(done.stdout.split()[-1])
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return [float(word) for word in done.stdout.splitlines()[-1].split()]
+
+
+def peak_memory(script: str, *arguments: str) -> float:
+    """Peak memory in MB, as a script prints it in a process of its own."""
+    return printed(script, *arguments)[-1]
 
 
 def peak_of(work: Callable[[], object]) -> float:

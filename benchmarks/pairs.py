@@ -1,0 +1,98 @@
+"""Memory and time of everything that compares all pairs, for several numbers of data points.
+
+    python benchmarks/pairs.py                         six minutes on two cores
+    python benchmarks/pairs.py --sizes 10000           half a minute
+
+Each part runs once, in a process of its own and after a small one that loads the libraries. Memory is what it takes at
+most beyond its inputs, which are features of 2,048 numbers or images of 3 x 32 x 32 bytes. The distances between all
+pairs of 50,000 would take 10 GB in float32.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from common import headline, peak_of, printed
+
+from stablefield import VE, KNNTarget, Pool
+from stablefield.evaluate import find_nearest, kernel_distance, precision_recall
+from stablefield.pool import NULL_LABEL
+from stablefield.targets.isolation import nearest_distances
+
+FEATURES = 2048
+
+
+def features(n: int, seed: int) -> torch.Tensor:
+    """Non-negative features with a mean, such as Inception's."""
+    return torch.randn(n, FEATURES, generator=torch.Generator().manual_seed(seed)).relu_()
+
+
+def images(n: int) -> Pool:
+    """Random images of bytes."""
+    return Pool(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+
+
+def part(name: str, n: int) -> Callable[[], object]:
+    """One comparison of n data points, whose inputs are made now.
+
+    Args:
+        name: one of `PARTS`.
+        n: number of data points.
+    """
+    if name == "precision and recall":
+        x, y = features(n, 1), features(n, 2)
+        return lambda: precision_recall(x, y)
+    if name == "KID, 10 subsets of 1,000":
+        x, y = features(n, 1), features(n, 2)
+        return lambda: kernel_distance(x, y, subsets=10)
+    pool = images(n)
+    if name == "memorisation, 1,000 samples":
+        samples = pool.take(torch.arange(min(n, 1000))) + 0.1
+        return lambda: find_nearest(samples, pool)
+    if name == "distances for exact targets":
+        return lambda: nearest_distances(pool, NULL_LABEL)
+    index = torch.arange(64)
+    x = pool.take(index)
+    noisy = VE().perturb(x, torch.full((64,), 5.0), torch.randn_like(x), index=index)
+    target = KNNTarget(pool, 256)
+    return lambda: target(noisy)
+
+
+PARTS = (
+    "precision and recall",
+    "KID, 10 subsets of 1,000",
+    "memorisation, 1,000 samples",
+    "256 nearest of 64 noisy images",
+    "distances for exact targets",
+)
+
+
+def measure(name: str, n: int) -> None:
+    """Print seconds and megabytes of one part."""
+    part(name, 300)()
+    work, seconds = part(name, n), list[float]()
+
+    def timed() -> None:
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+
+    megabytes = peak_of(timed)
+    print(f"{seconds[0]:.2f} {megabytes:.1f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000], help="numbers of data points")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        sys.exit(measure(options.measure[0], int(options.measure[1])))
+    print(headline(__file__))
+    print(f"  {'':32} {'data points':>11} {'seconds':>9} {'extra MB':>9}")
+    for name in PARTS:
+        for n in options.sizes:
+            seconds, megabytes = printed(__file__, "--measure", name, str(n))
+            print(f"  {name:32} {n:11,} {seconds:9.2f} {megabytes:9.0f}", flush=True)
