@@ -7,8 +7,8 @@ new file, which then replaces the one before, and what was written before is on 
 the system has not used for long take many times as long to fill, so both must find equally many of them.
 """
 
+import argparse
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -44,7 +44,7 @@ def shown(times: list[float]) -> str:
     return f"{median(times):8.2f} s   ({min(times):.2f} to {max(times):.2f})"
 
 
-def main(megabytes: int = 861, rounds: int = 9) -> None:
+def main(megabytes: int, rounds: int) -> None:
     """Print times, their ratio, and the memory beyond the state."""
     print(headline(__file__))
     with tempfile.TemporaryDirectory(dir=".") as folder:
@@ -76,4 +76,8 @@ def main(megabytes: int = 861, rounds: int = 9) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("megabytes", type=int, nargs="?", default=861, help="size of the state (861)")
+    parser.add_argument("rounds", type=int, nargs="?", default=9, help="rounds in which each way writes once (9)")
+    options = parser.parse_args()
+    main(options.megabytes, options.rounds)

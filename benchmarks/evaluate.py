@@ -170,7 +170,8 @@ def main() -> None:
     parser.add_argument("--float64", action="store_true", help="compare precision and recall with float64 (slow)")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--side", type=int, default=32)
-    parser.add_argument("--only", nargs="*", default=["statistics", "kid", "precision", "frechet", "images"])
+    parts = ["statistics", "kid", "precision", "frechet", "images"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"of {', '.join(parts)}")
     options = parser.parse_args()
     print(
         headline(__file__), f"seeds 1 and 2; {clock_name()}: median (min to max) of {options.rounds} rounds\n", sep=""

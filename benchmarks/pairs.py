@@ -90,6 +90,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if options.measure:
         sys.exit(measure(options.measure[0], int(options.measure[1])))
+    if min(options.sizes) < 256:
+        parser.error(f"sizes must be at least 256, the number of neighbours, not {min(options.sizes)}")
     print(headline(__file__))
     print(f"  {'':32} {'data points':>11} {'seconds':>9} {'extra MB':>9}")
     for name in PARTS:
