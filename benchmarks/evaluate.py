@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--side", type=int, default=32)
     parts = ["statistics", "kid", "precision", "frechet", "images"]
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"of {', '.join(parts)}")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=", ".join(parts))
     options = parser.parse_args()
     print(
         headline(__file__), f"seeds 1 and 2; {clock_name()}: median (min to max) of {options.rounds} rounds\n", sep=""
