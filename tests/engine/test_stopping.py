@@ -128,7 +128,7 @@ def test_a_sheet_that_a_kill_prevented_is_drawn_when_the_run_resumes(whole, tmp_
     draw = driver.samples
 
     def die(*arguments):
-        if not (RunFolder(tmp_path).sheets / f"{at - 96:09d}.png").exists() and at > 96:
+        if not (RunFolder(tmp_path / "run").sheets / f"{at - 96:09d}.png").exists() and at > 96:
             return draw(*arguments)
         raise Killed
 
