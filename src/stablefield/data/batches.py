@@ -69,6 +69,8 @@ class Batch(BatchRecord):
 class BatchSource(ABC):
     """Base class of functions from the number of images seen to the next batch.
 
+    Training asks for batches some steps in advance, and a run that resumes may ask for a batch again.
+
     Attributes:
         size: batch size, in examples per step over all ranks.
     """
