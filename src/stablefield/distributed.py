@@ -6,6 +6,8 @@ Without them there is a single rank, no process group is created, and every oper
 
 import logging
 import os
+import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -280,6 +282,9 @@ def process_group(device: torch.device, precision: str = "float32") -> Iterator[
                 warnings.filterwarnings("ignore", harmless)
             yield Ranks(state.device, state.process_index, state.num_processes)
     except BaseException as error:
+        if isinstance(error, ConnectionError) and threading.current_thread() is threading.main_thread():
+            # the launcher sends it to the ranks that are left: this one is to report the error before it ends
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _forget(error)
         raise
     finally:
