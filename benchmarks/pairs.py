@@ -12,13 +12,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from common import headline, peak_of, printed
 
 from stablefield import VE, KNNTarget, Pool
 from stablefield.evaluate import find_nearest, kernel_distance, precision_recall
-from stablefield.pool import NULL_LABEL
 from stablefield.targets.isolation import nearest_distances
 
 FEATURES = 2048
@@ -34,45 +34,40 @@ def images(n: int) -> Pool:
     return Pool(torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
 
 
-def part(name: str, n: int) -> Callable[[], object]:
-    """One comparison of n data points, whose inputs are made now.
+def pairs_of_features(score: Callable[[torch.Tensor, torch.Tensor], object], n: int) -> Callable[[], object]:
+    """A score of two sets of n features."""
+    x, y = features(n, 1), features(n, 2)
+    return lambda: score(x, y)
 
-    Args:
-        name: one of `PARTS`.
-        n: number of data points.
-    """
-    if name == "precision and recall":
-        x, y = features(n, 1), features(n, 2)
-        return lambda: precision_recall(x, y)
-    if name == "KID, 10 subsets of 1,000":
-        x, y = features(n, 1), features(n, 2)
-        return lambda: kernel_distance(x, y, subsets=10)
+
+def memorisation(n: int) -> Callable[[], object]:
+    """The two nearest of n images for at most 1,000 samples."""
     pool = images(n)
-    if name == "memorisation, 1,000 samples":
-        samples = pool.take(torch.arange(min(n, 1000))) + 0.1
-        return lambda: find_nearest(samples, pool)
-    if name == "distances for exact targets":
-        return lambda: nearest_distances(pool, NULL_LABEL)
-    index = torch.arange(64)
+    samples = pool.take(torch.arange(min(n, 1000))) + 0.1
+    return lambda: find_nearest(samples, pool)
+
+
+def nearest_of_noisy(n: int) -> Callable[[], object]:
+    """The nearest of n images to 64 noisy ones, and the targets from them."""
+    pool, index = images(n), torch.arange(64)
     x = pool.take(index)
-    noisy = VE().perturb(x, torch.full((64,), 5.0), torch.randn_like(x), index=index)
-    target = KNNTarget(pool, 256)
+    noisy, target = VE().perturb(x, torch.full((64,), 5.0), torch.randn_like(x), index=index), KNNTarget(pool, 256)
     return lambda: target(noisy)
 
 
-PARTS = (
-    "precision and recall",
-    "KID, 10 subsets of 1,000",
-    "memorisation, 1,000 samples",
-    "256 nearest of 64 noisy images",
-    "distances for exact targets",
-)
+PARTS: dict[str, Callable[[int], Callable[[], object]]] = {
+    "precision and recall": partial(pairs_of_features, precision_recall),
+    "KID, 10 subsets of 1,000": partial(pairs_of_features, partial(kernel_distance, subsets=10)),
+    "memorisation, 1,000 samples": memorisation,
+    "256 nearest of 64 noisy images": nearest_of_noisy,
+    "distances for exact targets": lambda n: partial(nearest_distances, images(n)),
+}
 
 
 def measure(name: str, n: int) -> None:
     """Print seconds and megabytes of one part."""
-    part(name, 300)()
-    work, seconds = part(name, n), list[float]()
+    PARTS[name](300)()
+    work, seconds = PARTS[name](n), list[float]()
 
     def timed() -> None:
         start = time.perf_counter()
