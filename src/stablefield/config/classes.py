@@ -232,7 +232,9 @@ def _read_numbers(value: Any) -> Any:
             return [float(number) for number in json.loads(path.read_text(encoding="utf-8-sig"))]
         return [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
     except FileNotFoundError:
-        raise ValueError(f"must be a list of numbers or a file that holds one; there is no file {value!r}") from None
+        raise ValueError(
+            f"must be a list of numbers, or the path of a file with such a list; there is no file {value!r}"
+        ) from None
     except (ValueError, TypeError, OSError, EOFError) as error:
         raise ValueError(f"the file {value!r} does not hold a list of numbers: {error}") from None
 
