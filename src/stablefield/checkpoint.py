@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
@@ -95,7 +95,7 @@ class Draft:
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         self._table, order = _table(tensors)
-        self._kinds = {name: _kind(tensor) for name, tensor in tensors.items()}
+        self._kinds = {name: _kind(tensors[name]) for name in sorted(tensors)}
         room = len(_header(self._table, _metadata(config, 2**53) | {"checksum": "0" * 64})) + _SPARE
         self._length = room + -room % 8
         with ExitStack() as stack:
@@ -123,22 +123,22 @@ class Draft:
             OSError: the disk is full or not writable; the previous file is untouched.
         """
         metadata = _metadata(config, images)
-        digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
         with self._stack:
-            for name in sorted(self._kinds):
-                digest.update(f"{name} {self._kinds[name]}".encode())
-                start, end = self._table[name]["data_offsets"]
-                self._file.seek(8 + self._length + start)
-                for at in range(start, end, _PART):
-                    part = self._file.read(min(_PART, end - at))
-                    if len(part) != min(_PART, end - at):
-                        raise OSError("the file was cut short while it was written")
-                    digest.update(part)
-            header = _header(self._table, metadata | {"checksum": digest.hexdigest()})
+            found = _checksum(metadata, ((name, kind, self._read(name)) for name, kind in self._kinds.items()))
+            header = _header(self._table, metadata | {"checksum": found})
             if len(header) > self._length:
                 raise ValueError(f"the description grew by more than {_SPARE} bytes while the tensors were written")
             self._file.seek(0)
             self._file.write(self._length.to_bytes(8, "little") + header.ljust(self._length))
+
+    def _read(self, name: str) -> Iterator[bytes]:
+        start, end = self._table[name]["data_offsets"]
+        self._file.seek(8 + self._length + start)
+        for at in range(start, end, _PART):
+            part = self._file.read(min(_PART, end - at))
+            if len(part) != min(_PART, end - at):
+                raise OSError("the file was cut short while it was written")
+            yield part
 
 
 class _UnfinishedError(Exception):
@@ -327,10 +327,16 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
         tensors: the tensors by name.
         metadata: strings that are stored with them.
     """
+    return _checksum(metadata, ((name, _kind(tensors[name]), (_octets(tensors[name]),)) for name in sorted(tensors)))
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, str, Iterable[bytes | memoryview]]]) -> str:
+    """`checksum` of tensors whose names, kinds and bytes are given, in the order of their names."""
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(f"{name} {_kind(tensors[name])}".encode())
-        digest.update(_octets(tensors[name]))
+    for name, kind, parts in tensors:
+        digest.update(f"{name} {kind}".encode())
+        for part in parts:
+            digest.update(part)
     return digest.hexdigest()
 
 
