@@ -70,7 +70,7 @@ def posterior(
         raise ValueError(f"chunk must be at least 1 candidate per block, not {chunk}")
     own = support.ndim > x_t.ndim
     chunk = chunk or chunk_size(x_t, len(x_t) if own else 1)
-    sums = _sums(x_t, _blocks(support, allowed, chunk, own), sigma, alpha, source)
+    sums = sums_over(x_t, _blocks(support, allowed, chunk, own), sigma, alpha, source)
     _refuse_invalid(sums)
     return sums.finish()
 
@@ -103,7 +103,7 @@ def stream(
     Raises:
         ValueError: as for `posterior`, unless x_t is on a GPU.
     """
-    sums = _sums(x_t, blocks, sigma, alpha, source)
+    sums = sums_over(x_t, blocks, sigma, alpha, source)
     if merge is not None:
         sums = merge(sums)
     if x_t.device.type != "cuda":
@@ -112,9 +112,22 @@ def stream(
 
 
 @torch.no_grad()
-def _sums(
-    x_t: Tensor, blocks: Iterable[Block], sigma: float | Tensor, alpha: float | Tensor, source: Tensor | None
+def sums_over(
+    x_t: Float[Tensor, "B *D"],
+    blocks: Iterable[Block],
+    sigma: float | Tensor,
+    alpha: float | Tensor,
+    source: Float[Tensor, "B *D"] | None,
 ) -> PosteriorAccumulator:
+    """The sums of `stream`, without any check.
+
+    Args:
+        x_t: noisy data, (B, *D).
+        blocks: candidates and masks, as for `stream`.
+        sigma: noise level, a number or (B,).
+        alpha: scale of the data in x_t, a number or (B,).
+        source: the x that each x_t was made from; joins its example's support.
+    """
     sums = PosteriorAccumulator(x_t, sigma, alpha, own=source)
     for candidates, mask in blocks:
         sums.add(candidates, mask)

@@ -20,8 +20,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from typing_extensions import override
 
-from stablefield.kernel.accumulator import Posterior, PosteriorAccumulator, chunk_size
-from stablefield.kernel.gaussian import Block
+from stablefield.kernel.accumulator import Posterior, chunk_size
+from stablefield.kernel.gaussian import Block, sums_over
 from stablefield.pool import NULL_LABEL, first_of
 from stablefield.process import NoisyBatch
 from stablefield.targets.base import TargetEstimator
@@ -183,10 +183,7 @@ def mean_over(noisy: NoisyBatch, blocks: Iterable[Block]) -> Posterior:
         noisy: the batch.
         blocks: pairs (candidates, mask); the masks leave out the source's data point.
     """
-    sums = PosteriorAccumulator(noisy.x_t, noisy.sigma, noisy.alpha, own=noisy.x)
-    for candidates, mask in blocks:
-        sums.add(candidates, mask)
-    return sums.finish()
+    return sums_over(noisy.x_t, blocks, noisy.sigma, noisy.alpha, noisy.x).finish()
 
 
 def hash_of(x: Float[Tensor, "n *D"]) -> Int[Tensor, "n"]:
